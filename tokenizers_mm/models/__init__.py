@@ -1,0 +1,8 @@
+"""The composed tokenizers, and the one table of their names."""
+
+from tokenizers_mm.models.base import ImageTokenizer, Provenance
+from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig, TokenFlowOutput
+
+MODELS: dict[str, type[ImageTokenizer]] = {"tokenflow": TokenFlow}
+
+__all__ = ["MODELS", "ImageTokenizer", "Provenance", "TokenFlow", "TokenFlowConfig", "TokenFlowOutput"]
