@@ -1,4 +1,4 @@
-"""Convolutional pixel decoder: codes to image. One class for TokenFlow, DualViTok (MoVQ) and the KL-16 autoencoder."""
+"""Convolutional pixel decoder, codes to image: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class PixelDecoderConfig:
 
 
 class PixelDecoder(nn.Module):
-    """z [B, C, h, w] (and the codes [B, context_channels, h, w] when conditioned) -> image [B, 3, h * factor, w * factor].
+    """z [B, C, h, w] (and, when conditioned, codes [B, context_channels, h, w]) -> image [B, 3, H, W].
 
     The image is not clamped.
     """

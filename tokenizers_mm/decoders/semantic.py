@@ -20,7 +20,7 @@ class SemanticDecoderConfig:
 
 
 class SemanticDecoder(nn.Module):
-    """z [B, h, w, D] -> features [B, h * w, out_dim]: a small ViT with a class token and learned positions, and a head."""
+    """z [B, h, w, D] -> features [B, h * w, out_dim]: a small ViT with learned positions, and a head."""
 
     def __init__(self, in_dim: int, config: SemanticDecoderConfig) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-
+"""Images to features."""

@@ -1,4 +1,4 @@
-"""Convolutional pixel encoder: image to features. One class for TokenFlow, DualViTok (MoVQ) and the KL-16 autoencoder."""
+"""Convolutional pixel encoder, image to features: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """How well a codebook is used, from exact counts."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -17,5 +17,5 @@ def usage(counts: Int[Tensor, "k"]) -> float:
 
 def perplexity(counts: Int[Tensor, "k"]) -> float:
     """exp of the entropy of the code frequencies, from 1 (one code) to K (all alike); 0 where nothing was counted."""
-    p: Float[Tensor, "k"] = counts.double() / counts.sum().clamp_min(1)
+    p = counts.double() / counts.sum().clamp_min(1)
     return float(torch.special.entr(p).sum().exp()) if int(counts.sum()) else 0.0

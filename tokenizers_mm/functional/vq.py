@@ -5,7 +5,6 @@ Representation Collapse in Vector Quantized Models with One Linear Layer (SimVQ,
 Restructuring Vector Quantization with the Rotation Trick (arXiv 2410.06424), section 4.
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor

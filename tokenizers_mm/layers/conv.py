@@ -4,6 +4,7 @@ Every block takes (x, context); the context reaches the norms that want it (see 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class Level(nn.Module):
     def __init__(self, widths: tuple[int, ...], norm: NormFactory, attend: bool, resample: nn.Module | None) -> None:
         """`widths` holds the input width and then the output width of every residual block."""
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(a, b, norm) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.blocks = nn.ModuleList(ResBlock(a, b, norm) for a, b in pairwise(widths))
         self.attentions = nn.ModuleList(ConvAttention(b, norm) for b in widths[1:]) if attend else None
         self.resample = resample
 

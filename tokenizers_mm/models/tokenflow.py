@@ -42,7 +42,7 @@ class TokenFlowConfig:
 
 @dataclass(frozen=True)
 class TokenFlowOutput:
-    """A forward pass: `image` [B, 3, H, W], `semantic` [B, h * w, C] in the teacher's space, and the `quantized` features."""
+    """A forward pass: `image` [B, 3, H, W], `semantic` [B, h * w, C] in the teacher's space, `quantized` features."""
 
     image: Tensor
     semantic: Tensor

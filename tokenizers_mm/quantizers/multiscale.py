@@ -1,4 +1,4 @@
-"""Residual quantization over scales with any quantizer inside (TokenFlow's MSVQ; VAR, arXiv 2404.02905, algorithm 1)."""
+"""Residual quantization over scales with any quantizer inside (TokenFlow's MSVQ; VAR, arXiv 2404.02905)."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The plain vector quantizer (arXiv 1711.00937), and SimVQ (arXiv 2411.02038): a frozen codebook behind a linear map."""
+"""The plain vector quantizer (arXiv 1711.00937), and SimVQ (arXiv 2411.02038): frozen codes behind a linear map."""
 
 from dataclasses import dataclass
 
