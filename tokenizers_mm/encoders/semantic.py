@@ -50,6 +50,8 @@ class SemanticEncoder(nn.Module):
             self.tower.norm = nn.Identity()
         self.dim = int(self.tower.num_features)  # type: ignore[arg-type]
         if config.mean is not None and config.std is not None:
+            self.mean: Tensor
+            self.std: Tensor
             self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 

@@ -16,7 +16,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     TOKENIZERS_MM_ATTENTION=xformers uses its kernel on CUDA tensors without a mask, where that package is installed.
     """
     if mask is None and q.is_cuda and os.environ.get(_BACKEND) == "xformers":
-        import xformers.ops
+        import xformers.ops  # pyright: ignore[reportMissingImports]
 
         heads_last = (x.transpose(1, 2) for x in (q, k, v))
         return xformers.ops.memory_efficient_attention(*heads_last).transpose(1, 2)

@@ -49,7 +49,7 @@ class TokenFlowOutput:
     quantized: Quantized
 
 
-class TokenFlow(ImageTokenizer):
+class TokenFlow(ImageTokenizer[ImageCodes]):
     """The composed tokenizer; `from_config` builds the parts."""
 
     family = "tokenflow"
@@ -134,17 +134,17 @@ class TokenFlow(ImageTokenizer):
         height, width = x.shape[-2:]
         return ImageCodes(ids, height, width, self.streams(height, width))
 
-    def vectors(self, codes: ImageCodes) -> Tensor:  # type: ignore[override]
+    def vectors(self, codes: ImageCodes) -> Tensor:
         return self.quantizer.look_up(codes.ids).to(self.dtype)
 
-    def decode(self, codes: ImageCodes) -> Tensor:  # type: ignore[override]
+    def decode(self, codes: ImageCodes) -> Tensor:
         return self.decode_pixels(self.vectors(codes))
 
     @torch.no_grad()
     def features(self, images_or_codes: object) -> Tensor:
         """[B, h * w, D]: the sum over all scales of the upsampled codes, both parts (section 3.4 of the paper)."""
         codes = images_or_codes if isinstance(images_or_codes, ImageCodes) else self.encode(images_or_codes)
-        return self.vectors(codes).flatten(1, 2)  # type: ignore[arg-type]
+        return self.vectors(codes).flatten(1, 2)
 
 
 def _resize(x: Tensor, size: tuple[int, int] | None) -> Tensor:
