@@ -80,9 +80,8 @@ def _restore(state: TrainState, data: dict[str, Any]) -> None:
     networks = _networks(state)
     expected = {"step", "seconds", "counts", "generator", "rng", *networks}
     if data.keys() != expected:
-        raise ValueError(
-            f"checkpoint: expected the parts of this configuration, got a difference in {sorted(data.keys() ^ expected)}"
-        )
+        differing = sorted(data.keys() ^ expected)
+        raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {differing}")
     for name, thing in networks.items():
         try:
             thing.load_state_dict(data[name])
