@@ -51,12 +51,11 @@ def resume(state: TrainState) -> bool:
 
 def _networks(state: TrainState) -> dict[str, Any]:
     """All things with a state_dict, by name."""
-    unwrap = state.accelerator.unwrap_model
     things = {
-        "tokenizer": state.bare,
+        "tokenizer": state.tokenizer,
         "optimizer": state.optimizer,
-        "captions": None if state.objective.captions is None else unwrap(state.objective.captions),
-        "discriminator": None if state.discriminator is None else unwrap(state.discriminator),
+        "captions": state.objective.captions,
+        "discriminator": state.discriminator,
         "discriminator_optimizer": state.discriminator_optimizer,
         "ema": state.ema,
         "upkeep": state.upkeep,

@@ -184,7 +184,23 @@ def test_a_teacher_and_trainable_prefixes(tmp_path: Path) -> None:
     )
     state = run(config)
     assert read_log(tmp_path / "run" / "log.jsonl")[-1]["semantic"] > 0
-    fresh = build_state(config, Accelerator(cpu=True)).bare.state_dict()
-    for name, tensor in state.bare.state_dict().items():
+    fresh = build_state(config, Accelerator(cpu=True)).tokenizer.state_dict()
+    for name, tensor in state.tokenizer.state_dict().items():
         moved = not torch.equal(tensor, fresh[name])
         assert moved == name.startswith(("pixel_decoder.", "semantic_decoder.")) or not tensor.is_floating_point(), name
+
+
+def test_two_ranks_learn_as_one_with_a_batch_of_both(tmp_path: Path) -> None:
+    """Two processes of 4 samples and one of 8 see the same samples; counts of codes are of both."""
+    off = ["loss.semantic=none", "loss.weights.generator=0", "scale_drop=0", "loss.weights.entropy=0", "data.workers=0"]
+    off += ["upkeep.every=0", "accumulate=1", "steps=4", "log_every=1", "save_every=4", "optimizer.clip=100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "train"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    command = [*launch, DEBUG, *off, f"out={two}", "batch_size=4"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    run(debug(one, *off, "batch_size=8"))
+    a, b = read_log(one / "log.jsonl"), read_log(two / "log.jsonl")
+    assert [line["usage_shared"] for line in a[:2]] == [line["usage_shared"] for line in b[:2]]
+    for x, y in zip(a, b, strict=True):
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
