@@ -14,26 +14,20 @@ constexpr int64_t kCodesPerClaim = 64;
 
 template <class T>
 void sum_codes(const T* vectors, const std::vector<int64_t>& order, const int64_t* start, const int64_t* counts, int64_t d,
-               int64_t first, int64_t last, std::vector<double>* scratch, T* sums) {
-  double* total = scratch->data();
+               int64_t first, int64_t last, double* sums) {
   for (int64_t code = first; code < last; ++code) {
-    T* out = sums + code * d;
-    if (counts[code] == 0) {
-      std::fill(out, out + d, T{0});
-      continue;
-    }
+    double* total = sums + code * d;
     std::fill(total, total + d, 0.0);
     for (int64_t i = 0; i < counts[code]; ++i) {
       const T* row = vectors + order[start[code] + i] * d;
       for (int64_t j = 0; j < d; ++j) total[j] += static_cast<double>(row[j]);
     }
-    for (int64_t j = 0; j < d; ++j) out[j] = static_cast<T>(total[j]);
   }
 }
 
 }  // namespace
 
-int tmm_code_sums(const void* vectors, int dtype, const int64_t* ids, int64_t n, int64_t d, int64_t k, int64_t* counts, void* sums,
+int tmm_code_sums(const void* vectors, int dtype, const int64_t* ids, int64_t n, int64_t d, int64_t k, int64_t* counts, double* sums,
                   int threads) {
   try {
     std::fill(counts, counts + k, int64_t{0});
@@ -45,19 +39,18 @@ int tmm_code_sums(const void* vectors, int dtype, const int64_t* ids, int64_t n,
     for (int64_t code = 1; code < k; ++code) start[code] = start[code - 1] + counts[code - 1];
     next = start;
     for (int64_t i = 0; i < n; ++i) order[next[ids[i]]++] = i;
-    std::vector<std::vector<double>> scratch(std::max(threads, 1), std::vector<double>(d));
     std::atomic<int64_t> claim{0};
-    auto work = [&](int worker) {
+    auto work = [&](int) {
       for (;;) {
         const int64_t first = claim.fetch_add(kCodesPerClaim);
         if (first >= k) return;
         const int64_t last = std::min(k, first + kCodesPerClaim);
         if (dtype == TMM_F64) {
-          sum_codes(static_cast<const double*>(vectors), order, start.data(), counts, d, first, last, &scratch[worker],
-                    static_cast<double*>(sums));
+          sum_codes(static_cast<const double*>(vectors), order, start.data(), counts, d, first, last,
+                    sums);
         } else {
-          sum_codes(static_cast<const float*>(vectors), order, start.data(), counts, d, first, last, &scratch[worker],
-                    static_cast<float*>(sums));
+          sum_codes(static_cast<const float*>(vectors), order, start.data(), counts, d, first, last,
+                    sums);
         }
       }
     };

@@ -30,7 +30,6 @@ constexpr int64_t kProbeRows = 48;
 constexpr int64_t kGroupBudget = 1 << 18; // group maxima of a block, in int32
 constexpr int64_t kMaxInt8Dim = 8192;
 constexpr double kFarthest = 1e15;        // rows farther out than this many codebook radii are searched in full
-constexpr int kScaleSteps = 8;            // row scales are rounded up to powers of 2^(1/8), to need few bias tables
 
 struct Query {
   Codebook* book;
@@ -61,11 +60,11 @@ struct Stats {
   }
 };
 
-void store(const Query& query, int64_t row, const Best& best, const double* z) {
+// No finite distance: index 0 and NaN.
+void store(const Query& query, int64_t row, const Best& best) {
   query.ids[row] = best.index;
   if (!query.distance) return;
-  double d = best.distance;
-  if (!(d < kInfinity)) query.codes.distances(*query.book->isa, z, best.index, 1, &d);  // infinity or NaN: show which
+  const double d = best.distance < kInfinity ? best.distance : std::numeric_limits<double>::quiet_NaN();
   if (query.z.dtype == TMM_F64) {
     static_cast<double*>(query.distance)[row] = d;
   } else {
@@ -85,7 +84,7 @@ void score_range(const Query& query, const double* z, int64_t first, int64_t las
 void search_in_full(const Query& query, int64_t row, const double* z) {
   Best best;
   score_range(query, z, 0, query.book->k, &best);
-  store(query, row, best, z);
+  store(query, row, best);
 }
 
 // What is known of a row after packing it: score = unit * (integer - offset), or the float32 itself.
@@ -103,6 +102,8 @@ class BlockSearch {
         panel_(int64_t{isa_.lanes} * isa_.vectors) {
     span_ = std::max<int64_t>(1, (book_.panels * isa_.lanes * rows_ + kGroupBudget - 1) / kGroupBudget);
     groups_per_row_ = (book_.panels + span_ - 1) / span_ * isa_.lanes;
+    inverse_norm_ = 1 / (kInt16Norm - std::sqrt(static_cast<double>(book_.d)));
+    smallest_scale_ = std::max(book_.max_bias / (pack.scale * 536870000.0), 1e-30);
     x_.reset(book_.padded);
     words_.reset(book_.padded);
     tokens_.reset(rows_ * pack.steps);
@@ -163,18 +164,21 @@ class BlockSearch {
       std::memcpy(out + step * kTileRows, static_cast<const char*>(source) + 4 * step, 4);
   }
 
-  // s_x, and its place in the table of scales of this block.
+  // s_x, rounded up to one of eight values per octave so that few bias tables are needed, and its table in this block.
   float row_scale(double norm, double largest, int64_t r) {
-    double scale = rung_ == kInt8 ? largest / 127.0 : norm / (kInt16Norm - std::sqrt(static_cast<double>(book_.d)));
-    scale = std::max(scale, book_.max_bias / (pack_.scale * 536870000.0));
-    const int level = static_cast<int>(std::ceil(std::log2(scale) * kScaleSteps - 1e-9)) + kMaxLevels / 2;
-    const int slot = std::min(std::max(level, 0), kMaxLevels - 1);
-    const float rounded = static_cast<float>(std::exp2(static_cast<double>(slot - kMaxLevels / 2) / kScaleSteps) * (1 + 1e-6));
-    if (scale_slot_[slot] == 0xff) {
+    const double exact = rung_ == kInt8 ? largest * (1 / 127.0) : norm * inverse_norm_;
+    const float scale = static_cast<float>(std::max(exact, smallest_scale_));
+    uint32_t bits;
+    std::memcpy(&bits, &scale, 4);
+    bits = (bits >> 20) + 1;
+    const uint32_t rounded_bits = bits << 20;
+    float rounded;
+    std::memcpy(&rounded, &rounded_bits, 4);
+    if (scale_slot_[bits] == 0xff) {
       scales_[num_scales_] = static_cast<float>(1.0 / (static_cast<double>(rounded) * pack_.scale));
-      scale_slot_[slot] = static_cast<uint8_t>(num_scales_++);
+      scale_slot_[bits] = static_cast<uint8_t>(num_scales_++);
     }
-    scale_of_[r] = scale_slot_[slot];
+    scale_of_[r] = scale_slot_[bits];
     return rounded;
   }
 
@@ -235,10 +239,10 @@ class BlockSearch {
       for (int64_t i = 0; i < found; ++i)
         if (i != first && groups[list_[i]] >= threshold) score_group(list_[i], &best);
     }
-    if (keep) store(query_, row, best, z_.get());
+    if (keep) store(query_, row, best);
   }
 
-  static constexpr int kMaxLevels = 2048;  // covers 2^-128 .. 2^128
+  static constexpr int kScales = 2049;  // exponent and three bits of mantissa of a positive float32
   const Query& query_;
   const Codebook& book_;
   const Pack& pack_;
@@ -246,12 +250,13 @@ class BlockSearch {
   const int rung_;
   const int64_t rows_, panel_;
   int64_t span_, groups_per_row_;
+  double inverse_norm_, smallest_scale_;
   Buffer<float> x_;
   Buffer<int32_t> words_, tokens_, groups_, bias_table_, list_;
   Buffer<double> z_;
   RowState state_[kBlockRows];
   float scales_[kBlockRows];
-  uint8_t scale_slot_[kMaxLevels], scale_of_[kBlockRows];
+  uint8_t scale_slot_[kScales], scale_of_[kBlockRows];
   int num_scales_ = 0;
 };
 
@@ -343,7 +348,7 @@ Stats search_tree(const Query& query, const Tree& tree) {
         query.codes.distances(*book.isa, scratch.z.get(), code, 1, &d);
         best.take(d, code);
       }
-      store(query, row, best, scratch.z.get());
+      store(query, row, best);
     }
     return stats;
   });
@@ -444,6 +449,8 @@ int tmm_nearest_code(tmm_codebook* handle, const void* codes, const void* z, int
   if (!book || n < 0 || threads < 1) return TMM_BAD_ARGUMENT;
   if (n == 0) return TMM_OK;
   try {
+    const double work = static_cast<double>(n) * static_cast<double>(book->k) * static_cast<double>(book->d);
+    threads = std::min(threads, 1 + static_cast<int>(std::min(work / (1 << 19), 1e6)));
     const tmm::Query query{book, {codes, book->dtype, book->d}, {z, book->dtype, book->d}, n, ids, distance, threads};
     return tmm::search(query).stale ? TMM_STALE : TMM_OK;
   } catch (const std::bad_alloc&) {

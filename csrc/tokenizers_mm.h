@@ -45,7 +45,7 @@ TMM_API int tmm_nearest_code(tmm_codebook* codebook, const void* codes, const vo
 // counts[k] = #{i: ids[i] = k}; sums[k] = sum of those rows, added in the order of i in double precision.
 // TMM_BAD_ARGUMENT when an id is outside [0, k).
 TMM_API int tmm_code_sums(const void* vectors, int dtype, const int64_t* ids, int64_t n, int64_t d, int64_t k,
-                          int64_t* counts, void* sums, int threads);
+                          int64_t* counts, double* sums, int threads);
 
 #ifdef __cplusplus
 }
