@@ -48,9 +48,11 @@ struct Rows {
   RowStats centre(const Isa& isa, int64_t i, const float* mean, float scale, float* out) const {
     return dtype == TMM_F64 ? isa.centre_f64(f64(i), mean, scale, d, out) : isa.centre_f32(f32(i), mean, scale, d, out);
   }
-  // Squared distances from z to rows i .. i + n - 1, n <= 4.
-  void distances(const Isa& isa, const double* z, int64_t i, int n, double* out) const {
-    dtype == TMM_F64 ? isa.distances_f64(z, f64(i), n, d, out) : isa.distances_f32(z, f32(i), n, d, out);
+  // Scores rows first .. last - 1 against row i of `z`.
+  void score(const Isa& isa, const Rows& z, int64_t i, int64_t first, int64_t last, Best* best) const {
+    if (first >= last) return;
+    dtype == TMM_F64 ? isa.score_f64(z.f64(i), f64(first), last - first, d, first, best)
+                     : isa.score_f32(z.f32(i), f32(first), last - first, d, first, best);
   }
   void to_double(int64_t i, double* out) const {
     for (int64_t j = 0; j < d; ++j) out[j] = dtype == TMM_F64 ? f64(i)[j] : static_cast<double>(f32(i)[j]);

@@ -47,6 +47,11 @@ struct QuantStats {
   int32_t sum;      // sum of q
 };
 
+struct Best {
+  double distance;
+  int64_t index;
+};
+
 // Box tree over k codes: leaves of kLeaf codes, super boxes of kLeaf leaves. Bounds and leaves are [dim][kLeaf].
 struct TreeView {
   int dim;
@@ -71,13 +76,14 @@ struct Isa {
   int32_t (*largest)(const int32_t* values, int64_t n);
   // Positions of values >= threshold, at most `capacity` of them; returns how many there are in all.
   int64_t (*collect)(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity);
-  // out[i] = sum_j (z_j - codes[i][j])^2 for n <= 4 rows; eight partial sums, so every instruction set gives the same bits.
-  void (*distances_f32)(const double* z, const float* codes, int n, int64_t d, double* out);
-  void (*distances_f64)(const double* z, const double* codes, int n, int64_t d, double* out);
+  // Lowers `best` to the lexicographic minimum of itself and (|z - codes[i]|^2, first + i) for the n rows of codes (n <= 4 is
+  // fast). Eight partial sums in double precision, so that every instruction set gives the same bits; NaN never wins.
+  void (*score_f32)(const float* z, const float* codes, int64_t n, int64_t d, int64_t first, Best* best);
+  void (*score_f64)(const double* z, const double* codes, int64_t n, int64_t d, int64_t first, Best* best);
   // Slots (leaf * kLeaf + lane) whose code may be the nearest; returns how many there are in all, or -1 when float32 cannot
-  // tell (overflow, underflow, not a number). `visited` counts leaves.
-  int64_t (*tree_candidates)(const TreeView&, const float* z, float* scratch, int32_t* out, int64_t capacity,
-                             int64_t* visited);
+  // tell (overflow, underflow, not a number).
+  // scratch: floats for 2 * (supers + 2 * kLeaf) + (supers + 1) * kLeaf + capacity + kLeaf; out: capacity + kLeaf.
+  int64_t (*tree_candidates)(const TreeView&, const float* z, float* scratch, int32_t* out, int64_t capacity);
 };
 
 const Isa* avx512_isa();    // null where the compiler does not know it

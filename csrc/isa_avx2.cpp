@@ -43,8 +43,8 @@ const Isa* avx2_isa() {
                           {quantise<int8_t>, quantise<int16_t>},
                           largest,
                           collect,
-                          distances<float>,
-                          distances<double>,
+                          score<float>,
+                          score<double>,
                           tree_candidates};
   return &isa;
 }

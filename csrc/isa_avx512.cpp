@@ -185,34 +185,48 @@ int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* ou
 inline __m512d load8(const float* p, __mmask8 mask) { return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, p)); }
 inline __m512d load8(const double* p, __mmask8 mask) { return _mm512_maskz_loadu_pd(mask, p); }
 
-inline double fold(__m512d sum) {  // ((0+4)+(2+6)) + ((1+5)+(3+7)), as in the other instruction sets
-  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd(sum, 1));
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+inline __m256d halves(__m512d sum) { return _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd(sum, 1)); }
+
+template <class T>
+inline __m512d squared_gap(__m512d sum, __m512d z, const T* code, __mmask8 mask) {
+  const __m512d gap = _mm512_sub_pd(z, load8(code, mask));
+  return _mm512_add_pd(sum, _mm512_mul_pd(gap, gap));  // not fused: the same bits without FMA
 }
 
-template <int kCodes, class T>
-void distances_of(const double* z, const T* codes, int64_t d, double* out) {
-  __m512d sum[kCodes];
-#pragma GCC unroll 4
-  for (int c = 0; c < kCodes; ++c) sum[c] = _mm512_setzero_pd();
+// Distances to four codes; each is ((0+4)+(2+6)) + ((1+5)+(3+7)) of its partial sums, as in the other instruction sets.
+template <class T>
+inline __m256d four_distances(const T* z, const T* codes, const int64_t* offset, int64_t d) {
+  __m512d a = _mm512_setzero_pd(), b = a, c = a, e = a;
   for (int64_t i = 0; i < d; i += 8) {
     const __mmask8 mask = first8(d - i);
-    const __m512d x = _mm512_maskz_loadu_pd(mask, z + i);
-#pragma GCC unroll 4
-    for (int c = 0; c < kCodes; ++c) {
-      const __m512d gap = _mm512_sub_pd(x, load8(codes + c * d + i, mask));
-      sum[c] = _mm512_add_pd(sum[c], _mm512_mul_pd(gap, gap));  // not fused: the same bits without FMA
-    }
+    const __m512d x = load8(z + i, mask);
+    a = squared_gap(a, x, codes + offset[0] + i, mask);
+    b = squared_gap(b, x, codes + offset[1] + i, mask);
+    c = squared_gap(c, x, codes + offset[2] + i, mask);
+    e = squared_gap(e, x, codes + offset[3] + i, mask);
   }
-#pragma GCC unroll 4
-  for (int c = 0; c < kCodes; ++c) out[c] = fold(sum[c]);
+  const __m256d ha = halves(a), hb = halves(b), hc = halves(c), he = halves(e);
+  const __m256d even_ab = _mm256_unpacklo_pd(ha, hb), odd_ab = _mm256_unpackhi_pd(ha, hb);
+  const __m256d even_ce = _mm256_unpacklo_pd(hc, he), odd_ce = _mm256_unpackhi_pd(hc, he);
+  const __m256d zero = _mm256_permute2f128_pd(even_ab, even_ce, 0x20), two = _mm256_permute2f128_pd(even_ab, even_ce, 0x31);
+  const __m256d one = _mm256_permute2f128_pd(odd_ab, odd_ce, 0x20), three = _mm256_permute2f128_pd(odd_ab, odd_ce, 0x31);
+  return _mm256_add_pd(_mm256_add_pd(zero, two), _mm256_add_pd(one, three));
 }
 
 template <class T>
-void distances(const double* z, const T* codes, int n, int64_t d, double* out) {
-  if (n == 4) return distances_of<4>(z, codes, d, out);
-  for (int c = 0; c < n; ++c) distances_of<1>(z, codes + c * d, d, out + c);
+void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
+  for (int64_t i = 0; i < n; i += 4) {
+    const int64_t last = n - 1 - i;  // a short group repeats its last code, which changes no minimum
+    const int64_t offset[4] = {0, (last < 1 ? last : 1) * d, (last < 2 ? last : 2) * d, (last < 3 ? last : 3) * d};
+    __m256d distance = four_distances(z, codes + i * d, offset, d);
+    distance = _mm256_min_pd(distance, _mm256_set1_pd(__builtin_inf()));  // NaN becomes infinity
+    __m256d least = _mm256_min_pd(distance, _mm256_permute4x64_pd(distance, 0x4e));
+    least = _mm256_min_pd(least, _mm256_permute_pd(least, 5));
+    const int lane = __builtin_ctz(_mm256_movemask_pd(_mm256_cmp_pd(distance, least, _CMP_EQ_OQ)));
+    const double d2 = _mm256_cvtsd_f64(least);
+    const int64_t index = first + i + lane;
+    if (d2 < best->distance || (d2 == best->distance && index < best->index)) *best = {d2, index};
+  }
 }
 
 inline __m512 box_bound(const float* bounds, const __m512* z, int dim) {  // squared distance to 16 boxes, lower bound
@@ -235,65 +249,30 @@ inline __m512 leaf_distances(const float* codes, const __m512* z, int dim) {
   return sum;
 }
 
-struct TreeSearch {
-  const TreeView& tree;
-  const __m512* z;
-  int dim;
-  float best, reach;  // smallest float32 distance so far; reach = best * (1 + slack)
-  int32_t* slots;     // provisional candidates and their distances
-  float* found;
-  int64_t capacity, count, visited;
-
-  void score(int64_t leaf) {
-    const __m512 d2 = leaf_distances(tree.leaf_codes + leaf * dim * kLeaf, z, dim);
-    __mmask16 near = _mm512_cmp_ps_mask(d2, _mm512_set1_ps(reach), _CMP_LE_OQ);
-    ++visited;
-    if (!near) return;
-    const float least = _mm512_reduce_min_ps(d2);
-    if (least < best) {
-      best = least;
-      reach = best * tree.slack;
-      near = _mm512_cmp_ps_mask(d2, _mm512_set1_ps(reach), _CMP_LE_OQ);
-    }
-    alignas(64) float value[kLeaf];
-    _mm512_store_ps(value, d2);
-    for (unsigned mask = near; mask; mask &= mask - 1, ++count) {
-      const int lane = __builtin_ctz(mask);
-      if (count >= capacity) continue;
-      slots[count] = static_cast<int32_t>(leaf * kLeaf + lane);
-      found[count] = value[lane];
-    }
-  }
-
-  void super(int64_t box, int64_t skip) {
-    const __m512 bound = box_bound(tree.leaf_bounds + box * 2 * dim * kLeaf, z, dim);
-    alignas(64) float value[kLeaf];
-    unsigned near = _mm512_cmp_ps_mask(bound, _mm512_set1_ps(reach), _CMP_LE_OQ);
-    if (!near) return;
-    _mm512_store_ps(value, bound);
-    for (; near; near &= near - 1) {
-      const int lane = __builtin_ctz(near);
-      const int64_t leaf = box * kLeaf + lane;
-      if (value[lane] <= reach && leaf != skip) score(leaf);
-    }
-  }
-};
-
 inline int lowest_lane(__m512 v, float* least) {
   *least = _mm512_reduce_min_ps(v);
   return __builtin_ctz(_mm512_cmp_ps_mask(v, _mm512_set1_ps(*least), _CMP_LE_OQ) | 0x10000u);
 }
 
-int64_t tree_candidates(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity,
-                        int64_t* visited) {
-  const int dim = tree.dim;
-  __m512 z[kMaxTreeDim];
-  for (int j = 0; j < dim; ++j) z[j] = _mm512_set1_ps(point[j]);
-  const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf;
+// Appends base + lane for the lanes of `mask`; writes up to 16 values past the end.
+inline int64_t append(int32_t* list, int64_t count, __m512i base, __mmask16 mask) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(base, lanes)));
+  return count + __builtin_popcount(mask);
+}
+
+// Few branches depend on the data: first the super boxes in reach are listed, then their leaves, then the leaves are scored.
+template <int kDim>
+int64_t tree_search(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
+  __m512 z[kDim];
+  for (int j = 0; j < kDim; ++j) z[j] = _mm512_set1_ps(point[j]);
+  const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf, box_size = 2 * kDim * kLeaf;
+  int32_t* supers = reinterpret_cast<int32_t*>(scratch + blocks * kLeaf);
+  int32_t* leaves = supers + (blocks + 1) * kLeaf;
   __m512 nearest = _mm512_set1_ps(__builtin_inff());
   __m512i where = _mm512_setzero_si512();
   for (int64_t b = 0; b < blocks; ++b) {
-    const __m512 bound = box_bound(tree.super_bounds + b * 2 * dim * kLeaf, z, dim);
+    const __m512 bound = box_bound(tree.super_bounds + b * box_size, z, kDim);
     _mm512_store_ps(scratch + b * kLeaf, bound);
     const __mmask16 less = _mm512_cmp_ps_mask(bound, nearest, _CMP_LT_OQ);
     nearest = _mm512_mask_mov_ps(nearest, less, bound);
@@ -301,30 +280,62 @@ int64_t tree_candidates(const TreeView& tree, const float* point, float* scratch
   }
   float least;
   const int lane = lowest_lane(nearest, &least);
-  if (lane >= kLeaf || !(least < __builtin_inff())) return -1;
+  if (lane >= kLeaf) return -1;
   alignas(64) int32_t position[kLeaf];
   _mm512_store_si512(position, where);
   const int64_t home = static_cast<int64_t>(position[lane]) * kLeaf + lane;
-  TreeSearch search{tree, z, dim, __builtin_inff(), __builtin_inff(), out, scratch + blocks * kLeaf, capacity, 0, 0};
-  const int start = lowest_lane(box_bound(tree.leaf_bounds + home * 2 * dim * kLeaf, z, dim), &least);
-  const int64_t first_leaf = home * kLeaf + (start < kLeaf ? start : 0);
-  search.score(first_leaf);
-  search.super(home, first_leaf);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m512 bound = _mm512_load_ps(scratch + b * kLeaf);
-    unsigned near = _mm512_cmp_ps_mask(bound, _mm512_set1_ps(search.reach), _CMP_LE_OQ);
-    for (; near; near &= near - 1) {
-      const int64_t box = b * kLeaf + __builtin_ctz(near);
-      if (box != home && box < tree.supers && scratch[box] <= search.reach) search.super(box, -1);
-    }
+  const int start = lowest_lane(box_bound(tree.leaf_bounds + home * box_size, z, kDim), &least);
+  if (start >= kLeaf) return -1;
+  const int64_t leaf_size = kDim * kLeaf;
+  float best = _mm512_reduce_min_ps(leaf_distances(tree.leaf_codes + (home * kLeaf + start) * leaf_size, z, kDim));
+  if (!(best < 1e30f)) return -1;
+
+  __m512 reach = _mm512_set1_ps(best * tree.slack);
+  int64_t near_supers = 0, near_leaves = 0;
+  for (int64_t b = 0; b < blocks; ++b)
+    near_supers = append(supers, near_supers, _mm512_set1_epi32(static_cast<int>(b * kLeaf)),
+                         _mm512_cmp_ps_mask(_mm512_load_ps(scratch + b * kLeaf), reach, _CMP_LE_OQ));
+  for (int64_t i = 0; i < near_supers; ++i) {
+    const int64_t box = supers[i];
+    const __m512 bound = box_bound(tree.leaf_bounds + box * box_size, z, kDim);
+    near_leaves = append(leaves, near_leaves, _mm512_set1_epi32(static_cast<int>(box * kLeaf)),
+                         _mm512_cmp_ps_mask(bound, reach, _CMP_LE_OQ));
   }
-  *visited += search.visited;
-  if (!(search.best > 1e-30f) || !(search.best < 1e30f)) return -1;
-  if (search.count > capacity) return search.count;
+
+  int64_t count = 0;
+  float* found = reinterpret_cast<float*>(leaves + (tree.supers + 1) * kLeaf);
+  for (int64_t i = 0; i < near_leaves; ++i) {
+    const int64_t leaf = leaves[i];
+    const __m512 d2 = leaf_distances(tree.leaf_codes + leaf * leaf_size, z, kDim);
+    __mmask16 near = _mm512_cmp_ps_mask(d2, reach, _CMP_LE_OQ);
+    if (!near) continue;
+    least = _mm512_reduce_min_ps(d2);
+    if (least < best) {
+      best = least;
+      reach = _mm512_set1_ps(best * tree.slack);
+      near = _mm512_cmp_ps_mask(d2, reach, _CMP_LE_OQ);
+    }
+    if (count + kLeaf > capacity) return capacity + 1;
+    append(out, count, _mm512_set1_epi32(static_cast<int>(leaf * kLeaf)), near);
+    _mm512_storeu_ps(found + count, _mm512_maskz_compress_ps(near, d2));
+    count += __builtin_popcount(near);
+  }
+  if (!(best > 1e-30f)) return -1;
+  const float limit = best * tree.slack;
   int64_t kept = 0;
-  for (int64_t i = 0; i < search.count; ++i)
-    if (search.found[i] <= search.reach) out[kept++] = out[i];
+  for (int64_t i = 0; i < count; ++i)
+    if (found[i] <= limit) out[kept++] = out[i];
   return kept;
+}
+
+int64_t tree_candidates(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
+  switch (tree.dim) {
+#define TMM_TREE(dim) case dim: return tree_search<dim>(tree, point, scratch, out, capacity);
+    TMM_TREE(1) TMM_TREE(2) TMM_TREE(3) TMM_TREE(4) TMM_TREE(5) TMM_TREE(6)
+    TMM_TREE(7) TMM_TREE(8) TMM_TREE(9) TMM_TREE(10) TMM_TREE(11) TMM_TREE(12)
+#undef TMM_TREE
+  }
+  return -1;
 }
 
 const Isa kIsa = {"avx512_vnni",
@@ -337,8 +348,8 @@ const Isa kIsa = {"avx512_vnni",
                   {quantise<true>, quantise<false>},
                   largest,
                   collect,
-                  distances<float>,
-                  distances<double>,
+                  score<float>,
+                  score<double>,
                   tree_candidates};
 
 }  // namespace

@@ -143,20 +143,21 @@ int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* ou
 }
 
 template <class T>
-void distances(const double* z, const T* codes, int n, int64_t d, double* out) {
-  for (int c = 0; c < n; ++c, codes += d) {
+void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
+  for (int64_t c = 0; c < n; ++c, codes += d) {
     double sum[8] = {};
     int64_t i = 0;
     for (; i + 8 <= d; i += 8)
       for (int lane = 0; lane < 8; ++lane) {
-        const double gap = z[i + lane] - static_cast<double>(codes[i + lane]);
+        const double gap = static_cast<double>(z[i + lane]) - static_cast<double>(codes[i + lane]);
         sum[lane] += gap * gap;
       }
     for (int lane = 0; i < d; ++i, ++lane) {
-      const double gap = z[i] - static_cast<double>(codes[i]);
+      const double gap = static_cast<double>(z[i]) - static_cast<double>(codes[i]);
       sum[lane] += gap * gap;
     }
-    out[c] = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+    const double d2 = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+    if (d2 < best->distance || (d2 == best->distance && first + c < best->index)) *best = {d2, first + c};
   }
 }
 
@@ -186,12 +187,11 @@ struct TreeSearch {
   float best, reach;  // smallest float32 distance so far; reach = best * slack
   int32_t* slots;     // provisional candidates and their distances
   float* found;
-  int64_t capacity, count, visited;
+  int64_t capacity, count;
 
   void score(int64_t leaf) {
     float value[kLeaf];
     leaf_distances(tree.leaf_codes + leaf * tree.dim * kLeaf, z, tree.dim, value);
-    ++visited;
     for (int lane = 0; lane < kLeaf; ++lane) {
       if (!(value[lane] <= reach)) continue;
       if (value[lane] < best) {
@@ -214,7 +214,7 @@ struct TreeSearch {
   }
 };
 
-int64_t tree_candidates(const TreeView& tree, const float* z, float* scratch, int32_t* out, int64_t capacity, int64_t* visited) {
+int64_t tree_candidates(const TreeView& tree, const float* z, float* scratch, int32_t* out, int64_t capacity) {
   const int dim = tree.dim;
   const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf;
   int64_t home = -1;
@@ -226,12 +226,11 @@ int64_t tree_candidates(const TreeView& tree, const float* z, float* scratch, in
   box_bounds(tree.leaf_bounds + home * 2 * dim * kLeaf, z, dim, value);
   int start = 0;
   for (int lane = 1; lane < kLeaf; ++lane) start = value[lane] < value[start] ? lane : start;
-  TreeSearch search{tree, z, __builtin_inff(), __builtin_inff(), out, scratch + blocks * kLeaf, capacity, 0, 0};
+  TreeSearch search{tree, z, __builtin_inff(), __builtin_inff(), out, scratch + blocks * kLeaf, capacity, 0};
   search.score(home * kLeaf + start);
   search.super(home, home * kLeaf + start);
   for (int64_t box = 0; box < tree.supers; ++box)
     if (scratch[box] <= search.reach && box != home) search.super(box, -1);
-  *visited += search.visited;
   if (!(search.best > 1e-30f) || !(search.best < 1e30f)) return -1;
   if (search.count > capacity) return search.count;
   int64_t kept = 0;

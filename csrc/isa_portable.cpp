@@ -16,8 +16,8 @@ const Isa* portable_isa() {
                           {quantise<int8_t>, quantise<int16_t>},
                           largest,
                           collect,
-                          distances<float>,
-                          distances<double>,
+                          score<float>,
+                          score<double>,
                           tree_candidates};
   return &isa;
 }

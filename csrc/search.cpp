@@ -40,22 +40,14 @@ struct Query {
   int threads;
 };
 
-struct Best {
-  double distance = kInfinity;
-  int64_t index = 0;
-  void take(double d, int64_t i) {
-    if (d < distance || (d == distance && i < index)) distance = d, index = i;
-  }
-};
+constexpr Best kNothing = {kInfinity, 0};
 
 struct Stats {
   int64_t rows = 0, codes = 0;  // rows searched; codes scored in double precision for them
-  int64_t leaves = 0;           // box tree: leaves visited
   bool stale = false;
   void add(const Stats& other) {
     rows += other.rows;
     codes += other.codes;
-    leaves += other.leaves;
     stale = stale || other.stale;
   }
 };
@@ -72,18 +64,9 @@ void store(const Query& query, int64_t row, const Best& best) {
   }
 }
 
-void score_range(const Query& query, const double* z, int64_t first, int64_t last, Best* best) {
-  double d[4];
-  for (int64_t i = first; i < last; i += 4) {
-    const int n = static_cast<int>(std::min<int64_t>(4, last - i));
-    query.codes.distances(*query.book->isa, z, i, n, d);
-    for (int j = 0; j < n; ++j) best->take(d[j], i + j);
-  }
-}
-
-void search_in_full(const Query& query, int64_t row, const double* z) {
-  Best best;
-  score_range(query, z, 0, query.book->k, &best);
+void search_in_full(const Query& query, int64_t row) {
+  Best best = kNothing;
+  query.codes.score(*query.book->isa, query.z, row, 0, query.book->k, &best);
   store(query, row, best);
 }
 
@@ -109,7 +92,6 @@ class BlockSearch {
     tokens_.reset(rows_ * pack.steps);
     groups_.reset(rows_ * groups_per_row_);
     bias_table_.reset(rows_ * panel_);
-    z_.reset(book_.d);
     list_.reset(kCapacity);
   }
 
@@ -202,16 +184,15 @@ class BlockSearch {
     return bits ^ ((bits >> 31) & 0x7fffffff);
   }
 
-  void score_group(int32_t group, Best* best) const {
+  void score_group(int64_t row, int32_t group, Best* best) const {
     const int64_t block = group / isa_.lanes, lane = group % isa_.lanes;
     for (int64_t panel = block * span_; panel < std::min(book_.panels, (block + 1) * span_); ++panel) {
       const int64_t first = panel * panel_ + lane * isa_.vectors;
-      score_range(query_, z_.get(), first, std::min(book_.k, first + isa_.vectors), best);
+      query_.codes.score(isa_, query_.z, row, first, std::min(book_.k, first + isa_.vectors), best);
     }
   }
 
   void select(int64_t row, int64_t r, bool keep, Stats* stats) {
-    query_.z.to_double(row, z_.get());
     const RowState& state = state_[r];
     const int32_t* groups = groups_.get() + r * groups_per_row_;
     int64_t found = kCapacity + 1;
@@ -224,20 +205,20 @@ class BlockSearch {
     const int64_t group_codes = isa_.vectors * span_;
     stats->codes += found > kCapacity ? book_.k : found * group_codes;
     if (found > kCapacity) {
-      if (keep) search_in_full(query_, row, z_.get());
+      if (keep) search_in_full(query_, row);
       return;
     }
-    Best best;
+    Best best = kNothing;
     int64_t first = 0;
     while (groups[list_[first]] != top) ++first;
-    score_group(list_[first], &best);
+    score_group(row, list_[first], &best);
     const double score = 0.5 * (state.norm2 - best.distance * book_.scale * book_.scale);
     // The same inequality, the other way round: it can only fail when the codebook is not the one that was packed.
     if (!(std::fabs(score - score_of(top, state)) <= state.bound)) stats->stale = true;
     if (found > 1) {
       const int32_t threshold = threshold_for(score - state.bound, state);
       for (int64_t i = 0; i < found; ++i)
-        if (i != first && groups[list_[i]] >= threshold) score_group(list_[i], &best);
+        if (i != first && groups[list_[i]] >= threshold) score_group(row, list_[i], &best);
     }
     if (keep) store(query_, row, best);
   }
@@ -253,7 +234,6 @@ class BlockSearch {
   double inverse_norm_, smallest_scale_;
   Buffer<float> x_;
   Buffer<int32_t> words_, tokens_, groups_, bias_table_, list_;
-  Buffer<double> z_;
   RowState state_[kBlockRows];
   float scales_[kBlockRows];
   uint8_t scale_slot_[kScales], scale_of_[kBlockRows];
@@ -305,10 +285,9 @@ Stats search_rung(const Query& query, const Pack& pack, int rung) {
 
 Stats search_all_in_full(const Query& query) {
   return over_blocks(
-      query, 1, [&] { return std::make_unique<Buffer<double>>(query.book->d); },
-      [&](Buffer<double>& z, int64_t first, int64_t) {
-        query.z.to_double(first, z.get());
-        search_in_full(query, first, z.get());
+      query, 1, [] { return std::make_unique<int>(); },
+      [&](int, int64_t first, int64_t) {
+        search_in_full(query, first);
         return Stats{};
       });
 }
@@ -316,7 +295,6 @@ Stats search_all_in_full(const Query& query) {
 struct TreeScratch {
   Buffer<float> bounds;
   Buffer<int32_t> slots;
-  Buffer<double> z;
 };
 
 Stats search_tree(const Query& query, const Tree& tree) {
@@ -324,9 +302,8 @@ Stats search_tree(const Query& query, const Tree& tree) {
   const int64_t supers = (tree.view.supers + kLeaf - 1) / kLeaf * kLeaf;
   const auto make = [&] {
     auto scratch = std::make_unique<TreeScratch>();
-    scratch->bounds.reset(supers + kCapacity);
-    scratch->slots.reset(kCapacity);
-    scratch->z.reset(book.d);
+    scratch->bounds.reset(2 * (supers + kLeaf) + (tree.view.supers + 1) * kLeaf + kCapacity + kLeaf);
+    scratch->slots.reset(kCapacity + kLeaf);
     return scratch;
   };
   return over_blocks(query, std::min<int64_t>(256, (query.n + query.threads - 1) / query.threads), make,
@@ -334,19 +311,16 @@ Stats search_tree(const Query& query, const Tree& tree) {
     Stats stats;
     stats.rows = last - first;
     for (int64_t row = first; row < last; ++row) {
-      query.z.to_double(row, scratch.z.get());
       const int64_t found = book.isa->tree_candidates(tree.view, query.z.f32(row), scratch.bounds.get(), scratch.slots.get(),
-                                                      kCapacity, &stats.leaves);
+                                                      kCapacity);
       if (found <= 0 || found > kCapacity) {
-        search_in_full(query, row, scratch.z.get());
+        search_in_full(query, row);
         continue;
       }
-      Best best;
+      Best best = kNothing;
       for (int64_t i = 0; i < found; ++i) {
         const int32_t code = tree.index[scratch.slots[i]];
-        double d;
-        query.codes.distances(*book.isa, scratch.z.get(), code, 1, &d);
-        best.take(d, code);
+        query.codes.score(*book.isa, query.z, row, code, code + 1, &best);
       }
       store(query, row, best);
     }
@@ -408,7 +382,7 @@ Stats search_ladder(const Query& query) {
   }
 }
 
-// Box tree for few dimensions; where it might not pay, only if a sample of rows visits few leaves.
+// The box tree wins for few dimensions; from about ten on it visits too many leaves.
 bool wants_tree(const Query& query) {
   const Codebook& book = *query.book;
   return query.z.dtype == TMM_F32 && book.d <= 8 && book.usable >= 512;

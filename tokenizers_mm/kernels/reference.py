@@ -35,7 +35,8 @@ def nearest_code(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         scores = torch.addmm(norms[None], query - centre, codes.T, alpha=-2.0)
         size = (query - centre).square().sum(1) + torch.where(usable, norms, 0.0).max()
         band = scores.min(1).values + BAND * (codebook.shape[1] + 8) * size
-        ids[tile], distances[tile] = _decide(query, safe, (scores <= band[:, None]) | ~torch.isfinite(band)[:, None] & usable)
+        near = (scores <= band[:, None]) | ~torch.isfinite(band)[:, None]
+        ids[tile], distances[tile] = _decide(query, safe, near & usable)
     return ids, distances
 
 
