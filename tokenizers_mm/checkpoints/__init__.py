@@ -1,0 +1,1 @@
+"""Our format, and one key map per upstream format."""

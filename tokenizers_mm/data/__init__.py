@@ -1,0 +1,1 @@
+"""Images from files, photographs that come with packages, rendered scenes."""

@@ -1,0 +1,1 @@
+"""Vectors to images and features."""

@@ -1,0 +1,81 @@
+"""Convolutional pixel decoder, codes to image: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_mm.layers.conv import Level, Middle, NormFactory, Resampling, Upsample
+from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm
+
+
+@dataclass(frozen=True)
+class PixelDecoderConfig:
+    """Sizes of the decoder, the mirror of `PixelEncoderConfig`; every level has `num_blocks + 1` residual blocks.
+
+    context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
+    head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
+    """
+
+    in_channels: int
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_blocks: int = 2
+    attention_levels: tuple[int, ...] = (4,)
+    middle: bool = True
+    head_patch: int = 1
+    resampling: Resampling = "conv"
+    context_channels: int | None = None
+    num_groups: int = 32
+
+
+class PixelDecoder(nn.Module):
+    """z [B, C, h, w] (and, when conditioned, codes [B, context_channels, h, w]) -> image [B, 3, H, W].
+
+    The image is not clamped.
+    """
+
+    def __init__(self, config: PixelDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        norm = _norm_factory(config)
+        widths = [config.channels * m for m in config.multipliers]
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.middle = Middle(width, norm) if config.middle else None
+        self.levels = nn.ModuleList()  # coarse to fine
+        for index in reversed(range(len(widths))):
+            self.levels.append(
+                Level(
+                    (width, *[widths[index]] * (config.num_blocks + 1)),
+                    norm,
+                    attend=index in config.attention_levels,
+                    resample=Upsample(widths[index], config.resampling) if index > 0 else None,
+                )
+            )
+            width = widths[index]
+        self.norm_out = norm(width)
+        self.conv_out = nn.Conv2d(width, 3 * config.head_patch**2, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight whose gradient norms balance the adversarial term (VQGAN, eq. 7)."""
+        return self.conv_out.weight  # type: ignore[return-value]
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.conv_in(z)
+        if self.config.resampling == "dc":
+            h = h + z.repeat_interleave(h.shape[1] // z.shape[1], dim=1)
+        if self.middle is not None:
+            h = self.middle(h, context)
+        for level in self.levels:
+            h = level(h, context)
+        h = self.conv_out(F.silu(self.norm_out(h, context)))
+        return F.pixel_shuffle(h, self.config.head_patch)
+
+
+def _norm_factory(config: PixelDecoderConfig) -> NormFactory:
+    context_channels = config.context_channels
+    if context_channels is None:
+        return lambda channels: GroupNorm(channels, config.num_groups)
+    return lambda channels: SpatialNorm(channels, context_channels, config.num_groups)

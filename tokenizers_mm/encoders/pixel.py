@@ -1,0 +1,73 @@
+"""Convolutional pixel encoder, image to features: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_mm.layers.conv import Downsample, Level, Middle, Resampling
+from tokenizers_mm.layers.norm import GroupNorm
+
+
+@dataclass(frozen=True)
+class PixelEncoderConfig:
+    """Sizes of the encoder; the factor is `stem_patch * 2 ** (len(multipliers) - 1)`.
+
+    stem_patch: 1 starts with a 3x3 convolution; p > 1 with a p x p convolution of stride p, for small machines.
+    attention_levels: indices of levels (0 is the finest) with attention after each residual block.
+    resampling: "dc" adds DC-AE shortcuts at every change of size and at the output.
+    """
+
+    out_channels: int
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_blocks: int = 2
+    attention_levels: tuple[int, ...] = (4,)
+    middle: bool = True
+    stem_patch: int = 1
+    resampling: Resampling = "conv"
+    num_groups: int = 32
+
+
+class PixelEncoder(nn.Module):
+    """x [B, 3, H, W] in [-1, 1] -> features [B, C, H / factor, W / factor]."""
+
+    def __init__(self, config: PixelEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.factor = config.stem_patch * 2 ** (len(config.multipliers) - 1)
+
+        def norm(channels: int) -> nn.Module:
+            return GroupNorm(channels, config.num_groups)
+
+        patch = config.stem_patch
+        if patch == 1:
+            self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        else:
+            self.conv_in = nn.Conv2d(3, config.channels, patch, stride=patch)
+        widths = [config.channels * m for m in config.multipliers]
+        self.levels = nn.ModuleList()
+        width = config.channels
+        for index, level_width in enumerate(widths):
+            last = index == len(widths) - 1
+            self.levels.append(
+                Level(
+                    (width, *[level_width] * config.num_blocks),
+                    norm,
+                    attend=index in config.attention_levels,
+                    resample=None if last else Downsample(level_width, config.resampling),
+                )
+            )
+            width = level_width
+        self.middle = Middle(width, norm) if config.middle else nn.Identity()
+        self.norm_out = norm(width)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.levels:
+            h = level(h)
+        h = F.silu(self.norm_out(self.middle(h)))
+        if self.config.resampling == "dc":
+            return self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
+        return self.conv_out(h)

@@ -1,0 +1,1 @@
+"""Models as graphs: torch.export and ONNX."""

@@ -1,0 +1,1 @@
+"""The mathematics: stateless functions; every formula has one home here."""

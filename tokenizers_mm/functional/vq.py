@@ -1,0 +1,69 @@
+"""Vector quantization: straight-through values and the loss terms.
+
+Source: van den Oord et al., Neural Discrete Representation Learning (arXiv 1711.00937), eq. 3; Zhu et al., Addressing
+Representation Collapse in Vector Quantized Models with One Linear Layer (SimVQ, arXiv 2411.02038); Fifty et al.,
+Restructuring Vector Quantization with the Rotation Trick (arXiv 2410.06424), section 4.
+"""
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tokenizers_mm.types import VQTerms
+
+ENTROPY_TILE = 1 << 22
+"""Probabilities held at a time by `codebook_entropy`: 16 MB in float32."""
+
+
+def straight_through(z: Float[Tensor, "*n d"], vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    """The value of `vectors` with the gradient of `z`."""
+    return z + (vectors - z).detach()
+
+
+def rotate_to(z: Float[Tensor, "*n d"], vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    """The value of `vectors`; the gradient passes to `z` through the rotation and scaling that takes z to them."""
+    norm_z, norm_v = z.norm(dim=-1, keepdim=True), vectors.norm(dim=-1, keepdim=True)
+    from_unit = (z / norm_z.clamp_min(1e-6)).detach()
+    to_unit = (vectors / norm_v.clamp_min(1e-6)).detach()
+    middle = F.normalize(from_unit + to_unit, dim=-1, eps=1e-6)
+    rotated = z - 2 * (z * middle).sum(-1, keepdim=True) * middle + 2 * (z * from_unit).sum(-1, keepdim=True) * to_unit
+    return rotated * (norm_v / norm_z.clamp_min(1e-6)).detach()
+
+
+def vq_terms(z: Float[Tensor, "*n d"], vectors: Float[Tensor, "*n d"], entropy: Tensor | None = None) -> VQTerms:
+    """Unweighted terms, means over all elements: `codebook` moves only the codes, `commitment` only the encoder."""
+    return VQTerms(
+        codebook=(vectors - z.detach()).square().mean(),
+        commitment=(vectors.detach() - z).square().mean(),
+        entropy=z.new_zeros(()) if entropy is None else entropy,
+    )
+
+
+def codebook_entropy(
+    z: Float[Tensor, "n d"], codebook: Float[Tensor, "k d"], temperature: float, eps: float = 1e-5
+) -> Float[Tensor, ""]:
+    """Mean entropy of the soft assignments minus the entropy of their mean (low: certain, and all codes used).
+
+    p = softmax(-||z - c||^2 / temperature); log(mean p + eps) as in the LFQ family (arXiv 2310.05737, section 3.1).
+    Tokens go through in tiles that are recomputed in the backward pass, so no N x K matrix is kept.
+    """
+    rows = max(1, ENTROPY_TILE // codebook.shape[0])
+    total, mean = z.new_zeros(()), z.new_zeros(codebook.shape[0])
+    for tile in z.split(rows):
+        entropy, probability = checkpoint(_tile_entropy, tile, codebook, temperature, use_reentrant=False)
+        total, mean = total + entropy, mean + probability
+    mean = mean / z.shape[0]
+    return total / z.shape[0] + (mean * (mean + eps).log()).sum()
+
+
+def _tile_entropy(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+    log_p = F.log_softmax(-distances / temperature, dim=-1)
+    p = log_p.exp()
+    return -(p * log_p).sum(), p.sum(0)
+
+
+def look_up(codebook: Float[Tensor, "k d"], ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:
+    """Rows of the codebook; the gradient is added up per code."""
+    return F.embedding(ids, codebook)

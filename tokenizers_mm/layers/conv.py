@@ -1,0 +1,117 @@
+"""Blocks of the convolutional encoders and decoders (VQGAN, arXiv 2012.09841; DC shortcuts: DC-AE, arXiv 2410.10733).
+
+Every block takes (x, context); the context reaches the norms that want it (see `layers.norm`).
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_mm.layers.attention import attention
+
+NormFactory = Callable[[int], nn.Module]
+Resampling = Literal["conv", "dc"]
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, plus the input (through a 1x1 convolution when the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: NormFactory) -> None:
+        super().__init__()
+        self.norm1 = norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x, context)))
+        h = self.conv2(F.silu(self.norm2(h, context)))
+        return self.shortcut(x) + h
+
+
+class ConvAttention(nn.Module):
+    """Single-head self-attention over all positions of a feature map, with 1x1 projections."""
+
+    def __init__(self, channels: int, norm: NormFactory) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.norm(x, context)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        h = attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])
+        return x + self.proj(h)
+
+
+class Downsample(nn.Module):
+    """Halve the size: a stride-2 convolution padded at the right and bottom (`conv`), or space-to-depth with an
+    average-pooled shortcut (`dc`)."""
+
+    def __init__(self, channels: int, how: Resampling) -> None:
+        super().__init__()
+        self.how = how
+        if how == "conv":
+            self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        else:
+            self.conv = nn.Conv2d(channels, channels // 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "conv":
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return F.pixel_unshuffle(self.conv(x), 2) + F.avg_pool2d(x, 2)
+
+
+class Upsample(nn.Module):
+    """Double the size: nearest neighbour and a convolution (`conv`), or depth-to-space with a nearest-neighbour
+    shortcut (`dc`)."""
+
+    def __init__(self, channels: int, how: Resampling) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(channels, channels if how == "conv" else 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if self.how == "conv":
+            return self.conv(larger)
+        return F.pixel_shuffle(self.conv(x), 2) + larger
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention when asked, then a change of size."""
+
+    def __init__(self, widths: tuple[int, ...], norm: NormFactory, attend: bool, resample: nn.Module | None) -> None:
+        """`widths` holds the input width and then the output width of every residual block."""
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(a, b, norm) for a, b in pairwise(widths))
+        self.attentions = nn.ModuleList(ConvAttention(b, norm) for b in widths[1:]) if attend else None
+        self.resample = resample
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x, context)
+            if self.attentions is not None:
+                x = self.attentions[index](x, context)
+        return x if self.resample is None else self.resample(x)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, norm: NormFactory) -> None:
+        super().__init__()
+        self.block1 = ResBlock(channels, channels, norm)
+        self.attention = ConvAttention(channels, norm)
+        self.block2 = ResBlock(channels, channels, norm)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.block2(self.attention(self.block1(x, context), context), context)

@@ -1,0 +1,1 @@
+"""The bridge to language models; it programs against models/base.py only."""

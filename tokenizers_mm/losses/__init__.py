@@ -1,0 +1,1 @@
+"""Networks and terms that exist for training only."""

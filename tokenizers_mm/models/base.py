@@ -1,0 +1,141 @@
+"""The abstract image tokenizer: all that training, evaluation, export and the language-model bridge know of a model."""
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm._images import Fit, check_images, fit_image, image_to_tensor, open_images, tensor_to_images
+from tokenizers_mm.models import saving
+from tokenizers_mm.types import ImageCodes, ImageLatents, Stream
+
+Codes = TypeVar("Codes", ImageCodes, ImageLatents)
+"""What a family encodes to: ids in grids, or continuous latents."""
+
+ImageInput = Any
+"""A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from: kept in config.json and printed on the model card."""
+
+    source: str = ""
+    license: str = ""
+    sha256: str = ""
+    notice: str = ""
+
+
+class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
+    """An image tokenizer: images to ids (or latents) and back.
+
+    A family gives `family`, `Config`, `from_config` and the abstract methods. Images are float [B, 3, H, W] in [-1, 1].
+    """
+
+    family: ClassVar[str]
+    Config: ClassVar[type]
+    config: Any
+    provenance: Provenance = Provenance()
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Any) -> "ImageTokenizer[Codes]":
+        """Build the parts and the tokenizer with random weights; nothing is downloaded."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int] | None:
+        """The one (height, width) that `encode` takes, or None where any multiple of `size_multiple` will do."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """Heights and widths must be multiples of this."""
+
+    @abstractmethod
+    def streams(self, height: int, width: int) -> tuple[Stream, ...]:
+        """The streams of ids of an image of this size; empty for a continuous tokenizer."""
+
+    @abstractmethod
+    def encode_tensor(self, x: Tensor) -> Codes:
+        """`encode` for a checked tensor [B, 3, H, W] on the tokenizer's device."""
+
+    @abstractmethod
+    def decode(self, codes: Codes) -> Tensor:
+        """Images float [B, 3, H, W], not clamped; differentiable where the model is."""
+
+    @abstractmethod
+    def vectors(self, codes: Codes) -> Tensor:
+        """Quantized vectors [B, h, w, D] on the decoder's grid; differentiable where the model is."""
+
+    @abstractmethod
+    def features(self, images_or_codes: Any) -> Tensor:
+        """[B, T, C]: what a language model reads for understanding."""
+
+    @torch.no_grad()
+    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes:
+        """Images of one size to codes (latents for a continuous tokenizer).
+
+        images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s).
+        fit: for PIL images and paths of another size than the tokenizer takes: "refuse" (an error), "crop", "pad" or
+        "resize".
+        """
+        return self.encode_tensor(self.prepare(images, fit))
+
+    def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
+        """Images as a checked float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device."""
+        if not isinstance(images, Tensor):
+            opened = open_images(images)
+            if fit != "refuse" and self.image_size is not None:
+                opened = [fit_image(image, *self.image_size, fit) for image in opened]
+            sizes = sorted({(image.height, image.width) for image in opened})
+            require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
+            images = torch.stack([image_to_tensor(image) for image in opened])
+        check_images(images)
+        self.check_size(*images.shape[-2:])
+        return images.to(self.device, self.dtype)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse a size that `encode` does not take."""
+        if self.image_size is not None and (height, width) != self.image_size:
+            fail("images", f"{self.image_size[0]} x {self.image_size[1]} pixels", f"{height} x {width}")
+        multiple = self.size_multiple
+        if height < multiple or width < multiple or height % multiple or width % multiple:
+            fail("images", f"height and width that are multiples of {multiple}", f"{height} x {width}")
+
+    def decode_ids(self, ids: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Images from plain ids, int64 [B, L]; height and width may be left out where the tokenizer takes one size."""
+        if height is None or width is None:
+            require(self.image_size is not None, "height and width", "the size of the image", "None")
+            height, width = self.image_size  # type: ignore[misc]
+        self.check_size(height, width)
+        streams = self.streams(height, width)
+        require(len(streams) > 0, "ids", "latents (this tokenizer is continuous)", ids)
+        return self.decode(cast(Codes, ImageCodes(ids, height, width, streams).to(self.device)))
+
+    def to_pil(self, x: Tensor) -> list[Image.Image]:
+        """Float [B, 3, H, W] in [-1, 1] as PIL images, clamped."""
+        return tensor_to_images(x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json, model.safetensors, preprocessor_config.json and README.md, atomically."""
+        saving.write(self, directory)
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Upload the files of `save` through huggingface_hub; returns the address of the commit."""
+        return saving.push(self, repo_id, private)

@@ -1,0 +1,143 @@
+"""TokenFlow (arXiv 2412.03069): a semantic and a pixel codebook, one shared index, many scales.
+
+The path of an image: both encoders -> features [B, h, w, D] (semantic channels first) -> multi-scale quantizer ->
+ids [B, L] and vectors [B, h, w, D] -> both decoders.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_mm._check import require
+from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
+from tokenizers_mm.decoders.semantic import SemanticDecoder, SemanticDecoderConfig
+from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
+from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
+from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
+from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
+from tokenizers_mm.types import ImageCodes, Reconstruction, Stream
+
+
+@dataclass(frozen=True)
+class TokenFlowConfig:
+    """All that defines a TokenFlow model.
+
+    image_size: (height, width) of the images. scales: grids from coarse to fine; the last one is the grid of both
+    encoders; one entry gives a single-scale tokenizer. pixel_size: what the pixel encoder and decoder work at, where
+    it differs from image_size (resized bicubically both ways).
+    """
+
+    image_size: tuple[int, int]
+    scales: tuple[tuple[int, int], ...]
+    quantizer: SharedIndexConfig
+    semantic_encoder: SemanticEncoderConfig
+    pixel_encoder: PixelEncoderConfig
+    semantic_decoder: SemanticDecoderConfig
+    pixel_decoder: PixelDecoderConfig
+    pixel_size: tuple[int, int] | None = None
+
+
+class TokenFlow(ImageTokenizer[ImageCodes]):
+    """The composed tokenizer; `from_config` builds the parts."""
+
+    family = "tokenflow"
+    Config = TokenFlowConfig
+
+    def __init__(
+        self,
+        config: TokenFlowConfig,
+        semantic_encoder: SemanticEncoder,
+        pixel_encoder: PixelEncoder,
+        quantizer: MultiScaleQuantizer,
+        semantic_decoder: SemanticDecoder,
+        pixel_decoder: PixelDecoder,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.semantic_encoder, self.pixel_encoder = semantic_encoder, pixel_encoder
+        self.quantizer = quantizer
+        self.semantic_decoder, self.pixel_decoder = semantic_decoder, pixel_decoder
+        self.dims = semantic_dim, pixel_dim = config.quantizer.dims
+        width = semantic_encoder.dim
+        self.semantic_head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, semantic_dim))
+        self.pixel_head = nn.Linear(config.pixel_encoder.out_channels, pixel_dim)
+        self.pixel_embed = nn.Linear(pixel_dim, config.pixel_decoder.in_channels)
+
+    @classmethod
+    def from_config(cls, config: TokenFlowConfig) -> "TokenFlow":
+        require(len(config.quantizer.dims) == 2, "quantizer.dims", "semantic and pixel channels", config.quantizer.dims)
+        return cls(
+            config,
+            SemanticEncoder(config.semantic_encoder),
+            PixelEncoder(config.pixel_encoder),
+            MultiScaleQuantizer(SharedIndexQuantizer(config.quantizer), config.scales),
+            SemanticDecoder(config.quantizer.dims[0], config.semantic_decoder),
+            PixelDecoder(config.pixel_decoder),
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.image_size
+
+    @property
+    def size_multiple(self) -> int:
+        return 1 if self.config.pixel_size else self.pixel_encoder.factor
+
+    def streams(self, height: int, width: int) -> tuple[Stream, ...]:
+        self.check_size(height, width)
+        return (Stream("shared", self.quantizer.codebook_size, self.quantizer.grids),)
+
+    def encode_features(self, x: Tensor) -> Tensor:
+        """Features [B, h, w, D] before quantization, semantic channels first."""
+        semantic = self.semantic_head(self.semantic_encoder(x))
+        pixels = _resize(x, self.config.pixel_size)
+        pixel = self.pixel_head(self.pixel_encoder(pixels).permute(0, 2, 3, 1))
+        require(
+            semantic.shape[:3] == pixel.shape[:3],
+            "config",
+            "equal grids of both encoders",
+            f"{semantic.shape[1:3]}, {pixel.shape[1:3]}",
+        )
+        return torch.cat([semantic, pixel], dim=-1)
+
+    def decode_pixels(self, vectors: Tensor) -> Tensor:
+        """Image [B, 3, H, W] from vectors [B, h, w, D]."""
+        pixel = self.pixel_embed(vectors[..., self.dims[0] :]).permute(0, 3, 1, 2)
+        image = self.pixel_decoder(pixel)
+        return _resize(image, self.config.image_size if self.config.pixel_size else None)
+
+    def decode_semantic(self, vectors: Tensor) -> Tensor:
+        """Features [B, h * w, C] in the teacher's space from vectors [B, h, w, D]."""
+        return self.semantic_decoder(vectors[..., : self.dims[0]])
+
+    def forward(self, x: Tensor, keep: Sequence[int] | None = None) -> Reconstruction:
+        """Reconstruct x [B, 3, H, W]; `keep` lists the scales to use (all by default)."""
+        quantized = self.quantizer.quantize(self.encode_features(x), keep)
+        image, semantic = self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors)
+        return Reconstruction(image, semantic, None, {"shared": quantized})
+
+    def encode_tensor(self, x: Tensor) -> ImageCodes:
+        ids = self.quantizer.quantize(self.encode_features(x)).ids
+        height, width = x.shape[-2:]
+        return ImageCodes(ids, height, width, self.streams(height, width))
+
+    def vectors(self, codes: ImageCodes) -> Tensor:
+        return self.quantizer.look_up(codes.ids).to(self.dtype)
+
+    def decode(self, codes: ImageCodes) -> Tensor:
+        return self.decode_pixels(self.vectors(codes))
+
+    @torch.no_grad()
+    def features(self, images_or_codes: object) -> Tensor:
+        """[B, h * w, D]: the sum over all scales of the upsampled codes, both parts (section 3.4 of the paper)."""
+        codes = images_or_codes if isinstance(images_or_codes, ImageCodes) else self.encode(images_or_codes)
+        return self.vectors(codes).flatten(1, 2)
+
+
+def _resize(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Bicubic, without antialiasing."""
+    return x if size is None else F.interpolate(x, size=size, mode="bicubic", align_corners=False)

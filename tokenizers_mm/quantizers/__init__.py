@@ -1,0 +1,1 @@
+"""Features to ids and vectors, and back."""

@@ -1,0 +1,50 @@
+"""What every quantizer offers: features [..., D] to ids and vectors, and ids back to vectors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_mm.types import Quantized
+
+Self = TypeVar("Self", bound="Quantizer")
+
+
+class Quantizer(nn.Module, ABC):
+    """Features with the channel last in, `Quantized` out. Nothing in it learns except through gradients.
+
+    `codebook_size` codes of `dim` channels. All computing is in float32 whatever the autocast state.
+    """
+
+    codebook_size: int
+    dim: int
+
+    @abstractmethod
+    def quantize(self, z: Tensor) -> Quantized:
+        """Nearest codes of z [..., D]; the terms are computed in training mode only."""
+
+    @abstractmethod
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Vectors [..., D] of ids [...]; differentiable in the codebook."""
+
+    @abstractmethod
+    def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
+        """Overwrite the codes `ids` [n] so that they lie at `vectors` [n, D] (the revival of unused codes)."""
+
+    def forward(self, z: Tensor) -> Quantized:
+        return self.quantize(z)
+
+
+def in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method of a quantizer outside autocast, its float tensors as float32 (wider ones stay as they are)."""
+
+    @wraps(method)
+    def run(self: Any, first: Tensor, *rest: Any, **options: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            narrow = first.is_floating_point() and first.dtype != torch.float64
+            return method(self, first.float() if narrow else first, *rest, **options)
+
+    return run

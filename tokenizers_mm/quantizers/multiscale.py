@@ -1,0 +1,73 @@
+"""Residual quantization over scales with any quantizer inside (TokenFlow's MSVQ; VAR, arXiv 2404.02905)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.functional.multiscale import Grid, area_down, bicubic_up
+from tokenizers_mm.quantizers.base import Quantizer, in_float32
+from tokenizers_mm.types import Quantized, VQTerms
+
+
+class MultiScaleQuantizer(Quantizer):
+    """z [B, h, w, D] on the last of `grids` -> ids [B, L] coarse to fine, vectors the sum of the upsampled codes.
+
+    At each scale the residual is averaged down, quantized, and the codes, upsampled, are taken from it. The codebook is
+    shared by all scales.
+    """
+
+    def __init__(self, quantizer: Quantizer, grids: Sequence[Grid]) -> None:
+        super().__init__()
+        require(len(grids) > 0, "grids", "at least one grid", "none")
+        self.quantizer = quantizer
+        self.grids = tuple((int(rows), int(columns)) for rows, columns in grids)
+        self.codebook_size, self.dim = quantizer.codebook_size, quantizer.dim
+
+    @in_float32
+    def quantize(self, z: Tensor, keep: Sequence[int] | None = None) -> Quantized:
+        """`keep` lists the scales to use (scale drop in training); None uses all."""
+        last = self.grids[-1]
+        require(z.ndim == 4 and z.shape[1:3] == last, "z", f"[B, {last[0]}, {last[1]}, {self.dim}]", z)
+        residual, total = z, torch.zeros_like(z)
+        parts: list[Quantized] = []
+        for index in range(len(self.grids)) if keep is None else keep:
+            part = self.quantizer.quantize(area_down(residual, self.grids[index]))
+            up = bicubic_up(part.vectors, last)
+            total, residual = total + up, residual - up.detach()
+            parts.append(part)
+        ids = torch.cat([part.ids.flatten(1) for part in parts], dim=1)
+        queries = [part.queries.flatten(1, 2) for part in parts if part.queries is not None]
+        return Quantized(total, ids, _mean_terms(parts), torch.cat(queries, dim=1) if queries else None)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Vectors [B, h, w, D] of ids [B, L]; L may end after any whole scale."""
+        total, start = None, 0
+        for grid in self.grids:
+            if start == ids.shape[1]:
+                break
+            part = ids[:, start : start + grid[0] * grid[1]]
+            if part.shape[1] != grid[0] * grid[1]:
+                fail("ids", "a whole number of scales", ids)
+            start += part.shape[1]
+            up = bicubic_up(self.quantizer.look_up(part.unflatten(1, grid)), self.grids[-1])
+            total = up if total is None else total + up
+        if total is None or start != ids.shape[1]:
+            fail("ids", "a whole number of scales", ids)
+        return total
+
+    def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
+        self.quantizer.set_codes(ids, vectors)
+
+
+def _mean_terms(parts: Sequence[Quantized]) -> VQTerms | None:
+    """Terms averaged over the scales used: equal weight per scale, not per id."""
+    terms = [part.terms for part in parts if part.terms is not None]
+    if not terms:
+        return None
+    return VQTerms(
+        codebook=torch.stack([t.codebook for t in terms]).mean(),
+        commitment=torch.stack([t.commitment for t in terms]).mean(),
+        entropy=torch.stack([t.entropy for t in terms]).mean(),
+    )

@@ -1,0 +1,74 @@
+"""Two (or more) codebooks with one shared index per position: the quantizer of TokenFlow (arXiv 2412.03069)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_mm import kernels
+from tokenizers_mm._check import require
+from tokenizers_mm.functional.shared_index import normalize_parts
+from tokenizers_mm.functional.vq import codebook_entropy, look_up, straight_through, vq_terms
+from tokenizers_mm.quantizers.base import Quantizer, in_float32
+from tokenizers_mm.types import Quantized
+
+
+@dataclass(frozen=True)
+class SharedIndexConfig:
+    """codebook_size codes; `dims` channels of each part; `weights` of their squared distances.
+
+    normalize: compare directions only; every part of queries and codes is divided by its norm.
+    entropy_temperature: of the entropy term in training; None leaves the term out (zero).
+    """
+
+    codebook_size: int
+    dims: tuple[int, ...] = (32, 8)
+    weights: tuple[float, ...] = (1.0, 1.0)
+    normalize: bool = True
+    entropy_temperature: float | None = None
+
+
+class SharedIndexQuantizer(Quantizer):
+    """z [..., sum(dims)] -> the code whose parts are nearest in the weighted sum of squared distances."""
+
+    def __init__(self, config: SharedIndexConfig) -> None:
+        super().__init__()
+        require(len(config.dims) == len(config.weights), "weights", f"{len(config.dims)} numbers", config.weights)
+        self.config = config
+        self.codebook_size, self.dim = config.codebook_size, sum(config.dims)
+        bound = 1.0 / config.codebook_size
+        parts = [torch.empty(config.codebook_size, dim).uniform_(-bound, bound) for dim in config.dims]
+        self.codebooks = nn.ParameterList(nn.functional.normalize(part, dim=-1) for part in parts)
+
+    def codebook(self) -> Tensor:
+        """The codes as they are compared and decoded, [K, D], in float32."""
+        codes = torch.cat([part.float() for part in self.codebooks], dim=-1)
+        return self._normalized(codes)
+
+    @in_float32
+    def quantize(self, z: Tensor) -> Quantized:
+        codebook, z = self.codebook(), self._normalized(z)
+        dims = self.config.dims
+        ids = kernels.nearest_code_shared(z.split(dims, -1), codebook.split(dims, -1), self.config.weights)
+        vectors = look_up(codebook, ids)
+        terms = vq_terms(z, vectors, self._entropy(z, codebook)) if self.training else None
+        return Quantized(straight_through(z, vectors), ids, terms, queries=z.detach())
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        return look_up(self.codebook(), ids)
+
+    @torch.no_grad()
+    def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
+        for codebook, part in zip(self.codebooks, vectors.split(self.config.dims, -1), strict=True):
+            codebook[ids] = part.to(codebook.dtype)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return normalize_parts(x, self.config.dims) if self.config.normalize else x
+
+    def _entropy(self, z: Tensor, codebook: Tensor) -> Tensor | None:
+        if self.config.entropy_temperature is None:
+            return None
+        root = torch.cat(
+            [z.new_full((dim,), w**0.5) for dim, w in zip(self.config.dims, self.config.weights, strict=True)]
+        )
+        return codebook_entropy((z * root).flatten(0, -2), codebook * root, self.config.entropy_temperature)

@@ -1,0 +1,145 @@
+"""The nouns that travel between the parts: streams of ids, codes, latents and what a quantizer returns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizers_mm._check import fail, require
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One list of grids of ids that come from one codebook.
+
+    `grids` are (rows, columns), coarse to fine; a single-scale stream has one grid. Ids inside a grid are row-major.
+    """
+
+    name: str
+    codebook_size: int
+    grids: tuple[tuple[int, int], ...]
+
+    @property
+    def num_ids(self) -> int:
+        """Ids of this stream in one image."""
+        return sum(rows * columns for rows, columns in self.grids)
+
+
+@dataclass(frozen=True)
+class ImageCodes:
+    """The discrete form of a batch of images of one size.
+
+    `ids` is int64 [B, L]: all streams one after the other, each coarse to fine, row-major. A whole number of scales of
+    the last stream may be missing at the end (partial decoding).
+    """
+
+    ids: Tensor
+    height: int
+    width: int
+    streams: tuple[Stream, ...]
+
+    def __post_init__(self) -> None:
+        check_ids(self.ids, self.streams)
+
+    def stream(self, name: str) -> Tensor:
+        """The ids of one stream, int64 [B, n]."""
+        start = 0
+        for stream in self.streams:
+            if stream.name == name:
+                return self.ids[:, start : start + stream.num_ids]
+            start += stream.num_ids
+        fail("stream", f"one of {[s.name for s in self.streams]}", repr(name))
+
+    def to(self, device: torch.device | str) -> "ImageCodes":
+        """The same codes with the ids on another device."""
+        return ImageCodes(self.ids.to(device), self.height, self.width, self.streams)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True)
+class ImageLatents:
+    """The continuous form of a batch of images of one size: `values` is float [B, L, D], row-major over `grid`."""
+
+    values: Tensor
+    height: int
+    width: int
+    grid: tuple[int, int]
+
+    def to(self, device: torch.device | str) -> "ImageLatents":
+        """The same latents on another device."""
+        return ImageLatents(self.values.to(device), self.height, self.width, self.grid)
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+
+@dataclass(frozen=True)
+class VQTerms:
+    """Unweighted scalar terms of a vector quantizer; a weight is given to each once, in the training configuration."""
+
+    codebook: Tensor
+    commitment: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantizer returns: straight-through `vectors` [..., D], `ids` int64, and `terms` in training mode.
+
+    `queries` [..., D] are the vectors that were searched for, detached, in the order of the ids (for codebook upkeep).
+    """
+
+    vectors: Tensor
+    ids: Tensor
+    terms: VQTerms | None = None
+    queries: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A forward pass of a tokenizer, all that the training terms need.
+
+    `image` [B, 3, H, W]; `semantic` [B, T, C], what the semantic decoder predicts; `target` [B, T, C], what
+    it should have predicted, where the model has a frozen tower that says so; `quantized` by stream.
+    """
+
+    image: Tensor
+    semantic: Tensor
+    target: Tensor | None
+    quantized: Mapping[str, Quantized]
+
+
+def check_ids(ids: Any, streams: Sequence[Stream]) -> None:
+    """Refuse ids that are not int64 [B, L] of whole scales, or that a codebook does not have."""
+    total = sum(stream.num_ids for stream in streams)
+    allowed = _partial_lengths(streams)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype != torch.int64 or ids.shape[1] not in allowed:
+        others = "" if len(allowed) == 1 else f" (or whole scales only: {sorted(allowed)})"
+        fail("ids", f"int64 [B, {total}]{others}", ids)
+    start = 0
+    for stream in streams:
+        part = ids[:, start : start + stream.num_ids]
+        start += stream.num_ids
+        if part.numel() == 0:
+            continue
+        low, high = int(part.min()), int(part.max())
+        require(
+            low >= 0 and high < stream.codebook_size,
+            f"ids of stream {stream.name!r}",
+            f"values from 0 to {stream.codebook_size - 1}",
+            f"values from {low} to {high}",
+        )
+
+
+def _partial_lengths(streams: Sequence[Stream]) -> set[int]:
+    """Lengths that end after a whole scale of the last stream."""
+    length = sum(stream.num_ids for stream in streams[:-1])
+    lengths = set()
+    for rows, columns in streams[-1].grids if streams else ():
+        length += rows * columns
+        lengths.add(length)
+    return lengths
