@@ -43,8 +43,8 @@ TMM_CUDA_API int tmm_cuda_pack(const tmm_cuda_matrix* codes, const double* weigh
                                void* stream);
 
 // ids[i] = argmin_k sum_p weights[p] * ||tokens[p][i] - codes[p][k]||^2 as computed in double precision from the difference
-// form, ties to the lowest k. A token with a NaN or an infinity gets 0, a code with one is never chosen. `distances` may be
-// null. `packed` is what tmm_cuda_pack made of the same codes and weights; `workspace` must be 256-byte aligned.
+// form, ties to the lowest k. A code with a NaN or an infinity is never chosen; a token with one, or a codebook of nothing else,
+// gets index 0 and distance NaN. `distances` may be null. `packed` is what tmm_cuda_pack made of the same codes and weights; `workspace` must be 256-byte aligned.
 TMM_CUDA_API int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights, int parts,
                                   const void* packed, void* workspace, int64_t* ids, double* distances, int pass, int device,
                                   void* stream);

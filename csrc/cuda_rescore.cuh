@@ -58,7 +58,7 @@ struct Search {
 
 __device__ __forceinline__ void write_answer(const Search& search, int row, double distance, int64_t index) {
   search.ids[search.first + row] = index == kNoCode ? 0 : index;
-  if (search.distances) search.distances[search.first + row] = distance;
+  if (search.distances) search.distances[search.first + row] = index == kNoCode ? NAN : distance;
 }
 
 // One warp per row: score the best group, then every stream's best group that the threshold still allows. A row in which a
@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
   double best = INFINITY;
   int64_t best_index = kNoCode;
   if (bound.status == kNotFinite) {
-    const double distance = team_distance(search.tokens, token, search.codes, 0);
-    if (lane == 0) write_answer(search, row, distance, 0);
+    if (lane == 0) write_answer(search, row, INFINITY, kNoCode);
     return;
   }
   bool incomplete = true;

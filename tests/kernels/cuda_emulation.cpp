@@ -191,7 +191,7 @@ Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool ch
   bool finite;
   const double norm = squared_norm(tokens, row, codebook.mean, &finite);
   Best best;
-  if (!finite) return {distance(tokens, row, codebook.points, 0), 0};
+  if (!finite) return best;
   std::vector<uint16_t> packed(plan.width, 0);
   const int code_exp = code_exponent(bits_double(codebook.header.largest_norm));
   const int row_exp = row_exponent(norm, code_exp);
@@ -248,7 +248,7 @@ __attribute__((visibility("default"))) int emulate_nearest(const tmm_cuda_matrix
   for (int64_t row = 0; row < tokens[0].rows; ++row) {
     const Best best = search(rows, row, codebook, check != 0, total);
     ids[row] = best.code == kNoCode ? 0 : best.code;
-    distances[row] = best.distance;
+    distances[row] = best.code == kNoCode ? NAN : best.distance;
   }
   statistics[0] = total.certified;
   statistics[1] = total.listed;
