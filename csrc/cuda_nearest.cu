@@ -1,7 +1,4 @@
 // The C interface: validates, cuts a call into chunks of rows and queues the kernels.
-#include <cuda.h>
-#include <cuda_runtime.h>
-
 #include "cuda_nearest.h"
 #include "cuda_pass_hopper.cuh"
 #include "cuda_pass_portable.cuh"
@@ -107,13 +104,11 @@ cudaError_t run_pass(const Pass& pass, bool use_hopper, int processors, cudaStre
     const Kernel kernel = by_tail[(pass.width / 16 - 1) % 4];
     TMM_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, hopper::kSharedBytes));
     const int blocks = units < processors ? units : processors;
-    kernel<<<blocks, hopper::kThreads, hopper::kSharedBytes, stream>>>(pass, row_map, code_map);
-  } else {
-    TMM_CHECK(cudaFuncSetAttribute(portable::search_pass, cudaFuncAttributeMaxDynamicSharedMemorySize, portable::kSharedBytes));
-    const int blocks = units < 2 * processors ? units : 2 * processors;
-    portable::search_pass<<<blocks, portable::kThreads, portable::kSharedBytes, stream>>>(pass);
+    return launch(kernel, blocks, hopper::kThreads, hopper::kSharedBytes, stream, pass, row_map, code_map);
   }
-  return cudaGetLastError();
+  TMM_CHECK(cudaFuncSetAttribute(portable::search_pass, cudaFuncAttributeMaxDynamicSharedMemorySize, portable::kSharedBytes));
+  const int blocks = units < 2 * processors ? units : 2 * processors;
+  return launch(portable::search_pass, blocks, portable::kThreads, portable::kSharedBytes, stream, pass);
 }
 
 // AUTO resolved for a device; a pass that the device cannot run is an error.
@@ -138,18 +133,14 @@ cudaError_t pack(const Points& codes, int64_t num_codes, void* packed, int devic
   uint8_t* valid = at<uint8_t>(packed, plan.valid_at);
   TMM_CHECK(cudaMemsetAsync(header, 0, sizeof(CodeHeader), stream));
   const int columns = blocks_for(codes.dim, 32);
-  slab_sums<<<dim3(columns, plan.slabs), kPackThreads, 0, stream>>>(codes, num_codes, plan.slabs, sums);
-  TMM_CHECK(cudaGetLastError());
-  mean_of_slabs<<<columns, kPackThreads, 0, stream>>>(sums, plan.slabs, codes.dim, num_codes, mean);
-  TMM_CHECK(cudaGetLastError());
+  TMM_CHECK(launch(slab_sums, dim3(columns, plan.slabs), kPackThreads, 0, stream, codes, num_codes, plan.slabs, sums));
+  TMM_CHECK(launch(mean_of_slabs, columns, kPackThreads, 0, stream, sums, plan.slabs, codes.dim, num_codes, mean));
   const int blocks = blocks_for(plan.padded_codes, kWarps);
   const int grid = blocks < 1024 ? blocks : 1024;
-  code_norms<<<grid, kPackThreads, 0, stream>>>(codes, num_codes, mean, valid, header);
-  TMM_CHECK(cudaGetLastError());
+  TMM_CHECK(launch(code_norms, grid, kPackThreads, 0, stream, codes, num_codes, mean, valid, header));
   if (plan.exact_only) return cudaSuccess;
-  pack_codes<<<grid, kPackThreads, 0, stream>>>(codes, num_codes, plan.padded_codes, plan.width, mean, valid, header,
-                                                at<uint16_t>(packed, plan.codes_at));
-  return cudaGetLastError();
+  return launch(pack_codes, grid, kPackThreads, 0, stream, codes, num_codes, plan.padded_codes, plan.width, mean, valid, header,
+                at<uint16_t>(packed, plan.codes_at));
 }
 
 cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows, int64_t num_codes, void* packed,
@@ -189,11 +180,10 @@ cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows,
     search.num_rows = count;
     TMM_CHECK(cudaMemsetAsync(search.list, 0, sizeof(int32_t), stream));
     if (exact_only) {
-      check_rows<<<row_blocks, kPackThreads, 0, stream>>>(tokens, first, count, bounds);
-      TMM_CHECK(cudaGetLastError());
+      TMM_CHECK(launch(check_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, bounds));
     } else {
-      pack_rows<<<row_blocks, kPackThreads, 0, stream>>>(tokens, first, count, plan.width, mean, header, rows, bounds);
-      TMM_CHECK(cudaGetLastError());
+      TMM_CHECK(launch(pack_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, plan.width, mean, header, rows,
+                       bounds));
       Pass pass;
       pass.rows = rows;
       pass.codes = at<uint16_t>(packed, plan.codes_at);
@@ -206,12 +196,10 @@ cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows,
       pass.row_tiles = blocks_for(count, kRowTile);
       TMM_CHECK(run_pass(pass, pass_choice == TMM_CUDA_HOPPER, processors, stream));
     }
-    finish_rows<<<row_blocks, kPackThreads, 0, stream>>>(search, exact_only);
-    TMM_CHECK(cudaGetLastError());
+    TMM_CHECK(launch(finish_rows, row_blocks, kPackThreads, 0, stream, search, exact_only));
     // The list's length stays on the device: a fixed grid walks it.
     const int sets = blocks_for(count, kFallbackRows);
-    finish_listed<<<sets < 4 * processors ? sets : 4 * processors, kPackThreads, 0, stream>>>(search, exact_only);
-    TMM_CHECK(cudaGetLastError());
+    TMM_CHECK(launch(finish_listed, sets < 4 * processors ? sets : 4 * processors, kPackThreads, 0, stream, search, exact_only));
   }
   return cudaSuccess;
 }
@@ -272,9 +260,8 @@ int tmm_cuda_code_sums(const tmm_cuda_matrix* vectors, const int64_t* order, con
   const tmm::DeviceGuard guard(device);
   if (guard.status() != cudaSuccess) return guard.status();
   const int64_t blocks = (num_codes * vectors->cols + 127) / 128;
-  tmm::sum_by_code<<<static_cast<int>(blocks < 65536 ? blocks : 65536), 128, 0, static_cast<cudaStream_t>(stream)>>>(
-      *vectors, order, begin, num_codes, sums);
-  return cudaGetLastError();
+  return tmm::launch(tmm::sum_by_code, static_cast<int>(blocks < 65536 ? blocks : 65536), 128, 0,
+                     static_cast<cudaStream_t>(stream), *vectors, order, begin, num_codes, sums);
 }
 
 }  // extern "C"

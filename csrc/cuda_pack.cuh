@@ -1,6 +1,7 @@
 // Packing: the shift, the scales, the fp16 matrices with their extra columns, and the bound of every row (cuda_shared.h).
 #pragma once
 
+#include "cuda_machine.cuh"
 #include "cuda_shared.h"
 
 namespace tmm {
@@ -69,28 +70,38 @@ __device__ __forceinline__ double warp_squared_norm(const Points& points, int64_
   return warp_sum(sum);
 }
 
-// Validity of every code and the largest norm.
+// Validity of every code, the largest and the smallest norm.
 __global__ void __launch_bounds__(kPackThreads) code_norms(Points codes, int64_t num_codes, const double* mean, uint8_t* valid,
                                                            CodeHeader* header) {
-  __shared__ double largest[kWarps];
+  __shared__ double largest[kWarps], smallest[kWarps];
   __shared__ int overflow;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) overflow = 0;
   __syncthreads();
-  double most = 0.0;
+  double most = 0.0, least = INFINITY;
   for (int64_t code = static_cast<int64_t>(blockIdx.x) * kWarps + warp; code < num_codes;
        code += static_cast<int64_t>(gridDim.x) * kWarps) {
     bool finite;
     const double norm = warp_squared_norm(codes, code, mean, finite);
     if (lane == 0) valid[code] = finite;
-    if (finite && norm < INFINITY) most = fmax(most, norm);
+    if (finite && norm < INFINITY) {
+      most = fmax(most, norm);
+      least = fmin(least, norm);
+    }
     if (finite && !(norm < INFINITY) && lane == 0) overflow = 1;
   }
-  if (lane == 0) largest[warp] = most;
+  if (lane == 0) {
+    largest[warp] = most;
+    smallest[warp] = least;
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int other = 1; other < kWarps; ++other) most = fmax(most, largest[other]);
+    for (int other = 1; other < kWarps; ++other) {
+      most = fmax(most, largest[other]);
+      least = fmin(least, smallest[other]);
+    }
     atomicMax(reinterpret_cast<unsigned long long*>(&header->largest_norm), double_bits(most));
+    atomicMax(reinterpret_cast<unsigned long long*>(&header->smallest_norm), ~double_bits(least));
     if (overflow) atomicMax(&header->overflow, 1u);
   }
 }
@@ -117,11 +128,8 @@ __device__ __forceinline__ void warp_zero(uint16_t* out, int begin, int end) {
 }
 
 __global__ void __launch_bounds__(kPackThreads) pack_codes(Points codes, int64_t num_codes, int64_t padded_codes, int width,
-                                                           const double* mean, const uint8_t* valid, CodeHeader* header,
-                                                           uint16_t* packed) {
-  __shared__ uint32_t largest[2];
-  if (threadIdx.x < 2) largest[threadIdx.x] = 0;
-  __syncthreads();
+                                                           const double* mean, const uint8_t* valid,
+                                                           const CodeHeader* header, uint16_t* packed) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int exponent = code_exponent(bits_double(header->largest_norm));
   for (int64_t code = static_cast<int64_t>(blockIdx.x) * kWarps + warp; code < padded_codes;
@@ -137,16 +145,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_codes(Points codes, int64_t
     double quantised, residual;
     warp_quantise(codes, code, mean, exponent, out, quantised, residual);
     warp_zero(out, codes.dim + kExtra, width);
-    if (lane == 0) {
-      code_columns(norm, residual, out + codes.dim);
-      atomicMax(&largest[0], static_cast<uint32_t>(out[codes.dim + 3]));
-      atomicMax(&largest[1], static_cast<uint32_t>(out[codes.dim + 4]));
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    atomicMax(&header->largest_n, largest[0]);
-    atomicMax(&header->largest_rho, largest[1]);
+    if (lane == 0) code_columns(norm, residual, width, out + codes.dim);
   }
 }
 
@@ -175,7 +174,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_rows(Points tokens, int64_t
   double quantised, residual;
   warp_quantise(tokens, first + row, mean, row_exp, out, quantised, residual);
   warp_zero(out, tokens.dim + kExtra, width);
-  if (lane == 0) bounds[row] = row_columns(norm, quantised, residual, row_exp, code_exp, codes, width, out + tokens.dim);
+  if (lane == 0) {
+    bounds[row] = row_columns(norm, quantised, residual, row_exp, code_exp, codes, tokens.dim, width, out + tokens.dim);
+  }
 }
 
 // In place of pack_rows when every code is scored in double precision: only tells which tokens are finite.

@@ -1,6 +1,7 @@
 // What the two kernels of the pass share: the work list and the reduction of a fragment to candidate records.
 #pragma once
 
+#include "cuda_machine.cuh"
 #include "cuda_shared.h"
 
 namespace tmm {
@@ -22,14 +23,6 @@ struct Unit {
         first_tile(segment * pass.segment_tiles),
         last_tile(min(first_tile + pass.segment_tiles, pass.tiles)) {}
 };
-
-__device__ __forceinline__ int max3(int a, int b, int c) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return __vimax3_s32(a, b, c);
-#else
-  return max(max(a, b), c);
-#endif
-}
 
 // The largest of the kGroup values that a thread holds of one row and one span: value(j, p) for j < 8, p < 2, as float bits.
 template <class Value>

@@ -17,25 +17,6 @@ constexpr int kSharedBytes = kStages * kStageBytes;
 // one ldmatrix phase reads over all banks.
 __device__ __forceinline__ int place(int row, int block) { return row * 64 + ((block ^ ((row >> 1) & 3)) << 4); }
 
-__device__ __forceinline__ void copy16(uint32_t to, const void* from, bool inside) {
-  const int bytes = inside ? 16 : 0;  // the rest of the 16 is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // One stage: kRowTile rows and kCodes codes, columns chunk * kDepth ...; beyond the matrix, zeros.
 __device__ __forceinline__ void load_stage(const Pass& pass, uint32_t stage, int first_row, int64_t first_code, int chunk) {
 #pragma unroll
@@ -53,8 +34,7 @@ __device__ __forceinline__ void load_stage(const Pass& pass, uint32_t stage, int
 }
 
 __global__ void __launch_bounds__(kThreads, 2) search_pass(Pass pass) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t base = shared_memory();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunks = (pass.width + kDepth - 1) / kDepth;
   const int units = pass.row_tiles * pass.segments;
@@ -83,17 +63,17 @@ __global__ void __launch_bounds__(kThreads, 2) search_pass(Pass pass) {
       if (step < steps) {
         load_stage(pass, base + step * kStageBytes, first_row, first_code + step / chunks * kCodes, step % chunks);
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      copy_commit();
     }
     int chunk = 0;
     for (int step = 0; step < steps; ++step) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      copy_wait<kStages - 2>();
       __syncthreads();  // this step's stage is complete for all, and all are done with the previous step's
       const int ahead = step + kStages - 1;
       if (ahead < steps) {
         load_stage(pass, base + ahead % kStages * kStageBytes, first_row, first_code + ahead / chunks * kCodes, ahead % chunks);
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      copy_commit();
 
       const uint32_t stage = base + step % kStages * kStageBytes;
 #pragma unroll
@@ -110,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2) search_pass(Pass pass) {
           load_matrices(b, stage + kRowBytes + place(j * 8 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            multiply(acc[m][j], a[m], b[0], b[1]);
-            multiply(acc[m][j + 1], a[m], b[2], b[3]);
+            mma(acc[m][j], a[m], b[0], b[1]);
+            mma(acc[m][j + 1], a[m], b[2], b[3]);
           }
         }
       }

@@ -12,21 +12,26 @@
 //
 // Every norm on the right is measured in double precision and rounded up to fp16, so the bound is itself a sum of products of
 // a row value and a code value, and rides along as extra columns of the matrix product, as do the bias -||C||^2 / 2 and an
-// offset T that makes all values positive (the bits of positive floats order like integers):
+// offset T. The rounding of the matrix unit is bounded code by code too: it is at most gamma Q_k, Q_k the sum of the absolute
+// products of code k, and Q_k is again such a sum; it enlarges alpha and a and shrinks the bias (a factor 1 - 1.01 gamma).
 //
 //   column     row value             code value
 //   0 .. D-1   x^                    c^
-//   D .. D+2   2^(12-e), 2^(1-e),    h1, h2, h3: -||C||^2 / 2^13 split in three halves, each 2^11 finer
+//   D .. D+2   2^(12-e), 2^(1-e),    h1, h2, h3: the bias over 2^12 split in three halves, each 2^11 finer
 //              2^(-10-e)
-//   D+3        alpha >= ||dX||       n >= ||C||
-//   D+4        a >= ||x^||           rho >= ||dC||
+//   D+3        alpha >= ||dX|| + gamma (||x^|| + alpha)          n >= ||C||
+//   D+4        a >= ||x^|| + gamma (||x^|| + a)                  rho >= ||dC||
 //   D+5        tau, T = 2^15 tau     2^15
 //
 // If u_k is what the matrix unit returns for code k, then 2^(i+k) s_k <= u_k - T + slack, where slack (a row value) covers the
-// rest of the bias and the rounding of the matrix unit (row_columns below). Let d* be the distance of ANY code, computed in
-// double precision, and S* = 2^(i+k) (||x||^2 - d*) / 2 less its rounding. A code with u_k - T + slack < S* is farther than that
-// code and cannot be the answer, not even through a rounding tie. All others are scored in double precision. A code that
-// must never be chosen is packed as zeros: u = 0, below every T - P + ... > 0 of a real code.
+// rest of the bias and gamma T. Let d* be the distance of ANY code, computed in double precision, and S* = 2^(i+k) (||x||^2 -
+// d*) / 2 less its rounding. A code with u_k - T + slack < S* is farther than that code and cannot be the answer, not even
+// through a rounding tie. All others are scored in double precision.
+//
+// T lets the pass compare the bits of floats as integers, where negative ones are below all others but otherwise out of order.
+// The code of the smallest norm m scores at least -L, L = ||X|| m + 2^-e m^2 / 2, so the best score is at least -L, and with T >=
+// L + slack and the rounding of S* a code with u_k < 0 cannot be the answer. A code that must never be chosen is packed as
+// zeros: u = 0. No bound mentions the largest norm, so a few large codes do not spoil the rest.
 //
 // Because the final choice is the minimum over (double-precision distance, index), the result does not depend on mu, tiles,
 // splits, the kernel used or the order of the merge.
@@ -209,7 +214,7 @@ inline int64_t take(int64_t& cursor, int64_t bytes) {
 
 // ---- candidate records ------------------------------------------------------------------------------------------------------
 
-// Values are bits of non-negative floats, so they compare as integers; -1 means none.
+// Values are bits of floats; only non-negative ones count, and those compare as integers.
 struct Record {
   int32_t best, second, group, unused;
 };
@@ -246,10 +251,9 @@ struct RowBound {
 };
 
 struct CodeHeader {
-  uint64_t largest_norm;  // bits of max ||c'||^2: order like integers
-  uint32_t largest_n;     // fp16 bits, likewise
-  uint32_t largest_rho;
-  uint32_t overflow;      // a finite code has a norm beyond double precision: every row takes the exact path
+  uint64_t largest_norm;   // bits of max ||c'||^2: order like integers
+  uint64_t smallest_norm;  // the complement of the bits of min ||c'||^2, so that both grow from zero
+  uint32_t overflow;       // a finite code has a norm beyond double precision: every row takes the exact path
   uint32_t unused;
 };
 
@@ -272,11 +276,19 @@ TMM_HD int row_exponent(double squared_norm, int code) {
   return own < code ? own : code;
 }
 
+// The matrix unit multiplies exactly and adds 16 products and the accumulator per instruction. Each addend is cut at 23 bits
+// below the largest or finer, at most twice per instruction (two halves of 8), then the sum: at most 20 errors of 2^-23 Q per
+// 16 columns, Q the sum of the absolute products, which bounds every addend and partial sum.
+TMM_HD double accumulation_error(int width) { return width / 16 * 20.0 / (1 << 23); }
+
+// Relative error of a computed distance, of ||x||^2 and of their difference, each (D / 8 + 5) 2^-53 or less, with room.
+TMM_HD double distance_error(int dim) { return (2.0 * dim + 64.0) / (1ull << 52); }
+
 // The extra code values. squared_norm = ||C||^2 <= 2^28 and residual = ||dC||^2, both scaled.
 // Bias: |h1| <= 2^15 errs by at most half its spacing, 2^3; times 2^11 that is |h2| <= 2^14 with error 2^2, and so |h3| <= 2^13
 // with error 2; in all 2^12 2^-22 2 = 2^-9 of -||C||^2 / 2, and the double precision of ||C||^2 is far below 2^-9 more.
-TMM_HD void code_columns(double squared_norm, double residual, uint16_t* out) {
-  double rest = squared_norm * -0.5 / 4096.0;
+TMM_HD void code_columns(double squared_norm, double residual, int width, uint16_t* out) {
+  double rest = squared_norm * -0.5 / 4096.0 * (1.0 - 1.01 * accumulation_error(width));
   for (int j = 0; j < 3; ++j) {
     out[j] = half_nearest(rest);
     rest = (rest - half_value(out[j])) * 2048.0;
@@ -287,53 +299,46 @@ TMM_HD void code_columns(double squared_norm, double residual, uint16_t* out) {
   out[5] = half_nearest(32768.0);
 }
 
-// The extra row values and the row's bound. `squared_norm` = ||x||^2 unscaled; `quantised` = ||x^||^2 and `residual` = ||dX||^2 scaled.
-//
-// slack = bias + acc.
-// bias: the rest of the code side, 2^-8 2^-e, and what the fp16 row values lose when 2^(..-e) falls below the subnormals.
-// acc: the matrix unit multiplies exactly and adds 16 products and the accumulator per instruction; each addend is cut at 23
-//   bits below the largest or finer, at most twice per instruction (two halves of 8): at most 20 errors of 2^-23 (P + T) per 16
-//   columns, where P + T bounds the sum of the absolute products, hence every addend and partial sum.
-// T >= (1 + 2^-6) P exceeds P by more than acc (kMaxWidth / 16 * 20 * 2^-23 * 2.02 < 2^-7), so u of a real code is >= 0.
+// The extra row values and the row's bound. squared_norm = ||x||^2 unscaled; quantised = ||x^||^2 and residual = ||dX||^2 scaled.
 TMM_HD RowBound row_columns(double squared_norm, double quantised, double residual, int row_exp, int code_exp,
-                            const CodeHeader& codes, int width, uint16_t* out) {
+                            const CodeHeader& codes, int dim, int width, uint16_t* out) {
+  const double gamma = accumulation_error(width);
   RowBound bound;
   bound.squared_norm = squared_norm;
   bound.exponent = row_exp + code_exp;
   bound.status = kCertified;
   bound.unused = 0;
   const int drop = code_exp - row_exp;
-  double lost = ldexp(1.0, -8 - drop);
-  double size = 0.0;
-  for (int j = 0; j < 3; ++j) {  // row value 2^(12 - 11 j - e), code values up to 2^(15 - j)
+  double lost = ldexp(1.0, -8 - drop);  // of the bias: the rest on the code side, and row values below the subnormals
+  for (int j = 0; j < 3; ++j) {
     const double exact = ldexp(1.0, 12 - 11 * j - drop);
     out[j] = half_nearest(exact);
-    const double kept = half_value(out[j]);
-    lost += fabs(exact - kept) * ldexp(1.0, 15 - j);
-    size += kept * ldexp(1.0, 15 - j);
+    lost += fabs(exact - half_value(out[j])) * ldexp(1.0, 15 - j);  // times the largest code value
   }
-  const double norm = sqrt(quantised) * kPad;
-  const double alpha = sqrt(residual) * kPad + (norm + sqrt(residual) * kPad) * kShiftError;
+  const double kept = sqrt(quantised) * kPad, away = sqrt(residual) * kPad;
+  const double alpha = (away + (kept + away) * kShiftError + gamma * kept) * (1.0 + 4.0 * gamma);
+  const double a = kept * (1.0 + 4.0 * gamma);
   out[3] = half_up(alpha);
-  out[4] = half_up(norm);
-  const double n = half_value(static_cast<uint16_t>(codes.largest_n));
-  const double rho = half_value(static_cast<uint16_t>(codes.largest_rho));
-  size += half_value(out[4]) * (n + 2.0 * rho) + half_value(out[3]) * n;  // ||c^|| <= n + rho
-  const double tau = size * (1.0 + 1.0 / 64) / 32768.0;
+  out[4] = half_up(a);
+  // T >= L + slack + rounding of S*, where slack <= (lost + gamma T) (1 + 2^-10) and gamma < 2^-8. For the best code
+  // d* <= 2 ||x||^2 + 2 m^2.
+  const double smallest = bits_double(~codes.smallest_norm);
+  const double least = ldexp(sqrt(smallest) * kPad, code_exp);
+  const double rounding = distance_error(dim) * ldexp(3.0 * squared_norm + 2.0 * smallest, bound.exponent);
+  const double tau = ((kept + away) * least + ldexp(0.5 * least * least, -drop) + lost + rounding) * (1.0 + 1.0 / 64) / 32768.0;
   out[5] = half_up(tau);
   bound.offset = half_value(out[5]) * 32768.0f;
-  const double acc = (size + bound.offset) * (width / 16) * 20.0 / (1 << 23);
-  bound.slack = (lost + acc) * (1.0 + 1.0 / 1024);
-  const bool fits = squared_norm < INFINITY && alpha <= 65504.0 && norm <= 65504.0 && tau <= 65504.0 && !codes.overflow;
+  bound.slack = (lost + gamma * bound.offset) * (1.0 + 1.0 / 1024);
+  const bool fits = squared_norm < INFINITY && alpha <= 65504.0 && a <= 65504.0 && tau <= 65504.0 && !codes.overflow;
   if (!fits) bound.status = kExact;
   return bound;
 }
 
-// Codes with u below this are farther than a code at distance `best`, both as computed in double precision. The padding
-// covers the rounding of ||x||^2, of both distances (each (D / 8 + 5) 2^-53 relative) and of their difference, and underflow.
+// Codes with u below this are farther than a code at distance `best`, both as computed in double precision. The last term
+// of pad stands for underflow.
 TMM_HD double threshold(const RowBound& bound, double best, int dim) {
   if (!(best < INFINITY)) return -INFINITY;
-  const double pad = (2.0 * dim + 64.0) * (bound.squared_norm + best) / (1ull << 52) + 1e-300;
+  const double pad = distance_error(dim) * (bound.squared_norm + best) + 1e-300;
   return ldexp(0.5 * (bound.squared_norm - best) - pad, bound.exponent) + bound.offset - bound.slack;
 }
 

@@ -104,7 +104,7 @@ def float64_distances(zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], wei
 def assert_nearest(
     ids: Tensor, distances: Tensor, zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...]
 ) -> None:
-    """Ids equal the float64 ones, save where two different codes are nearer to each other than 1e-12 of the distance."""
+    """Ids equal the float64 ones, save where two different codes are equally far to 1e-12 of the distance."""
     expected = float64_distances(zs, codebooks, weights)
     finite = torch.stack([torch.isfinite(z).all(1) for z in zs]).all(0)
     usable = ~torch.isnan(expected[finite]).all(1) if expected.shape[1] else finite

@@ -92,15 +92,19 @@ void pack(Codebook& codebook) {
     codebook.mean[col] = std::isfinite(mean) ? mean : 0.0;
   }
   codebook.valid.assign(codebook.count, 0);
-  double largest = 0.0;
+  double largest = 0.0, smallest = INFINITY;
   for (int64_t code = 0; code < codebook.count; ++code) {
     bool finite;
     const double norm = squared_norm(points, code, codebook.mean, &finite);
     codebook.valid[code] = finite;
-    if (finite && norm < INFINITY) largest = std::max(largest, norm);
+    if (finite && norm < INFINITY) {
+      largest = std::max(largest, norm);
+      smallest = std::min(smallest, norm);
+    }
     if (finite && !(norm < INFINITY)) codebook.header.overflow = 1;
   }
   codebook.header.largest_norm = double_bits(largest);
+  codebook.header.smallest_norm = ~double_bits(smallest);
   codebook.packed.assign(plan.padded_codes * plan.width, 0);
   const int exponent = code_exponent(largest);
   for (int64_t code = 0; code < codebook.count; ++code) {
@@ -110,9 +114,7 @@ void pack(Codebook& codebook) {
     const double norm = std::ldexp(squared_norm(points, code, codebook.mean, &finite), 2 * exponent);
     double quantised, residual;
     quantise(points, code, codebook.mean, exponent, out, &quantised, &residual);
-    code_columns(norm, residual, out + points.dim);
-    codebook.header.largest_n = std::max<uint32_t>(codebook.header.largest_n, out[points.dim + 3]);
-    codebook.header.largest_rho = std::max<uint32_t>(codebook.header.largest_rho, out[points.dim + 4]);
+    code_columns(norm, residual, plan.width, out + points.dim);
   }
 }
 
@@ -166,9 +168,10 @@ void score_stream(const Points& tokens, int64_t row, const Codebook& codebook, i
   }
 }
 
-// Counts codes whose value breaks the promise 2^(i+k) s_k <= u_k - T + slack, or is negative.
+// Counts codes whose value breaks the promise 2^(i+k) s_k <= u_k - T + slack, and rows whose best value is negative.
 int64_t count_excess(const Points& tokens, int64_t row, const Codebook& codebook, const RowBound& bound, const std::vector<float>& values) {
   int64_t excess = 0;
+  bool positive = false;
   for (int64_t code = 0; code < codebook.count; ++code) {
     if (!codebook.valid[code]) continue;
     long double exact = 0.0L;
@@ -180,9 +183,10 @@ int64_t count_excess(const Points& tokens, int64_t row, const Codebook& codebook
     }
     const float value = values[code / kSpan * kSpan + span_column(static_cast<int>(code % kSpan))];
     const long double upper = static_cast<long double>(value) - bound.offset + bound.slack;
-    if (std::ldexp(exact, bound.exponent) > upper || std::signbit(value)) ++excess;
+    if (std::ldexp(exact, bound.exponent) > upper) ++excess;
+    positive = positive || !std::signbit(value);
   }
-  return excess;
+  return excess + !positive;
 }
 
 Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool check, Statistics& statistics) {
@@ -197,7 +201,8 @@ Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool ch
   const int row_exp = row_exponent(norm, code_exp);
   double quantised, residual;
   quantise(tokens, row, codebook.mean, row_exp, packed.data(), &quantised, &residual);
-  const RowBound bound = row_columns(norm, quantised, residual, row_exp, code_exp, codebook.header, plan.width, packed.data() + dim);
+  const RowBound bound =
+      row_columns(norm, quantised, residual, row_exp, code_exp, codebook.header, dim, plan.width, packed.data() + dim);
   if (bound.status == kExact) {
     ++statistics.listed;
     for (int64_t code = 0; code < codebook.count; ++code) score(tokens, row, codebook, code, best);

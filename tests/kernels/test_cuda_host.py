@@ -131,7 +131,9 @@ def test_root_exponent(emulation: Emulation) -> None:
         assert value / 4.0**power < 4.0 if power > -500 else True
 
 
-@pytest.mark.parametrize(("rows", "codes", "dim"), [(1, 1, 1), (16384, 8192, 32), (65536, 16384, 8), (10**7, 262144, 256)])
+@pytest.mark.parametrize(
+    ("rows", "codes", "dim"), [(1, 1, 1), (16384, 8192, 32), (65536, 16384, 8), (10**7, 262144, 256)]
+)
 def test_plan_covers_the_codes_in_bounded_memory(emulation: Emulation, rows: int, codes: int, dim: int) -> None:
     width, padded, tiles, segments, segment_tiles, chunk_rows, packed, workspace = emulation.plan(rows, codes, dim)
     assert width % 16 == 0

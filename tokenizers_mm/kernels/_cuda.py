@@ -34,7 +34,7 @@ class Matrix(ctypes.Structure):
     ]
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """The library cannot be used; the text says why and what to do."""
 
 
@@ -61,14 +61,14 @@ def find_library() -> Path | None:
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """Load the library, or raise `Unavailable`."""
+    """Load the library, or raise `UnavailableError`."""
     path = find_library()
     if path is None:
-        raise Unavailable(f"{NAME} was not built: install again with nvcc (CUDA 12.4 or later) on PATH")
+        raise UnavailableError(f"{NAME} was not built: install again with nvcc (CUDA 12.4 or later) on PATH")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"{path} does not load: {error}") from error
+        raise UnavailableError(f"{path} does not load: {error}") from error
     number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     signatures = {
         "tmm_cuda_abi_version": (number, []),
@@ -83,7 +83,7 @@ def load_library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     if library.tmm_cuda_abi_version() != ABI_VERSION:
-        raise Unavailable(f"{path} has interface {library.tmm_cuda_abi_version()}, this package needs {ABI_VERSION}")
+        raise UnavailableError(f"{path} has interface {library.tmm_cuda_abi_version()}, this package needs {ABI_VERSION}")
     return library
 
 
@@ -91,10 +91,14 @@ def why_unavailable(device: torch.device) -> str | None:
     """Why tensors of this device cannot use the library; None if they can."""
     try:
         load_library()
-    except Unavailable as error:
+    except UnavailableError as error:
         return str(error)
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, below 8.0"
+    return (
+        None
+        if major >= 8
+        else f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, below 8.0"
+    )
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,8 +111,8 @@ def nearest_code_shared(
 ) -> tuple[Tensor, Tensor]:
     """argmin_k of sum_i weights[i] * ||zs[i] - codebooks[i][k]||^2 over one or two parts, and that distance.
 
-    zs[i] [N, D_i] and codebooks[i] [K, D_i] of any float dtypes and strides on one CUDA device, weights >= 0; returns int64
-    [N] and float64 [N]. Environment TOKENIZERS_MM_CUDA_PASS pins one of `PASSES`.
+    zs[i] [N, D_i] and codebooks[i] [K, D_i] of any float dtypes and strides on one CUDA device, weights >= 0;
+    returns int64 [N] and float64 [N]. Environment TOKENIZERS_MM_CUDA_PASS pins one of `PASSES`.
     """
     require(1 <= len(zs) <= 2 and len(zs) == len(codebooks) == len(weights), "zs", "one or two parts", len(zs))
     device, rows, num_codes = zs[0].device, zs[0].shape[0], codebooks[0].shape[0]
