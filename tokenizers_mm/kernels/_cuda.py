@@ -82,8 +82,9 @@ def load_library() -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if library.tmm_cuda_abi_version() != ABI_VERSION:
-        raise UnavailableError(f"{path} has interface {library.tmm_cuda_abi_version()}, this package needs {ABI_VERSION}")
+    version = library.tmm_cuda_abi_version()
+    if version != ABI_VERSION:
+        raise UnavailableError(f"{path} has interface {version}, this package needs {ABI_VERSION}")
     return library
 
 
