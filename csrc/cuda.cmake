@@ -30,7 +30,7 @@ set(cuda_library "${CMAKE_BINARY_DIR}/libtokenizers_mm_cuda.so")
 file(GLOB cuda_headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/cuda_*.cuh" "${CMAKE_CURRENT_LIST_DIR}/cuda_*.h")
 set(cuda_failure)
 if(NOT build_cuda STREQUAL "1")
-  set(cuda_failure || "${CMAKE_COMMAND}" -E echo "CUDA library: nvcc failed; the package is built without it")
+  set(cuda_failure || "${CMAKE_COMMAND}" -E echo "CUDA library: nvcc failed, the package is built without it")
 endif()
 add_custom_command(
   OUTPUT "${cuda_library}"
