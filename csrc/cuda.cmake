@@ -1,6 +1,6 @@
-# libtokenizers_mm_cuda.so, for compute capability 8.0 and 9.0a with PTX for everything newer. Include this file from the top
-# CMakeLists.txt; it needs no CUDA support in CMake. Without nvcc it does nothing. A failing build is reported and leaves the
-# CPU library alone, unless TOKENIZERS_MM_BUILD_CUDA=1 asks for it; 0 leaves CUDA out.
+# libtokenizers_mm_cuda.so, for compute capability 8.0 and 9.0a with PTX for everything newer. Include this file from
+# the top CMakeLists.txt; it needs no CUDA support in CMake. Without nvcc it does nothing. A failing build is reported
+# and leaves the CPU library alone, unless TOKENIZERS_MM_BUILD_CUDA=1 asks for it; 0 leaves CUDA out.
 
 set(build_cuda "$ENV{TOKENIZERS_MM_BUILD_CUDA}")
 if(build_cuda STREQUAL "0")
@@ -18,7 +18,7 @@ if(TOKENIZERS_MM_NVCC)
 endif()
 if(NOT nvcc_version OR nvcc_version VERSION_LESS 12.4)
   if(build_cuda STREQUAL "1")
-    message(FATAL_ERROR "CUDA library: TOKENIZERS_MM_BUILD_CUDA=1 needs nvcc 12.4 or later on PATH, found '${nvcc_version}'")
+    message(FATAL_ERROR "CUDA library: TOKENIZERS_MM_BUILD_CUDA=1 needs nvcc 12.4 or later, found '${nvcc_version}'")
   endif()
   message(STATUS "CUDA library: left out (no nvcc 12.4 or later)")
   return()

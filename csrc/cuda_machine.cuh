@@ -41,7 +41,7 @@ __device__ __forceinline__ int max3(int a, int b, int c) {
 #endif
 }
 
-// ---- compute capability 8.0 -------------------------------------------------------------------------------------------------
+// ---- compute capability 8.0 ---------------------------------------------------------------------------------------
 
 // Asynchronous copy of 16 bytes to shared memory; zeros if not `inside`.
 __device__ __forceinline__ void copy16(uint32_t to, const void* from, bool inside) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- compute capability 9.0a ------------------------------------------------------------------------------------------------
+// ---- compute capability 9.0a --------------------------------------------------------------------------------------
 
 #if TMM_MACHINE_HAS_WGMMA
 
@@ -117,8 +117,8 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap& map, i
 #define TMM_F8(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9"
 #define TMM_A8(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]), \
                   "+f"(acc[i + 6]), "+f"(acc[i + 7])
-#define TMM_A64(i) TMM_A8(i), TMM_A8(i + 8), TMM_A8(i + 16), TMM_A8(i + 24), TMM_A8(i + 32), TMM_A8(i + 40), TMM_A8(i + 48), \
-                   TMM_A8(i + 56)
+#define TMM_A64(i) TMM_A8(i), TMM_A8(i + 8), TMM_A8(i + 16), TMM_A8(i + 24), TMM_A8(i + 32), TMM_A8(i + 40), \
+                   TMM_A8(i + 48), TMM_A8(i + 56)
 
 // acc[64 x 256 fragment] = rows[64, 16] codes[256, 16]^T + (add ? acc : 0). Asynchronous.
 __device__ __forceinline__ void wgmma(float (&acc)[128], uint64_t rows, uint64_t codes, int add) {

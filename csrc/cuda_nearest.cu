@@ -56,7 +56,8 @@ T* at(void* base, int64_t offset) {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function that describes a matrix to the copy engine; null where the driver has none. No link to libcuda.
+// The driver's function that describes a matrix to the copy engine; null where the driver has none. No link to
+// libcuda.
 EncodeTiled find_encode_tiled() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
@@ -100,13 +101,15 @@ cudaError_t run_pass(const Pass& pass, bool use_hopper, int processors, cudaStre
       return cudaErrorInvalidValue;
     }
     using Kernel = void (*)(Pass, CUtensorMap, CUtensorMap);
-    constexpr Kernel by_tail[4] = {hopper::search_pass<1>, hopper::search_pass<2>, hopper::search_pass<3>, hopper::search_pass<4>};
+    constexpr Kernel by_tail[4] = {hopper::search_pass<1>, hopper::search_pass<2>, hopper::search_pass<3>,
+                                   hopper::search_pass<4>};
     const Kernel kernel = by_tail[(pass.width / 16 - 1) % 4];
     TMM_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, hopper::kSharedBytes));
     const int blocks = units < processors ? units : processors;
     return launch(kernel, blocks, hopper::kThreads, hopper::kSharedBytes, stream, pass, row_map, code_map);
   }
-  TMM_CHECK(cudaFuncSetAttribute(portable::search_pass, cudaFuncAttributeMaxDynamicSharedMemorySize, portable::kSharedBytes));
+  TMM_CHECK(cudaFuncSetAttribute(portable::search_pass, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 portable::kSharedBytes));
   const int blocks = units < 2 * processors ? units : 2 * processors;
   return launch(portable::search_pass, blocks, portable::kThreads, portable::kSharedBytes, stream, pass);
 }
@@ -139,12 +142,13 @@ cudaError_t pack(const Points& codes, int64_t num_codes, void* packed, int devic
   const int grid = blocks < 1024 ? blocks : 1024;
   TMM_CHECK(launch(code_norms, grid, kPackThreads, 0, stream, codes, num_codes, mean, valid, header));
   if (plan.exact_only) return cudaSuccess;
-  return launch(pack_codes, grid, kPackThreads, 0, stream, codes, num_codes, plan.padded_codes, plan.width, mean, valid, header,
-                at<uint16_t>(packed, plan.codes_at));
+  return launch(pack_codes, grid, kPackThreads, 0, stream, codes, num_codes, plan.padded_codes, plan.width, mean, valid,
+                header, at<uint16_t>(packed, plan.codes_at));
 }
 
 cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows, int64_t num_codes, void* packed,
-                    void* workspace, int64_t* ids, double* distances, int pass_choice, int device, cudaStream_t stream) {
+                    void* workspace, int64_t* ids, double* distances, int pass_choice, int device,
+                    cudaStream_t stream) {
   const DeviceGuard guard(device);
   TMM_CHECK(guard.status());
   TMM_CHECK(choose_pass(device, &pass_choice));
@@ -182,8 +186,8 @@ cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows,
     if (exact_only) {
       TMM_CHECK(launch(check_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, bounds));
     } else {
-      TMM_CHECK(launch(pack_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, plan.width, mean, header, rows,
-                       bounds));
+      TMM_CHECK(launch(pack_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, plan.width, mean, header,
+                       rows, bounds));
       Pass pass;
       pass.rows = rows;
       pass.codes = at<uint16_t>(packed, plan.codes_at);
@@ -199,7 +203,8 @@ cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows,
     TMM_CHECK(launch(finish_rows, row_blocks, kPackThreads, 0, stream, search, exact_only));
     // The list's length stays on the device: a fixed grid walks it.
     const int sets = blocks_for(count, kFallbackRows);
-    TMM_CHECK(launch(finish_listed, sets < 4 * processors ? sets : 4 * processors, kPackThreads, 0, stream, search, exact_only));
+    const int grid = sets < 4 * processors ? sets : 4 * processors;
+    TMM_CHECK(launch(finish_listed, grid, kPackThreads, 0, stream, search, exact_only));
   }
   return cudaSuccess;
 }
@@ -234,18 +239,24 @@ int64_t tmm_cuda_workspace_bytes(int64_t num_rows, int64_t num_codes, int64_t di
   return tmm::make_plan(num_rows, num_codes, dim).workspace_bytes;
 }
 
-int tmm_cuda_pack(const tmm_cuda_matrix* codes, const double* weights, int parts, void* packed, int device, void* stream) {
+int tmm_cuda_pack(const tmm_cuda_matrix* codes, const double* weights, int parts, void* packed, int device,
+                  void* stream) {
   if (!tmm::valid_matrices(codes, weights, parts) || codes[0].rows < 1 || !packed) return cudaErrorInvalidValue;
-  return tmm::pack(tmm::make_points(codes, weights, parts), codes[0].rows, packed, device, static_cast<cudaStream_t>(stream));
+  return tmm::pack(tmm::make_points(codes, weights, parts), codes[0].rows, packed, device,
+                   static_cast<cudaStream_t>(stream));
 }
 
 int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights, int parts,
-                     const void* packed, void* workspace, int64_t* ids, double* distances, int pass, int device, void* stream) {
-  if (!tmm::valid_matrices(tokens, weights, parts) || !tmm::valid_matrices(codes, weights, parts)) return cudaErrorInvalidValue;
+                     const void* packed, void* workspace, int64_t* ids, double* distances, int pass, int device,
+                     void* stream) {
+  if (!tmm::valid_matrices(tokens, weights, parts) || !tmm::valid_matrices(codes, weights, parts)) {
+    return cudaErrorInvalidValue;
+  }
   for (int p = 0; p < parts; ++p) {
     if (tokens[p].cols != codes[p].cols) return cudaErrorInvalidValue;
   }
-  if (codes[0].rows < 1 || codes[0].rows > INT32_MAX / 2 || pass < TMM_CUDA_AUTO || pass > TMM_CUDA_EXACT) return cudaErrorInvalidValue;
+  if (codes[0].rows < 1 || codes[0].rows > INT32_MAX / 2) return cudaErrorInvalidValue;
+  if (pass < TMM_CUDA_AUTO || pass > TMM_CUDA_EXACT) return cudaErrorInvalidValue;
   if (tokens[0].rows == 0) return cudaSuccess;
   if (!packed || !workspace || !ids) return cudaErrorInvalidValue;
   return tmm::nearest(tmm::make_points(tokens, weights, parts), tmm::make_points(codes, weights, parts), tokens[0].rows,

@@ -1,4 +1,5 @@
-// Packing: the shift, the scales, the fp16 matrices with their extra columns, and the bound of every row (cuda_shared.h).
+// Packing: the shift, the scales, the fp16 matrices with their extra columns, and the bound of every row
+// (cuda_shared.h).
 #pragma once
 
 #include "cuda_machine.cuh"
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kPackThreads) mean_of_slabs(const double* sums
 }
 
 // ||x||^2 of a shifted row by one warp; `finite` tells whether all its values are.
-__device__ __forceinline__ double warp_squared_norm(const Points& points, int64_t row, const double* mean, bool& finite) {
+__device__ __forceinline__ double warp_squared_norm(const Points& points, int64_t row, const double* mean,
+                                                    bool& finite) {
   const int lane = threadIdx.x % 32;
   double sum = 0.0;
   bool good = true;
@@ -71,8 +73,8 @@ __device__ __forceinline__ double warp_squared_norm(const Points& points, int64_
 }
 
 // Validity of every code, the largest and the smallest norm.
-__global__ void __launch_bounds__(kPackThreads) code_norms(Points codes, int64_t num_codes, const double* mean, uint8_t* valid,
-                                                           CodeHeader* header) {
+__global__ void __launch_bounds__(kPackThreads) code_norms(Points codes, int64_t num_codes, const double* mean,
+                                                           uint8_t* valid, CodeHeader* header) {
   __shared__ double largest[kWarps], smallest[kWarps];
   __shared__ int overflow;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -107,8 +109,8 @@ __global__ void __launch_bounds__(kPackThreads) code_norms(Points codes, int64_t
 }
 
 // Quantises one shifted row times 2^exponent; returns ||x^||^2 and ||dX||^2 of the scaled row.
-__device__ __forceinline__ void warp_quantise(const Points& points, int64_t row, const double* mean, int exponent, uint16_t* out,
-                                              double& quantised, double& residual) {
+__device__ __forceinline__ void warp_quantise(const Points& points, int64_t row, const double* mean, int exponent,
+                                              uint16_t* out, double& quantised, double& residual) {
   const int lane = threadIdx.x % 32;
   double kept = 0.0, lost = 0.0;
   for (int col = lane; col < points.dim; col += 32) {
@@ -127,8 +129,8 @@ __device__ __forceinline__ void warp_zero(uint16_t* out, int begin, int end) {
   for (int col = begin + threadIdx.x % 32; col < end; col += 32) out[col] = 0;
 }
 
-__global__ void __launch_bounds__(kPackThreads) pack_codes(Points codes, int64_t num_codes, int64_t padded_codes, int width,
-                                                           const double* mean, const uint8_t* valid,
+__global__ void __launch_bounds__(kPackThreads) pack_codes(Points codes, int64_t num_codes, int64_t padded_codes,
+                                                           int width, const double* mean, const uint8_t* valid,
                                                            const CodeHeader* header, uint16_t* packed) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int exponent = code_exponent(bits_double(header->largest_norm));
@@ -151,8 +153,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_codes(Points codes, int64_t
 
 // Rows first .. first + num_rows - 1 of the tokens become rows 0 .. of the chunk.
 __global__ void __launch_bounds__(kPackThreads) pack_rows(Points tokens, int64_t first, int num_rows, int width,
-                                                          const double* mean, const CodeHeader* header, uint16_t* packed,
-                                                          RowBound* bounds) {
+                                                          const double* mean, const CodeHeader* header,
+                                                          uint16_t* packed, RowBound* bounds) {
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= num_rows) return;
@@ -180,7 +182,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_rows(Points tokens, int64_t
 }
 
 // In place of pack_rows when every code is scored in double precision: only tells which tokens are finite.
-__global__ void __launch_bounds__(kPackThreads) check_rows(Points tokens, int64_t first, int num_rows, RowBound* bounds) {
+__global__ void __launch_bounds__(kPackThreads) check_rows(Points tokens, int64_t first, int num_rows,
+                                                           RowBound* bounds) {
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= num_rows) return;
   bool good = true;

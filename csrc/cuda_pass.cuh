@@ -13,7 +13,8 @@ struct Pass {
   int num_rows, width, tiles, segments, segment_tiles, row_tiles;
 };
 
-// Units of work: one row tile against one segment. Row tiles run fastest, so that blocks at work share the codes in L2.
+// Units of work: one row tile against one segment. Row tiles run fastest, so that blocks at work share the codes in
+// L2.
 struct Unit {
   int row_tile, segment, first_tile, last_tile;
 
@@ -24,7 +25,8 @@ struct Unit {
         last_tile(min(first_tile + pass.segment_tiles, pass.tiles)) {}
 };
 
-// The largest of the kGroup values that a thread holds of one row and one span: value(j, p) for j < 8, p < 2, as float bits.
+// The largest of the kGroup values that a thread holds of one row and one span: value(j, p) for j < 8, p < 2, as
+// float bits.
 template <class Value>
 __device__ __forceinline__ int group_maximum(const Value& value) {
   int largest = max(value(0, 0), value(0, 1));

@@ -1,6 +1,6 @@
-// The pass on compute capability 9.0: wgmma.m64n256k16 fed by the bulk tensor copy engine. One producer thread keeps kStages
-// stages in flight; two consumer warpgroups of 64 rows each multiply and reduce, free to drift apart by the depth of the pipeline, so
-// that one reduces while the other multiplies.
+// The pass on compute capability 9.0: wgmma.m64n256k16 fed by the bulk tensor copy engine. One producer thread keeps
+// kStages stages in flight; two consumer warpgroups of 64 rows each multiply and reduce, free to drift apart by the
+// depth of the pipeline, so that one reduces while the other multiplies.
 #pragma once
 
 #include "cuda_pass.cuh"
@@ -18,9 +18,11 @@ constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + 16);
 
 #if TMM_MACHINE_HAS_WGMMA
 
-// A K-major operand with the 128-byte swizzle: address, leading offset (unused by this layout), 1024 bytes between groups of 8 rows.
+// A K-major operand with the 128-byte swizzle: address, leading offset (unused by this layout), 1024 bytes between
+// groups of 8 rows.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) |
+         (uint64_t{1} << 62);
 }
 
 // A place in the ring of stages and the parity of its turn.
@@ -35,11 +37,11 @@ struct Cursor {
   }
 };
 
-// 16 * steps columns of the next stage. It is handed back as soon as its products are done; meanwhile the other consumer's
-// products keep the matrix unit busy.
+// 16 * steps columns of the next stage. It is handed back as soon as its products are done; meanwhile the other
+// consumer's products keep the matrix unit busy.
 template <int steps>
-__device__ __forceinline__ void multiply_stage(float (&acc)[128], uint32_t stages, uint32_t full, uint32_t empty, int group,
-                                               Cursor& cursor, int add) {
+__device__ __forceinline__ void multiply_stage(float (&acc)[128], uint32_t stages, uint32_t full, uint32_t empty,
+                                               int group, Cursor& cursor, int add) {
   barrier_wait(full + cursor.stage * 8, cursor.phase);
   const uint64_t rows = descriptor(stages + cursor.stage * kStageBytes + group * (kRowBytes / 2));
   const uint64_t codes = descriptor(stages + cursor.stage * kStageBytes + kRowBytes);
@@ -52,8 +54,8 @@ __device__ __forceinline__ void multiply_stage(float (&acc)[128], uint32_t stage
 }
 
 // Fills the stages, unit by unit, tile by tile, chunk by chunk. One thread.
-__device__ __forceinline__ void produce(const Pass& pass, const CUtensorMap& row_map, const CUtensorMap& code_map, uint32_t stages,
-                                        uint32_t full, uint32_t empty) {
+__device__ __forceinline__ void produce(const Pass& pass, const CUtensorMap& row_map, const CUtensorMap& code_map,
+                                        uint32_t stages, uint32_t full, uint32_t empty) {
   const int chunks = (pass.width + kDepth - 1) / kDepth;
   const int units = pass.row_tiles * pass.segments;
   Cursor cursor;
@@ -73,7 +75,8 @@ __device__ __forceinline__ void produce(const Pass& pass, const CUtensorMap& row
   }
 }
 
-// Multiplies and reduces the same sequence of stages. `group` is 0 or 1; `tail` counts the 16-column steps of the last chunk.
+// Multiplies and reduces the same sequence of stages. `group` is 0 or 1; `tail` counts the 16-column steps of the
+// last chunk.
 template <int tail>
 __device__ __forceinline__ void consume(const Pass& pass, uint32_t stages, uint32_t full, uint32_t empty, int group) {
   const int chunks = (pass.width + kDepth - 1) / kDepth;

@@ -13,12 +13,13 @@ constexpr int kRowBytes = kRowTile * kDepth * 2;
 constexpr int kStageBytes = kRowBytes + kCodes * kDepth * 2;
 constexpr int kSharedBytes = kStages * kStageBytes;
 
-// Byte offset of 16-byte block `block` (0..3) of row `row`. Two rows share 128 bytes; the exclusive or spreads the eight rows that
-// one ldmatrix phase reads over all banks.
+// Byte offset of 16-byte block `block` (0..3) of row `row`. Two rows share 128 bytes; the exclusive or spreads the
+// eight rows that one ldmatrix phase reads over all banks.
 __device__ __forceinline__ int place(int row, int block) { return row * 64 + ((block ^ ((row >> 1) & 3)) << 4); }
 
 // One stage: kRowTile rows and kCodes codes, columns chunk * kDepth ...; beyond the matrix, zeros.
-__device__ __forceinline__ void load_stage(const Pass& pass, uint32_t stage, int first_row, int64_t first_code, int chunk) {
+__device__ __forceinline__ void load_stage(const Pass& pass, uint32_t stage, int first_row, int64_t first_code,
+                                           int chunk) {
 #pragma unroll
   for (int i = 0; i < (kRowTile + kCodes) * 4 / kThreads; ++i) {
     const int index = i * kThreads + threadIdx.x;
@@ -29,7 +30,8 @@ __device__ __forceinline__ void load_stage(const Pass& pass, uint32_t stage, int
     const int64_t from_row = is_row ? static_cast<int64_t>(first_row + row) : first_code + row;
     const bool inside = col < pass.width && (!is_row || from_row < pass.num_rows);
     const uint16_t* matrix = is_row ? pass.rows : pass.codes;
-    copy16(stage + (is_row ? 0 : kRowBytes) + place(row, block), matrix + (inside ? from_row * pass.width + col : 0), inside);
+    const uint32_t to = stage + (is_row ? 0 : kRowBytes) + place(row, block);
+    copy16(to, matrix + (inside ? from_row * pass.width + col : 0), inside);
   }
 }
 
@@ -71,7 +73,8 @@ __global__ void __launch_bounds__(kThreads, 2) search_pass(Pass pass) {
       __syncthreads();  // this step's stage is complete for all, and all are done with the previous step's
       const int ahead = step + kStages - 1;
       if (ahead < steps) {
-        load_stage(pass, base + ahead % kStages * kStageBytes, first_row, first_code + ahead / chunks * kCodes, ahead % chunks);
+        load_stage(pass, base + ahead % kStages * kStageBytes, first_row, first_code + ahead / chunks * kCodes,
+                   ahead % chunks);
       }
       copy_commit();
 
@@ -105,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, 2) search_pass(Pass pass) {
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int span = 0; span < kCodes / kSpan; ++span) {
-            const int value = group_maximum([&](int j, int p) { return __float_as_int(acc[m][span * 8 + j][half * 2 + p]); });
+            const int value =
+                group_maximum([&](int j, int p) { return __float_as_int(acc[m][span * 8 + j][half * 2 + p]); });
             record_add(records[m * 2 + half], value, (first_span + span) * kLanes + lane % 4);
           }
         }

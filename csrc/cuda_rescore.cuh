@@ -1,5 +1,5 @@
-// After the pass: score in double precision what the certificate could not rule out. A warp is four quads of kParts lanes,
-// each working on one code; the shares of a distance are added in the order that distance_share documents.
+// After the pass: score in double precision what the certificate could not rule out. A warp is four quads of kParts
+// lanes, each working on one code; the shares of a distance are added in the order that distance_share documents.
 #pragma once
 
 #include "cuda_pack.cuh"
@@ -27,21 +27,6 @@ __device__ __forceinline__ void warp_best(double& distance, int64_t& index) {
   }
 }
 
-// Scores the codes of one group and keeps the best so far, alike in all lanes of the warp.
-__device__ __forceinline__ void warp_score_group(const Points& tokens, int64_t row, const Points& codes, const uint8_t* valid,
-                                                 int64_t num_codes, int group, double& best, int64_t& best_index) {
-  for (int round = 0; round < kGroup; round += 32 / kParts) {
-    const int64_t code = static_cast<int64_t>(group) * kGroup + round + threadIdx.x % 32 / kParts;
-    const bool real = code < num_codes && valid[code];
-    const double distance = team_distance(tokens, row, codes, real ? code : 0);
-    if (real && better(distance, code, best, best_index)) {
-      best = distance;
-      best_index = code;
-    }
-  }
-  warp_best(best, best_index);
-}
-
 struct Search {
   Points tokens, codes;
   int64_t first;       // token of row 0
@@ -56,18 +41,32 @@ struct Search {
   double* distances;      // of all tokens, or null
 };
 
+// Scores the codes of one group and keeps the best so far, alike in all lanes of the warp.
+__device__ __forceinline__ void warp_score_group(const Search& search, int row, int group, double& best,
+                                                 int64_t& best_index) {
+  for (int round = 0; round < kGroup; round += 32 / kParts) {
+    const int64_t code = static_cast<int64_t>(group) * kGroup + round + threadIdx.x % 32 / kParts;
+    const bool real = code < search.num_codes && search.valid[code];
+    const double distance = team_distance(search.tokens, search.first + row, search.codes, real ? code : 0);
+    if (real && better(distance, code, best, best_index)) {
+      best = distance;
+      best_index = code;
+    }
+  }
+  warp_best(best, best_index);
+}
+
 __device__ __forceinline__ void write_answer(const Search& search, int row, double distance, int64_t index) {
   search.ids[search.first + row] = index == kNoCode ? 0 : index;
   if (search.distances) search.distances[search.first + row] = index == kNoCode ? NAN : distance;
 }
 
-// One warp per row: score the best group, then every stream's best group that the threshold still allows. A row in which a
-// stream's second best value is allowed too goes on the list.
+// One warp per row: score the best group, then every stream's best group that the threshold still allows. A row in
+// which a stream's second best value is allowed too goes on the list.
 __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool exact_only) {
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= search.num_rows) return;
-  const int64_t token = search.first + row;
   const RowBound bound = search.bounds[row];
   double best = INFINITY;
   int64_t best_index = kNoCode;
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
         top = stream;
       }
     }
-    warp_score_group(search.tokens, token, search.codes, search.valid, search.num_codes, records[top].group, best, best_index);
+    warp_score_group(search, row, records[top].group, best, best_index);
     double limit = threshold(bound, best, search.tokens.dim);
     for (int begin = 0; begin < search.streams; begin += 32) {
       const int stream = begin + lane;
@@ -109,12 +108,14 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
         const int value = __shfl_sync(kAllLanes, record.best, source);
         const int group = __shfl_sync(kAllLanes, record.group, source);
         if (!reaches(value, limit)) continue;  // ruled out by a group scored meanwhile
-        warp_score_group(search.tokens, token, search.codes, search.valid, search.num_codes, group, best, best_index);
+        warp_score_group(search, row, group, best, best_index);
         limit = threshold(bound, best, search.tokens.dim);
       }
     }
     bool again = false;
-    for (int stream = lane; stream < search.streams; stream += 32) again = again || reaches(records[stream].second, limit);
+    for (int stream = lane; stream < search.streams; stream += 32) {
+      again = again || reaches(records[stream].second, limit);
+    }
     incomplete = __any_sync(kAllLanes, again);
   }
   if (lane == 0) {
@@ -124,8 +125,9 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
   }
 }
 
-// The exact launch over the listed rows, kFallbackRows per block: every code of every stream that one of the rows still allows.
-// The order of the list varies from run to run; the answers do not, being minima over (distance, index).
+// The exact launch over the listed rows, kFallbackRows per block: every code of every stream that one of the rows
+// still allows. The order of the list varies from run to run; the answers do not, being minima over (distance,
+// index).
 __global__ void __launch_bounds__(kPackThreads) finish_listed(Search search, bool exact_only) {
   __shared__ uint8_t open[kMaxSegments * kLanes];
   __shared__ double distances[kWarps][kFallbackRows];
@@ -163,7 +165,8 @@ __global__ void __launch_bounds__(kPackThreads) finish_listed(Search search, boo
       for (int step = 0; step < stream_codes; step += kTeams) {
         // The stream's codes: kGroup consecutive ones out of every kSpan.
         const int at = step + team;
-        const int64_t code = static_cast<int64_t>(first_tile) * kTile + at / kGroup * kSpan + stream % kLanes * kGroup + at % kGroup;
+        const int64_t code =
+            static_cast<int64_t>(first_tile) * kTile + at / kGroup * kSpan + stream % kLanes * kGroup + at % kGroup;
         const bool real = at < stream_codes && code < search.num_codes && search.valid[code];
 #pragma unroll
         for (int r = 0; r < kFallbackRows; ++r) {

@@ -1,19 +1,20 @@
-// The arithmetic of the exact nearest-code search that device code and host tests share: rounding to fp16, the packed columns,
-// the error bound, candidate records and the merge. Plain C++17: it compiles with and without nvcc.
+// The arithmetic of the exact nearest-code search that device code and host tests share: rounding to fp16, the packed
+// columns, the error bound, candidate records and the merge. Plain C++17: it compiles with and without nvcc.
 //
 // The certificate
 // ---------------
 // With any shift mu, x = z - mu and c_k' = c_k - mu, the nearest code maximises s_k = x.c_k' - ||c_k'||^2 / 2, since
 // ||z - c_k||^2 = ||x||^2 - 2 s_k. The pass computes, in fp16 with fp32 accumulation, an UPPER bound of s_k:
 //
-//   X = 2^i x, C_k = 2^k c_k'          scaled by powers of two (k one number per codebook, i one per row, i <= k), e = k - i
+//   X = 2^i x, C_k = 2^k c_k'          scaled by powers of two: k one per codebook, i <= k one per row, e = k - i
 //   X = x^ + dX, C_k = c^ + dC         x^, c^ in fp16
 //   |X.C - x^.c^| <= ||dX|| ||C|| + ||x^|| ||dC||                                            (Cauchy-Schwarz)
 //
-// Every norm on the right is measured in double precision and rounded up to fp16, so the bound is itself a sum of products of
-// a row value and a code value, and rides along as extra columns of the matrix product, as do the bias -||C||^2 / 2 and an
-// offset T. The rounding of the matrix unit is bounded code by code too: it is at most gamma Q_k, Q_k the sum of the absolute
-// products of code k, and Q_k is again such a sum; it enlarges alpha and a and shrinks the bias (a factor 1 - 1.01 gamma).
+// Every norm on the right is measured in double precision and rounded up to fp16, so the bound is itself a sum of
+// products of a row value and a code value, and rides along as extra columns of the matrix product, as do the bias
+// -||C||^2 / 2 and an offset T. The rounding of the matrix unit is bounded code by code too: it is at most gamma Q_k,
+// Q_k the sum of the absolute products of code k, and Q_k is again such a sum; it enlarges alpha and a and shrinks
+// the bias (a factor 1 - 1.01 gamma).
 //
 //   column     row value             code value
 //   0 .. D-1   x^                    c^
@@ -23,18 +24,19 @@
 //   D+4        a >= ||x^|| + gamma (||x^|| + a)                  rho >= ||dC||
 //   D+5        tau, T = 2^15 tau     2^15
 //
-// If u_k is what the matrix unit returns for code k, then 2^(i+k) s_k <= u_k - T + slack, where slack (a row value) covers the
-// rest of the bias and gamma T. Let d* be the distance of ANY code, computed in double precision, and S* = 2^(i+k) (||x||^2 -
-// d*) / 2 less its rounding. A code with u_k - T + slack < S* is farther than that code and cannot be the answer, not even
-// through a rounding tie. All others are scored in double precision.
+// If u_k is what the matrix unit returns for code k, then 2^(i+k) s_k <= u_k - T + slack, where slack (a row value)
+// covers the rest of the bias and gamma T. Let d* be the distance of ANY code, computed in double precision, and S* =
+// 2^(i+k) (||x||^2 - d*) / 2 less its rounding. A code with u_k - T + slack < S* is farther than that code and cannot
+// be the answer, not even through a rounding tie. All others are scored in double precision.
 //
-// T lets the pass compare the bits of floats as integers, where negative ones are below all others but otherwise out of order.
-// The code of the smallest norm m scores at least -L, L = ||X|| m + 2^-e m^2 / 2, so the best score is at least -L, and with T >=
-// L + slack and the rounding of S* a code with u_k < 0 cannot be the answer. A code that must never be chosen is packed as
-// zeros: u = 0. No bound mentions the largest norm, so a few large codes do not spoil the rest.
+// T lets the pass compare the bits of floats as integers, where negative ones are below all others but otherwise out
+// of order. The code of the smallest norm m scores at least -L, L = ||X|| m + 2^-e m^2 / 2, so the best score is at
+// least -L, and with T >= L + slack and the rounding of S* a code with u_k < 0 cannot be the answer. A code that must
+// never be chosen is packed as zeros: u = 0. No bound mentions the largest norm, so a few large codes do not spoil
+// the rest.
 //
-// Because the final choice is the minimum over (double-precision distance, index), the result does not depend on mu, tiles,
-// splits, the kernel used or the order of the merge.
+// Because the final choice is the minimum over (double-precision distance, index), the result does not depend on mu,
+// tiles, splits, the kernel used or the order of the merge.
 #pragma once
 
 #include <cmath>
@@ -58,10 +60,10 @@ constexpr int kLanes = 4;         // candidate streams per row and segment: the 
 constexpr int kTile = 256;        // codes of a tile; packed codebooks are padded to it
 constexpr int kRowTile = 128;     // rows of a tile
 constexpr int kParts = 8;         // partial sums of a distance, one per lane
-constexpr int kMaxWidth = 16384;  // wider rows take the exact path: the bound below wants the sum of few enough roundings
+constexpr int kMaxWidth = 16384;  // wider rows take the exact path: the bound wants few enough roundings
 constexpr int kMaxSegments = 64;
 
-// ---- fp16 without a compiler type -------------------------------------------------------------------------------------------
+// ---- fp16 without a compiler type ---------------------------------------------------------------------------------
 
 TMM_HD uint32_t float_bits(float value) {
   uint32_t bits;
@@ -87,8 +89,8 @@ TMM_HD double bits_double(uint64_t bits) {
   return value;
 }
 
-// The fp16 nearest to a float of any value rounded from `value`; too large becomes the largest finite one. Nothing below
-// relies on the rounding being to nearest: residuals are measured.
+// The fp16 nearest to a float of any value rounded from `value`; too large becomes the largest finite one. Nothing
+// below relies on the rounding being to nearest: residuals are measured.
 TMM_HD uint16_t half_nearest(double value) {
   const uint32_t bits = float_bits(static_cast<float>(value));
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -116,7 +118,7 @@ TMM_HD uint16_t half_up(double value) {
   return static_cast<double>(half_value(half)) < value ? static_cast<uint16_t>(half + 1) : half;
 }
 
-// ---- elements of the inputs -------------------------------------------------------------------------------------------------
+// ---- elements of the inputs ---------------------------------------------------------------------------------------
 
 TMM_HD double element(const tmm_cuda_matrix& matrix, int64_t row, int64_t col) {
   const int64_t at = row * matrix.row_stride + col * matrix.col_stride;
@@ -160,8 +162,9 @@ inline Points make_points(const tmm_cuda_matrix* matrices, const double* weights
   return points;
 }
 
-// Lane `lane` of kParts' share of the distance between a token and a code. A distance is ((0+4)+(2+6)) + ((1+5)+(3+7)) of
-// the shares, as the butterfly below adds them; this order defines "the distance in double precision" of this library on CUDA.
+// Lane `lane` of kParts' share of the distance between a token and a code. A distance is ((0+4)+(2+6)) +
+// ((1+5)+(3+7)) of the shares, as the butterfly below adds them; this order defines "the distance in double
+// precision" of this library on CUDA.
 TMM_HD double distance_share(const Points& tokens, int64_t row, const Points& codes, int64_t code, int lane) {
   double share = 0.0;
   for (int p = 0; p < tokens.parts; ++p) {
@@ -182,16 +185,17 @@ TMM_HD bool better(double distance, int64_t index, double best_distance, int64_t
 
 constexpr int64_t kNoCode = INT64_MAX;
 
-// ---- layout -----------------------------------------------------------------------------------------------------------------
+// ---- layout -------------------------------------------------------------------------------------------------------
 
-// A thread of an m16n8 (or m64n256) fragment holds columns 8 j + 2 q + {0, 1} of a row, q its place in the quad. Codes are
-// permuted within a span so that those are 16 consecutive codes: code 16 q + 2 j + p of a span lies in column 8 j + 2 q + p.
+// A thread of an m16n8 (or m64n256) fragment holds columns 8 j + 2 q + {0, 1} of a row, q its place in the quad.
+// Codes are permuted within a span so that those are 16 consecutive codes: code 16 q + 2 j + p of a span lies in
+// column 8 j + 2 q + p.
 TMM_HD int span_column(int code) { return 8 * ((code % 16) / 2) + 2 * (code / 16) + code % 2; }
 
 TMM_HD int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// How one call is cut. Rows go in chunks that bound the scratch memory; codes in segments that spread over the device. A
-// (row, segment, lane) is a stream: it keeps its best group and the value of its second best.
+// How one call is cut. Rows go in chunks that bound the scratch memory; codes in segments that spread over the
+// device. A (row, segment, lane) is a stream: it keeps its best group and the value of its second best.
 struct Plan {
   int width;             // columns of the packed matrices
   int64_t padded_codes;
@@ -212,7 +216,7 @@ inline int64_t take(int64_t& cursor, int64_t bytes) {
   return at;
 }
 
-// ---- candidate records ------------------------------------------------------------------------------------------------------
+// ---- candidate records --------------------------------------------------------------------------------------------
 
 // Values are bits of floats; only non-negative ones count, and those compare as integers.
 struct Record {
@@ -237,7 +241,7 @@ TMM_HD bool reaches(int32_t value, double threshold) {
   return value >= 0 && static_cast<double>(bits_float(static_cast<uint32_t>(value))) >= threshold;
 }
 
-// ---- the bound --------------------------------------------------------------------------------------------------------------
+// ---- the bound ----------------------------------------------------------------------------------------------------
 
 enum RowStatus { kCertified = 0, kNotFinite = 1, kExact = 2 };
 
@@ -276,17 +280,18 @@ TMM_HD int row_exponent(double squared_norm, int code) {
   return own < code ? own : code;
 }
 
-// The matrix unit multiplies exactly and adds 16 products and the accumulator per instruction. Each addend is cut at 23 bits
-// below the largest or finer, at most twice per instruction (two halves of 8), then the sum: at most 20 errors of 2^-23 Q per
-// 16 columns, Q the sum of the absolute products, which bounds every addend and partial sum.
+// The matrix unit multiplies exactly and adds 16 products and the accumulator per instruction. Each addend is cut at
+// 23 bits below the largest or finer, at most twice per instruction (two halves of 8), then the sum: at most 20
+// errors of 2^-23 Q per 16 columns, Q the sum of the absolute products, which bounds every addend and partial sum.
 TMM_HD double accumulation_error(int width) { return width / 16 * 20.0 / (1 << 23); }
 
-// Relative error of a computed distance, of ||x||^2 and of their difference, each (D / 8 + 5) 2^-53 or less, with room.
+// Relative error of a computed distance, of ||x||^2 and of their difference, each (D / 8 + 5) 2^-53 or less, with
+// room.
 TMM_HD double distance_error(int dim) { return (2.0 * dim + 64.0) / (1ull << 52); }
 
-// The extra code values. squared_norm = ||C||^2 <= 2^28 and residual = ||dC||^2, both scaled.
-// Bias: |h1| <= 2^15 errs by at most half its spacing, 2^3; times 2^11 that is |h2| <= 2^14 with error 2^2, and so |h3| <= 2^13
-// with error 2; in all 2^12 2^-22 2 = 2^-9 of -||C||^2 / 2, and the double precision of ||C||^2 is far below 2^-9 more.
+// The extra code values. squared_norm = ||C||^2 <= 2^28 and residual = ||dC||^2, both scaled. Bias: |h1| <= 2^15 errs
+// by at most half its spacing, 2^3; times 2^11 that is |h2| <= 2^14 with error 2^2, and so |h3| <= 2^13 with error 2;
+// in all 2^12 2^-22 2 = 2^-9 of -||C||^2 / 2, and the double precision of ||C||^2 is far below 2^-9 more.
 TMM_HD void code_columns(double squared_norm, double residual, int width, uint16_t* out) {
   double rest = squared_norm * -0.5 / 4096.0 * (1.0 - 1.01 * accumulation_error(width));
   for (int j = 0; j < 3; ++j) {
@@ -299,7 +304,8 @@ TMM_HD void code_columns(double squared_norm, double residual, int width, uint16
   out[5] = half_nearest(32768.0);
 }
 
-// The extra row values and the row's bound. squared_norm = ||x||^2 unscaled; quantised = ||x^||^2 and residual = ||dX||^2 scaled.
+// The extra row values and the row's bound. squared_norm = ||x||^2 unscaled; quantised = ||x^||^2 and residual =
+// ||dX||^2 scaled.
 TMM_HD RowBound row_columns(double squared_norm, double quantised, double residual, int row_exp, int code_exp,
                             const CodeHeader& codes, int dim, int width, uint16_t* out) {
   const double gamma = accumulation_error(width);
@@ -325,7 +331,8 @@ TMM_HD RowBound row_columns(double squared_norm, double quantised, double residu
   const double smallest = bits_double(~codes.smallest_norm);
   const double least = ldexp(sqrt(smallest) * kPad, code_exp);
   const double rounding = distance_error(dim) * ldexp(3.0 * squared_norm + 2.0 * smallest, bound.exponent);
-  const double tau = ((kept + away) * least + ldexp(0.5 * least * least, -drop) + lost + rounding) * (1.0 + 1.0 / 64) / 32768.0;
+  const double need = (kept + away) * least + ldexp(0.5 * least * least, -drop) + lost + rounding;
+  const double tau = need * (1.0 + 1.0 / 64) / 32768.0;
   out[5] = half_up(tau);
   bound.offset = half_value(out[5]) * 32768.0f;
   bound.slack = (lost + gamma * bound.offset) * (1.0 + 1.0 / 1024);
@@ -334,15 +341,15 @@ TMM_HD RowBound row_columns(double squared_norm, double quantised, double residu
   return bound;
 }
 
-// Codes with u below this are farther than a code at distance `best`, both as computed in double precision. The last term
-// of pad stands for underflow.
+// Codes with u below this are farther than a code at distance `best`, both as computed in double precision. The last
+// term of pad stands for underflow.
 TMM_HD double threshold(const RowBound& bound, double best, int dim) {
   if (!(best < INFINITY)) return -INFINITY;
   const double pad = distance_error(dim) * (bound.squared_norm + best) + 1e-300;
   return ldexp(0.5 * (bound.squared_norm - best) - pad, bound.exponent) + bound.offset - bound.slack;
 }
 
-// ---- the plan ---------------------------------------------------------------------------------------------------------------
+// ---- the plan -----------------------------------------------------------------------------------------------------
 
 inline Plan make_plan(int64_t num_rows, int64_t num_codes, int64_t dim) {
   Plan plan;
@@ -350,7 +357,8 @@ inline Plan make_plan(int64_t num_rows, int64_t num_codes, int64_t dim) {
   plan.width = static_cast<int>(plan.exact_only ? 16 : round_up(dim + kExtra, 16));
   plan.padded_codes = round_up(num_codes, kTile);
   plan.tiles = static_cast<int>(plan.padded_codes / kTile);
-  // Segments of 4096 codes keep streams short, at most 16 of them; with few rows, more, so that about 264 blocks have work.
+  // Segments of 4096 codes keep streams short, at most 16 of them; with few rows, more, so that about 264 blocks have
+  // work.
   const int64_t row_tiles = round_up(num_rows > 0 ? num_rows : 1, kRowTile) / kRowTile;
   int64_t segments = (plan.tiles + 15) / 16;
   if (segments > 16) segments = 16;

@@ -1,5 +1,6 @@
-// The CUDA search on the host, loop by loop, with the arithmetic of csrc/cuda_shared.h: a proof that the certificate is right,
-// driven by test_cuda_host.py. The matrix unit is replaced by a model that errs as much as the bound allows it to.
+// The CUDA search on the host, loop by loop, with the arithmetic of csrc/cuda_shared.h: a proof that the certificate
+// is right, driven by test_cuda_host.py. The matrix unit is replaced by a model that errs as much as the bound allows
+// it to.
 #include <algorithm>
 #include <iterator>
 #include <vector>
@@ -16,8 +17,8 @@ struct Statistics {
 
 double truncate(double value, int last_bit) { return std::ldexp(std::trunc(std::ldexp(value, -last_bit)), last_bit); }
 
-// One instruction of 16 products: two halves of 8 products and the accumulator, every addend and the sum cut towards zero at 23
-// bits below the largest addend (hardware keeps more).
+// One instruction of 16 products: two halves of 8 products and the accumulator, every addend and the sum cut towards
+// zero at 23 bits below the largest addend (hardware keeps more).
 float multiply_add(const uint16_t* row, const uint16_t* code, float acc) {
   for (int half = 0; half < 2; ++half) {
     double addends[9];
@@ -66,8 +67,8 @@ double squared_norm(const Points& points, int64_t row, const std::vector<double>
   return sum;
 }
 
-void quantise(const Points& points, int64_t row, const std::vector<double>& mean, int exponent, uint16_t* out, double* quantised,
-              double* residual) {
+void quantise(const Points& points, int64_t row, const std::vector<double>& mean, int exponent, uint16_t* out,
+              double* quantised, double* residual) {
   *quantised = *residual = 0.0;
   for (int col = 0; col < points.dim; ++col) {
     const double exact = std::ldexp(points.shifted(row, col, mean[col]), exponent);
@@ -123,7 +124,9 @@ void pass(const Codebook& codebook, const uint16_t* row, std::vector<Record>& re
   const Plan& plan = codebook.plan;
   for (int64_t column = 0; column < plan.padded_codes; ++column) {
     float acc = 0.0f;
-    for (int k = 0; k < plan.width; k += 16) acc = multiply_add(row + k, &codebook.packed[column * plan.width + k], acc);
+    for (int k = 0; k < plan.width; k += 16) {
+      acc = multiply_add(row + k, &codebook.packed[column * plan.width + k], acc);
+    }
     values[column] = acc;
   }
   for (Record& record : records) record_clear(record);
@@ -164,12 +167,14 @@ void score_stream(const Points& tokens, int64_t row, const Codebook& codebook, i
   const int first = stream / kLanes * plan.segment_tiles;
   const int last = std::min(first + plan.segment_tiles, plan.tiles);
   for (int at = 0; at < (last - first) * (kTile / kLanes); ++at) {
-    score(tokens, row, codebook, static_cast<int64_t>(first) * kTile + at / kGroup * kSpan + stream % kLanes * kGroup + at % kGroup, best);
+    const int64_t code = at / kGroup * kSpan + stream % kLanes * kGroup + at % kGroup;
+    score(tokens, row, codebook, static_cast<int64_t>(first) * kTile + code, best);
   }
 }
 
 // Counts codes whose value breaks the promise 2^(i+k) s_k <= u_k - T + slack, and rows whose best value is negative.
-int64_t count_excess(const Points& tokens, int64_t row, const Codebook& codebook, const RowBound& bound, const std::vector<float>& values) {
+int64_t count_excess(const Points& tokens, int64_t row, const Codebook& codebook, const RowBound& bound,
+                     const std::vector<float>& values) {
   int64_t excess = 0;
   bool positive = false;
   for (int64_t code = 0; code < codebook.count; ++code) {
@@ -239,9 +244,8 @@ Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool ch
 extern "C" {
 
 // tmm_cuda_nearest with host pointers; `statistics` gets certified rows, listed rows, groups scored, broken bounds.
-__attribute__((visibility("default"))) int emulate_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes,
-                                                           const double* weights, int parts, int64_t* ids, double* distances,
-                                                           int check, int64_t* statistics) {
+int emulate_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights, int parts,
+                    int64_t* ids, double* distances, int check, int64_t* statistics) {
   Codebook codebook;
   codebook.points = make_points(codes, weights, parts);
   codebook.count = codes[0].rows;
@@ -262,16 +266,16 @@ __attribute__((visibility("default"))) int emulate_nearest(const tmm_cuda_matrix
   return 0;
 }
 
-__attribute__((visibility("default"))) int32_t emulate_half(double value, int up) { return up ? half_up(value) : half_nearest(value); }
+int32_t emulate_half(double value, int up) { return up ? half_up(value) : half_nearest(value); }
 
-__attribute__((visibility("default"))) double emulate_half_value(int32_t half) { return half_value(static_cast<uint16_t>(half)); }
+double emulate_half_value(int32_t half) { return half_value(static_cast<uint16_t>(half)); }
 
-__attribute__((visibility("default"))) int32_t emulate_span_column(int32_t code) { return span_column(code); }
+int32_t emulate_span_column(int32_t code) { return span_column(code); }
 
-__attribute__((visibility("default"))) int32_t emulate_root_exponent(double value) { return root_exponent(value); }
+int32_t emulate_root_exponent(double value) { return root_exponent(value); }
 
 // width, padded codes, tiles, segments, segment tiles, chunk rows, packed bytes, workspace bytes
-__attribute__((visibility("default"))) void emulate_plan(int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
+void emulate_plan(int64_t rows, int64_t codes, int64_t dim, int64_t* out) {
   const Plan plan = make_plan(rows, codes, dim);
   const int64_t values[] = {plan.width,         plan.padded_codes, plan.tiles,        plan.segments,
                             plan.segment_tiles, plan.chunk_rows,   plan.packed_bytes, plan.workspace_bytes};

@@ -1,7 +1,8 @@
-// A model of the machine behind csrc/cuda_machine.cuh, so that csrc/cuda_nearest.cu runs on the host, kernels and all. Blocks run
-// one after another; the threads of a block are fibers that change at barriers, shuffles and matrix instructions. Asynchronous
-// work is done as late as its rules allow (copies when they are waited for, products when their group is), so a missing wait or a
-// stage handed back too early shows as a wrong answer, and a wait that nothing ends as a deadlock.
+// A model of the machine behind csrc/cuda_machine.cuh, so that csrc/cuda_nearest.cu runs on the host, kernels and
+// all. Blocks run one after another; the threads of a block are fibers that change at barriers, shuffles and matrix
+// instructions. Asynchronous work is done as late as its rules allow (copies when they are waited for, products when
+// their group is), so a missing wait or a stage handed back too early shows as a wrong answer, and a wait that
+// nothing ends as a deadlock.
 #pragma once
 
 #include <ucontext.h>
@@ -40,10 +41,14 @@ struct int4 {
 };
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
-// ---- the runtime ------------------------------------------------------------------------------------------------------------
+// ---- the runtime --------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotSupported = 801 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum CUresult { CUDA_SUCCESS };
@@ -60,12 +65,14 @@ struct CUtensorMap {
   uint32_t box_cols, box_rows;
 };
 
-inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int, uint32_t, void* data, const uint64_t* sizes, const uint64_t* strides,
-                                       const uint32_t* box, const uint32_t*, int, int, int, int) {
+inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, int, uint32_t, void* data, const uint64_t* sizes,
+                                       const uint64_t* strides, const uint32_t* box, const uint32_t*, int, int, int,
+                                       int) {
   *map = {static_cast<const uint16_t*>(data), sizes[0], sizes[1], strides[0], box[0], box[1]};
   return CUDA_SUCCESS;
 }
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, int, int, cudaDriverEntryPointQueryResult* found) {
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, int, int,
+                                                    cudaDriverEntryPointQueryResult* found) {
   *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
   *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
@@ -90,7 +97,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
-// ---- fibers -----------------------------------------------------------------------------------------------------------------
+// ---- fibers -------------------------------------------------------------------------------------------------------
 
 struct Index {
   unsigned x, y;
@@ -252,11 +259,11 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 inline bool __all_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) == 0xffffffffu; }
 inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
-inline int __float_as_int(float value) { return machine::from_bits<int>(machine::from_bits<uint32_t>([&] {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, 4);
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, sizeof bits);
   return bits;
-}())); }
+}
 template <class T, class V>
 T atomicMax(T* to, V value) {
   const T old = *to;
@@ -269,7 +276,7 @@ inline int atomicAdd(int* to, int value) {
   return old;
 }
 
-// ---- the instructions of cuda_machine.cuh -----------------------------------------------------------------------------------
+// ---- the instructions of cuda_machine.cuh -------------------------------------------------------------------------
 
 namespace tmm {
 
@@ -282,7 +289,8 @@ inline float machine_half(uint16_t half) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, cudaStream_t,
+                   const Arguments&... arguments) {
   gridDim = {blocks.x, blocks.y};
   blockDim = {static_cast<unsigned>(threads), 1};
   machine::body = [&] { kernel(arguments...); };
@@ -299,7 +307,9 @@ inline uint32_t shared_memory() { return machine::kSharedAt; }
 
 inline int max3(int a, int b, int c) { return std::max(std::max(a, b), c); }
 
-inline void copy16(uint32_t to, const void* from, bool inside) { machine::fibers[machine::current]->open.push_back({to, inside ? from : nullptr}); }
+inline void copy16(uint32_t to, const void* from, bool inside) {
+  machine::fibers[machine::current]->open.push_back({to, inside ? from : nullptr});
+}
 
 inline void copy_commit() {
   machine::Fiber& fiber = *machine::fibers[machine::current];
@@ -347,7 +357,8 @@ inline void mma(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int row = 0; row < 2; ++row) {
       for (int t = 0; t < 4; ++t) {
         for (int p = 0; p < 2; ++p) {
-          right[row][i * 8 + t * 2 + p] = machine_half(static_cast<uint16_t>(slots[(place * 2 + row) * 4 + t] >> (16 * p)));
+          const uint64_t pair = slots[(place * 2 + row) * 4 + t];
+          right[row][i * 8 + t * 2 + p] = machine_half(static_cast<uint16_t>(pair >> (16 * p)));
         }
       }
     }
