@@ -37,9 +37,9 @@ add_custom_command(
   COMMAND
     "${TOKENIZERS_MM_NVCC}" -std=c++17 -O3 -shared -cudart static
     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90a,code=sm_90a
-    -Xcompiler=-fPIC,-fvisibility=hidden -Xlinker=--exclude-libs,ALL,-s
+    -Xcompiler=-fPIC,-fvisibility=hidden,-static-libstdc++,-static-libgcc -Xlinker=--exclude-libs,ALL,-s
     -o "${cuda_library}" "${cuda_source}" ${cuda_failure}
   DEPENDS "${cuda_source}" ${cuda_headers}
   COMMENT "Building the CUDA library")
 add_custom_target(tokenizers_mm_cuda ALL DEPENDS "${cuda_library}")
-install(FILES "${cuda_library}" DESTINATION tokenizers_mm OPTIONAL)
+install(FILES "${cuda_library}" DESTINATION tokenizers_mm/kernels OPTIONAL)

@@ -1,5 +1,7 @@
 """Inputs for the tests of the CUDA search, and what a right answer is."""
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -89,6 +91,40 @@ def make_case(name: str, rows: int) -> tuple[Tensor, Tensor]:
     elif name == "strided":
         z, c = z.T.contiguous().T, c.repeat(1, 2)[:, ::2]
     return z, c
+
+
+def random_case(seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens and codebook of a random shape, put through random changes of scale, offset, norms and duplicates."""
+    choose, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    num_codes, dim = (
+        choose.choice([1, 3, 17, 100, 300, 700]),
+        choose.choice([1, 2, 3, 5, 8, 9, 10, 11, 16, 33, 70, 200]),
+    )
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    z, c = normal(16, dim), normal(num_codes, dim)
+    for _ in range(choose.randint(0, 3)):
+        power = 10.0 ** choose.uniform(-9, 6)
+        spread = choose.uniform(0.5, 5.0)
+        scale = torch.exp(spread * normal(dim))
+        near = c[torch.randint(num_codes, (16,), generator=g)] + min(power, 1.0) * z
+        z, c = choose.choice(
+            [
+                (z * power, c),
+                (z, c * power),
+                (z + power, c + power),
+                (z, c * torch.exp(spread * normal(num_codes, 1))),
+                (z * torch.exp(spread * normal(16, 1)), c),
+                (near, c),
+                (z, c[torch.randint(num_codes, (num_codes,), generator=g)]),
+                (z * scale, c * scale),
+                (torch.round(z * 2) / 2, torch.round(c)),
+            ]
+        )
+    dtypes = [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]
+    return z.to(choose.choice(dtypes)), c.to(choose.choice(dtypes))
 
 
 def float64_distances(zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda_data import CASES, TWO_PART_WEIGHTS, assert_nearest, make_case
+from tests.kernels.cuda_data import CASES, TWO_PART_WEIGHTS, assert_nearest, make_case, random_case
 from tokenizers_mm.kernels import _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +95,14 @@ def test_emulation_of_every_edge(emulation: Emulation, dim: int, num_codes: int)
     assert_nearest(run.ids, run.distances, (z,), (codebook,), (1.0,))
 
 
+def test_emulation_of_random_cases(emulation: Emulation) -> None:
+    for seed in range(150):
+        z, codebook = random_case(seed)
+        run = emulation.nearest((z,), (codebook,), (1.0,))
+        assert run.excess == 0, f"seed {seed}"
+        assert_nearest(run.ids, run.distances, (z,), (codebook,), (1.0,))
+
+
 def test_most_rows_are_certified(emulation: Emulation) -> None:
     """The bound is tight enough to be worth having: on ordinary data few groups are scored and few rows listed."""
     z, codebook = make_case("gauss", rows=256)
@@ -144,3 +152,13 @@ def test_plan_covers_the_codes_in_bounded_memory(emulation: Emulation, rows: int
     assert chunk_rows % 128 == 0
     assert workspace < 32 << 20
     assert packed < padded * width * 2 + padded + 300 * dim * 8 + 4096
+
+
+def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TOKENIZERS_MM_CUDA_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(_cuda.UnavailableError, match=r"none\.so does not load"):
+        _cuda.load_library.__wrapped__()
+    monkeypatch.delenv("TOKENIZERS_MM_CUDA_LIBRARY")
+    monkeypatch.setattr(_cuda, "NAME", "libabsent.so")
+    with pytest.raises(_cuda.UnavailableError, match=r"libabsent\.so was not built: install again with nvcc"):
+        _cuda.load_library.__wrapped__()

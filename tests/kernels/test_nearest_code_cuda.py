@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda_data import CASES, TWO_PART_WEIGHTS, assert_nearest, make_case
+from tests.kernels.cuda_data import CASES, TWO_PART_WEIGHTS, assert_nearest, make_case, random_case
 from tokenizers_mm.kernels import _cuda, reference
 
 
@@ -47,6 +47,12 @@ def test_every_case(cuda_pass: str, name: str, rows: int) -> None:
 def test_every_edge(cuda_pass: str, codes: int, dim: int) -> None:
     for rows in (1, 127, 129):
         z, codebook = random_pair(rows, codes, dim)
+        assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
+
+
+def test_random_cases(cuda_pass: str) -> None:
+    for seed in range(200):
+        z, codebook = (tensor.cuda() for tensor in random_case(seed))
         assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
 
 

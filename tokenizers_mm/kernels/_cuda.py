@@ -4,10 +4,11 @@ All memory comes from torch's allocator and all work goes to torch's current str
 waits for the device.
 """
 
+import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import os
-import sysconfig
 from pathlib import Path
 
 import torch
@@ -50,13 +51,14 @@ def matrices(tensors: tuple[Tensor, ...]) -> ctypes.Array:
 
 
 def find_library() -> Path | None:
-    """Where the library is: the file named by TOKENIZERS_MM_CUDA_LIBRARY, or the installed package."""
-    named = os.environ.get("TOKENIZERS_MM_CUDA_LIBRARY")
-    if named:
+    """The file that TOKENIZERS_MM_CUDA_LIBRARY names, or the library beside this file or in the installed package."""
+    if named := os.environ.get("TOKENIZERS_MM_CUDA_LIBRARY"):
         return Path(named)
-    package = Path(__file__).resolve().parent.parent
-    folders = (package, Path(sysconfig.get_paths()["platlib"]) / package.name)
-    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
+    places = [Path(__file__).with_name(NAME)]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        package = importlib.metadata.distribution("tokenizers_mm")
+        places.append(Path(str(package.locate_file(Path("tokenizers_mm", "kernels", NAME)))))
+    return next((place for place in places if place.is_file()), None)
 
 
 @functools.cache
