@@ -11,8 +11,8 @@ def resize_positions(
 ) -> Float[Tensor, "one m d"]:
     """Bicubic interpolation of a learned table whose leading rows that lie on no grid (class token) stay as they are.
 
-    The coordinates are scaled by (size + nudge) / trained and not by size / trained, as in DINO (arXiv 2104.14294, its
-    `interpolate_pos_encoding`) and all models that took this from it; the weights they were tuned with differ otherwise.
+    The coordinates are scaled by (size + nudge) / trained and not by size / trained, as in DINO (arXiv 2104.14294:
+    `interpolate_pos_encoding`) and the models that took this from it; tables on the new grid differ a lot otherwise.
     """
     rows, columns = trained
     extra = table.shape[1] - rows * columns
