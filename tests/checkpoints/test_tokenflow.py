@@ -65,13 +65,13 @@ def test_the_file_of_two_sizes() -> None:
     assert published.recognise(tensors, "file", 224)["scales"][-1] == 14
     with pytest.raises(ValueError, match="image_size: expected 224 or 256, got 384"):
         published.recognise(tensors, "file", 384)
-    with pytest.raises(ValueError, match="names of a TokenFlow checkpoint .* got names of another model"):
+    with pytest.raises(ValueError, match=r"names of a TokenFlow checkpoint .* got names of another model"):
         published.recognise({"weight": torch.zeros(1)}, "file")
 
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Tensor]:
-    """A checkpoint with published names, made from a random model of ours; what the model does not use is random too."""
+    """A checkpoint with published names, made from a random model of ours; what that does not use is random too."""
     torch.manual_seed(3)
     tokenizer = TokenFlow.from_config(published.read_config(DESCRIPTION))
     state = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in tokenizer.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Images by next-scale prediction inside any causal decoder (TokenFlow, arXiv 2412.03069, section 3.4; VAR, 2404.02905).
+"""Images by next-scale prediction inside any causal decoder (VAR, arXiv 2404.02905; TokenFlow, arXiv 2412.03069).
 
 A sequence is P text tokens, then the L ids of one image, coarse to fine and row-major, then the rest of the text. Id j
 is predicted at position P - 1 + j; those positions are the image's inputs: at P - 1 the last token of the text, and for
@@ -161,8 +161,8 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 class NextScaleGenerator:
     """Draws images with a decoder, its keys and values cached: every scale is computed once per pass.
 
-    model: a transformers causal LM that takes `inputs_embeds`, a 4-D mask and a cache. look_up: code ids int64 [B, n] to
-    vectors [B, n, D], unsummed. first_id: where the codes begin in the vocabulary. num_codes: how many there are.
+    model: a transformers causal LM that takes `inputs_embeds`, a 4-D mask and a cache. look_up: code ids int64 [B, n]
+    to vectors [B, n, D], unsummed. first_id: where the codes begin in the vocabulary. num_codes: how many there are.
     """
 
     model: Any
@@ -193,21 +193,26 @@ class NextScaleGenerator:
         run = _CachedRun(self.model, valid.bool())
         grids, carried, drawn = self.inputs.grids, None, []
         for scale, grid in enumerate(grids):
-            for step, (top_k, top_p) in enumerate(sampling.steps if scale > 0 else sampling.steps[:1]):
-                if step > 0:
-                    features = (carried + codes).flatten(1, 2)  # noqa: F821 (of the pass before)
-                    embeds = self.inputs.block(_twice(features, guide), scale)
-                logits = run(embeds, replace=step > 0)[:, -grid[0] * grid[1] :]
+            if carried is not None:
+                embeds = self._block(carried, scale, guide)
+            weight = sampling.guidance * scale / max(1, len(grids) - 1)
+            for step, (top_k, top_p) in enumerate(sampling.steps if carried is not None else sampling.steps[:1]):
+                if carried is not None and step > 0:
+                    embeds = self._block(carried + codes, scale, guide)
+                logits = run(embeds, again=step > 0)[:, -grid[0] * grid[1] :]
                 logits = logits[..., self.first_id : self.first_id + self.num_codes].float()
-                weight = sampling.guidance * scale / max(1, len(grids) - 1)
-                logits = filter_logits(guided(logits, weight) if guide else logits, top_k, top_p)
-                chosen = _draw(logits, generator)
+                logits = guided(logits, weight) if guide else logits
+                chosen = _draw(filter_logits(logits, top_k, top_p), generator)
                 codes = self.look_up(chosen).unflatten(1, grid)
             drawn.append(chosen)
             if scale + 1 < len(grids):
                 carried = carry(carried, codes, grids[scale + 1])
-                embeds = self.inputs.block(_twice(carried.flatten(1, 2), guide), scale + 1)
         return torch.cat(drawn, dim=1)
+
+    def _block(self, features: Tensor, scale: int, guide: bool) -> Tensor:
+        """Embeddings of features [B, r, c, D] of a scale, once for each half of the batch."""
+        embeds = self.inputs.block(features.flatten(1, 2), scale)
+        return torch.cat([embeds, embeds]) if guide else embeds
 
 
 class _CachedRun:
@@ -216,39 +221,41 @@ class _CachedRun:
     def __init__(self, model: Any, valid: Tensor) -> None:
         self.model, self.valid = model, valid
         self.cache: Any = None
-        self.length = self.before = 0
+        self.start = self.end = 0  # of the block read last
 
-    def __call__(self, embeds: Tensor, replace: bool) -> Tensor:
-        """Logits of the block; `replace` puts it in the place of the block before."""
-        if replace:
-            self.cache.crop(self.before)
-            self.length = self.before
-        self.before, count = self.length, embeds.shape[1]
-        self.length += count
+    def __call__(self, embeds: Tensor, again: bool) -> Tensor:
+        """Logits of the next block; `again` reads the last one with other inputs, and forgets them afterwards.
+
+        What later blocks see of a block is what its first reading left, as the original, which has no cache, has it.
+        """
+        count = embeds.shape[1]
+        if not again:
+            self.start, self.end = self.end, self.end + count
         if self.cache is None:
             allowed = block_mask(self.valid, count, [(1, 1)])
         else:
-            seen = self.valid.new_ones(len(self.valid), self.length - self.valid.shape[1])
-            allowed = torch.cat([self.valid, seen], 1)[:, None, None, :].expand(-1, 1, count, -1)
+            others = self.valid.new_ones(len(self.valid), self.end - self.valid.shape[1])
+            keys = torch.cat([self.valid, others], dim=1)
+            if again:
+                keys = torch.cat([keys, keys[:, self.start :]], dim=1)
+                keys[:, self.start : self.end] = False
+            allowed = keys[:, None, None, :].expand(-1, 1, count, -1)
         out = self.model(
             inputs_embeds=embeds,
             attention_mask=additive_mask(allowed, embeds.dtype),
-            position_ids=torch.arange(self.before, self.length, device=embeds.device).expand(len(embeds), -1),
+            position_ids=torch.arange(self.start, self.end, device=embeds.device).expand(len(embeds), -1),
             past_key_values=self.cache,
             use_cache=True,
         )
         self.cache = out.past_key_values
+        if again:
+            self.cache.crop(-count)
         return out.logits
 
 
 def _both(prompt: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     require(prompt[0].shape == negative[0].shape, "negative", f"ids {list(prompt[0].shape)}", negative[0])
     return torch.cat([prompt[0], negative[0]]), torch.cat([prompt[1], negative[1]])
-
-
-def _twice(features: Tensor, guide: bool) -> Tensor:
-    """The same features for the conditional and the unconditional half."""
-    return torch.cat([features, features]) if guide else features
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
