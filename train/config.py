@@ -33,7 +33,7 @@ class TeacherConfig:
     options: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    features: Literal["norm", "last"] = "norm"
+    features: Literal["norm", "last", "projected"] = "norm"
     pretrained: bool = True
 
 
