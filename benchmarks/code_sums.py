@@ -23,9 +23,9 @@ def main() -> None:
             torch.set_num_threads(threads)
             methods = {
                 "ours": lambda v=vectors, i=ids, k=k: kernels.code_sums(v, i, k),
-                "index_add float64": lambda v=vectors, i=ids, k=k: torch.zeros(k, v.shape[1], dtype=torch.float64).index_add_(
-                    0, i, v.double()
-                ),
+                "index_add float64": lambda v=vectors, i=ids, k=k: torch.zeros(
+                    k, v.shape[1], dtype=torch.float64
+                ).index_add_(0, i, v.double()),
                 "index_add float32": lambda v=vectors, i=ids, k=k: torch.zeros(k, v.shape[1]).index_add_(0, i, v),
             }
             if n * k * 4 < 1 << 30:

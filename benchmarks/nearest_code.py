@@ -1,9 +1,10 @@
 """nearest_code against torch.cdist, chunked addmm, torch.compile, FAISS and vector-quantize-pytorch.
 
-    python -m benchmarks.nearest_code [--threads 1 2] [--grid G1 G5] [--data gauss] [--rows 2048] [--methods FAISS] [--quick] [--device cuda]
+    python -m benchmarks.nearest_code [--threads 1 2] [--grid G1 G5] [--data gauss] [--rows 2048] [--methods FAISS]
+                                      [--quick] [--device cuda]
 
-Ratios are times of a method over ours, all in one process and interleaved. "ours" packs the codebook inside the timed call;
-"ours, packed" finds it in the cache.
+Ratios are times of a method over ours, all in one process and interleaved. "ours" packs the codebook inside the timed
+call; "ours, packed" finds it in the cache.
 """
 
 import argparse
@@ -31,7 +32,14 @@ GRID = {
     "V3": (1024, 32768, 800),
 }
 DATA = ("gauss", "clus_n", "aniso")
-WORST = ("log-normal norms", "clumped at the mean", "far clump", "every code twice", "all identical", "scaled dimensions")
+WORST = (
+    "log-normal norms",
+    "clumped at the mean",
+    "far clump",
+    "every code twice",
+    "all identical",
+    "scaled dimensions",
+)
 MAX_TABLE_BYTES = 3 << 30
 """Peers that hold an N x K table of float32 larger than this are skipped."""
 
@@ -76,7 +84,9 @@ def ours(z: Tensor, c: Tensor) -> Tensor:
 def ours_float32(z: Tensor, c: Tensor) -> Tensor:
     """Our own fused float32 pass, the yardstick for bad codebooks."""
     ids = torch.empty(len(z), dtype=torch.int64)
-    PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32")).search(c, z, ids, None, torch.get_num_threads())
+    PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32")).search(
+        c, z, ids, None, torch.get_num_threads()
+    )
     return ids
 
 
@@ -106,7 +116,7 @@ def chunked(table_bytes: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 def peers(z: Tensor, c: Tensor, quick: bool) -> tuple[dict[str, Callable[[], Any]], list[str]]:
     """Methods that can run here, and notes on those that cannot."""
-    n, (k, d) = len(z), c.shape
+    n, k = len(z), len(c)
     methods: dict[str, Callable[[], Any]] = {}
     notes = []
     candidates = {f"chunked addmm {size} MB": chunked(size << 20) for size in (4, 64)}
@@ -118,7 +128,9 @@ def peers(z: Tensor, c: Tensor, quick: bool) -> tuple[dict[str, Callable[[], Any
             compiled = torch.compile(addmm)
             methods["torch.compile"] = lambda: compiled(z, c)
     else:
-        notes.append(f"cdist, torch.compile and vector-quantize-pytorch skipped: their table takes {4e-9 * n * k:.0f} GB")
+        notes.append(
+            f"cdist, torch.compile and vector-quantize-pytorch skipped: their table takes {4e-9 * n * k:.0f} GB"
+        )
     if z.device.type == "cpu":
         _add_faiss(methods, notes, z, c)
     if 16 * n * k < 1 << 30:  # it holds four such tables and more
@@ -164,7 +176,10 @@ def measure(case: str, kind: str, threads: int, options: argparse.Namespace) -> 
     n = min(n, options.rows or n, n // 16 if options.quick else n)
     z, c = (tensor.to(options.device) for tensor in make(kind, n, k, d))
     torch.set_num_threads(threads)
-    methods: dict[str, Callable[[], Any]] = {"ours": lambda: ours(z, c), "ours, packed": lambda: kernels.nearest_code(z, c)}
+    methods: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours(z, c),
+        "ours, packed": lambda: kernels.nearest_code(z, c),
+    }
     if options.device == "cpu" and _native.cpu_or_none() is not None:
         methods["ours float32"] = lambda: ours_float32(z, c)
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""nearest_code against an independently written float64 difference form: every path, dtype, layout and awkward codebook."""
+"""nearest_code against an independent float64 difference form: every path, dtype, layout and awkward codebook."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ def distances(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def wrong(ids: Tensor, z: Tensor, codebook: Tensor) -> int:
-    """Rows whose index is not the float64 argmin, ties to the lowest index; different codes within TIE count as right."""
+    """Rows whose index is not the float64 argmin, lowest index on ties; different codes within TIE count as right."""
     table = distances(z, codebook)
     table = torch.where(torch.isfinite(table), table, torch.inf)
     least, expected = table.min(1)
@@ -87,10 +87,24 @@ def awkward(name: str, n: int = 300, k: int = 700, d: int = 24) -> tuple[Tensor,
     return z, c
 
 
-AWKWARD = (
-    "tiny uniform,every code twice,all identical,one differs,log-normal norms,clumped at the mean,far clump,heavy tails,"
-    "scaled dimensions,offset,far tokens,codes as tokens,lattice,denormal,huge,zero tokens"
-).split(",")
+AWKWARD = [
+    "tiny uniform",
+    "every code twice",
+    "all identical",
+    "one differs",
+    "log-normal norms",
+    "clumped at the mean",
+    "far clump",
+    "heavy tails",
+    "scaled dimensions",
+    "offset",
+    "far tokens",
+    "codes as tokens",
+    "lattice",
+    "denormal",
+    "huge",
+    "zero tokens",
+]
 
 
 @pytest.fixture(params=["native", "reference"])

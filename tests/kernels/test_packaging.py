@@ -99,6 +99,8 @@ def test_wheel(tmp_path: Path) -> None:
     native = _native.CpuLibrary(tmp_path / library)
     assert native.isa in ("avx512_vnni", "avx2", "portable")
     if readelf := shutil.which("readelf"):
-        needed = subprocess.run([readelf, "-d", str(tmp_path / library)], capture_output=True, text=True, check=True).stdout
+        needed = subprocess.run(
+            [readelf, "-d", str(tmp_path / library)], capture_output=True, text=True, check=True
+        ).stdout
         assert "libtorch" not in needed
         assert "libpython" not in needed
