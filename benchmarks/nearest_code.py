@@ -189,7 +189,7 @@ def measure(case: str, kind: str, threads: int, options: argparse.Namespace) -> 
     if options.methods:
         methods = {name: method for name, method in methods.items() if name == "ours" or name in options.methods}
     memory = {name: harness.peak_extra_megabytes(method, options.device) for name, method in methods.items()}
-    times = harness.interleave(methods, options.rounds, options.device)
+    times = harness.interleave(methods, options.rounds, options.device, options.clock)
     wrong = mismatches(z, c)
     base = times["ours"]
     rows = [["", "ms", "time / ours", "peak extra MB"]]
@@ -197,7 +197,7 @@ def measure(case: str, kind: str, threads: int, options: argparse.Namespace) -> 
         rows.append([name, f"{value:.2f}", f"{value / base:.2f}", f"{memory[name] or 0:.1f}"])
     print(f"\n{case} N={n} K={k} D={d} {kind}, {threads} thread(s), {wrong} mismatches\n{harness.table(rows)}")
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
-    return {"case": case, "n": n, "k": k, "d": d, "data": kind, "threads": threads, "device": options.device,
+    return {"case": case, "n": n, "k": k, "d": d, "data": kind, "threads": threads, "device": options.device, "clock": options.clock,
             "milliseconds": times, "peak_extra_megabytes": memory, "mismatches": wrong, "notes": notes}  # fmt: skip
 
 
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="at most this many tokens")
     parser.add_argument("--methods", nargs="+", help="only these, beside ours")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", choices=harness.CLOCKS, default="wall", help="cpu: for one thread on a busy machine")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the tokens, without torch.compile")
     options = parser.parse_args()
     kinds = [kind for name in options.data for kind in (WORST if name == "worst" else (name,))]
