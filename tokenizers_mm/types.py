@@ -1,6 +1,6 @@
 """The nouns that travel between the parts: streams of ids, codes, latents and what a quantizer returns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,10 @@ class ImageCodes:
         """The same codes with the ids on another device."""
         return ImageCodes(self.ids.to(device), self.height, self.width, self.streams)
 
+    def unbind(self) -> list["ImageCodes"]:
+        """The same codes as batches of one image each."""
+        return [ImageCodes(ids[None], self.height, self.width, self.streams) for ids in self.ids]
+
     def __len__(self) -> int:
         return self.ids.shape[0]
 
@@ -72,6 +76,10 @@ class ImageLatents:
     def to(self, device: torch.device | str) -> "ImageLatents":
         """The same latents on another device."""
         return ImageLatents(self.values.to(device), self.height, self.width, self.grid)
+
+    def unbind(self) -> list["ImageLatents"]:
+        """The same latents as batches of one image each."""
+        return [ImageLatents(values[None], self.height, self.width, self.grid) for values in self.values]
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -97,6 +105,20 @@ class Quantized:
     ids: Tensor
     terms: VQTerms | None = None
     queries: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A forward pass of a tokenizer, all that the training terms need.
+
+    `image` [B, 3, H, W]; `semantic` [B, T, C], what the semantic decoder predicts; `target` [B, T, C], what
+    it should have predicted, where the model has a frozen tower that says so; `quantized` by stream.
+    """
+
+    image: Tensor
+    semantic: Tensor
+    target: Tensor | None
+    quantized: Mapping[str, Quantized]
 
 
 def check_ids(ids: Any, streams: Sequence[Stream]) -> None:
