@@ -102,9 +102,7 @@ class Resolutions:
         """Numbers of semantic and of pixel ids."""
         return math.prod(self.semantic_grid(height, width)), math.prod(self.pixel_grid(height, width))
 
-    def smart_size(
-        self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
-    ) -> Size:
+    def smart_size(self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None) -> Size:
         """The size to resize to: sides rounded to the pixel cell, the area brought into the bounds.
 
         Halves round to even. Very long pictures can leave the bounds again, since no side goes below one cell.

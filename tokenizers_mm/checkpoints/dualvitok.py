@@ -26,7 +26,12 @@ SOURCE = Provenance(source="https://huggingface.co/ILLUME-MLLM/dualvitok", licen
 HEADS = 16
 """Of the semantic head and decoder, at every width."""
 
-_CONVOLUTIONS = {"ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [4], "use_dc_up_down_blocks": True}
+_CONVOLUTIONS = {
+    "ch_mult": [1, 1, 2, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [4],
+    "use_dc_up_down_blocks": True,
+}
 
 PUBLISHED: Mapping[str, Any] = {
     "vq_model": {

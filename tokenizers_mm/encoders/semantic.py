@@ -79,3 +79,20 @@ def _timm_options(options: dict[str, Any]) -> dict[str, Any]:
         return {**options, "embed_cfg": VitCfg(**stem)}
     except TypeError as error:
         fail("options.embed_cfg", "embed_dim, depths and stem_width", str(error))
+
+
+def load_pretrained(encoder: SemanticEncoder) -> None:
+    """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
+    import timm
+
+    published = timm.create_model(
+        encoder.config.name,
+        pretrained=True,
+        num_classes=0,
+        **{"global_pool": "", **_timm_options(encoder.config.options)},
+    )
+    state = published.state_dict()
+    wanted = encoder.tower.state_dict()
+    missing = [name for name in wanted if name not in state]
+    require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
+    encoder.tower.load_state_dict({name: state[name] for name in wanted})
