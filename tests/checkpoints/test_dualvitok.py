@@ -67,5 +67,7 @@ def test_wrong_files_get_one_sentence(tmp_path: Path) -> None:
         convert("dualvitok", tmp_path / "good.safetensors", tmp_path / "out", config)
     with pytest.raises(ValueError, match="exactly the tensors of the model"):
         convert("dualvitok", tmp_path / "good.safetensors", tmp_path / "out")  # not the published size
-    with pytest.raises(ValueError, match=r"vit_config.depth: expected a value, got nothing"):
-        convert("dualvitok", tmp_path / "good.safetensors", tmp_path / "out", {"vq_model": reference.config["vq_model"]})
+    with pytest.raises(ValueError, match=r"vit_config.embed_dim: expected a value, got nothing"):
+        convert(
+            "dualvitok", tmp_path / "good.safetensors", tmp_path / "out", {"vq_model": reference.config["vq_model"]}
+        )

@@ -16,14 +16,14 @@ from tokenizers_mm.checkpoints.dualvitok import convert
 from tokenizers_mm.models import DualViTok
 
 FEATURES, PIXELS, GAP = 2e-5, 1e-4, 1e-4
-IMAGES = [("small_dc", "a"), ("small_dc", "b"), ("small_dc", "d")]
+IMAGES = [("small_dc", "a"), ("small_dc", "b"), ("small_dc", "c"), ("small_dc", "d")]
 IMAGES += [("small_nodc_mlp_rot", "a"), ("small_nodc_mlp_rot", "b")]
 IMAGES += [("small_bigcodebook", "a"), ("small_bigcodebook", "b"), ("small_bigcodebook", "c")]
 
 
 @cache
 def load(name: str) -> tuple[DualViTok, Case]:
-    reference = case(f"dualvitok/{name}")
+    reference = case(f"dualvitok/{name}", whole=True)
     return convert(dualvitok_weights(reference), name, reference.config), reference
 
 
@@ -41,6 +41,8 @@ def close(actual: Tensor, expected: Tensor, atol: float, name: str) -> None:
 def test_every_stage(name: str, image: str) -> None:
     model, reference = load(name)
     out = {key[2:]: value for key, value in reference.outputs.items() if key.startswith(f"{image}.")}
+    if f"{image}.image" not in reference.inputs:
+        pytest.skip(f"image {image} is not among what this checkout carries")
     x = reference.inputs[f"{image}.image"]
     height, width = x.shape[-2:]
 

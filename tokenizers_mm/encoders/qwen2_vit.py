@@ -6,7 +6,6 @@ tokens squared and not with the batch's.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,7 +53,7 @@ class Qwen2ViT(nn.Module):
         self.merger = nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.out_dim))
         self.requires_grad_(False)
 
-    def view(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def prepare(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """What the tower sees: x resized (bicubic, antialiased, float32), in [0, 1], normalised as CLIP's images."""
         x = F.interpolate((x.float() + 1) / 2, size=size, mode="bicubic", align_corners=False, antialias=True)
         mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -66,7 +65,7 @@ class Qwen2ViT(nn.Module):
         patch, merge = self.config.patch, self.config.merge
         rows, columns = size[0] // patch, size[1] // patch
         kernel = self.embed.weight.sum(2)  # all frames are the same picture
-        h = F.conv2d(self.view(x, size).to(kernel.dtype), kernel, stride=patch)
+        h = F.conv2d(self.prepare(x, size).to(kernel.dtype), kernel, stride=patch)
         h = block_order(h.permute(0, 2, 3, 1), merge)
         positions = grid_positions(rows, columns, merge, h.device)
         rotate = rotary_2d(positions, self.config.width // self.config.heads)
