@@ -85,12 +85,9 @@ def load_pretrained(encoder: SemanticEncoder) -> None:
     """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
     import timm
 
-    published = timm.create_model(
-        encoder.config.name,
-        pretrained=True,
-        num_classes=0,
-        **{"global_pool": "", **_timm_options(encoder.config.options)},
-    )
+    ours = _timm_options(encoder.config.options)  # the published tower keeps its own depth and pooling
+    options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
+    published = timm.create_model(encoder.config.name, pretrained=True, num_classes=0, **options)
     state = published.state_dict()
     wanted = encoder.tower.state_dict()
     missing = [name for name in wanted if name not in state]
