@@ -79,8 +79,8 @@ def fit_multiple(image: Image.Image, multiple: int, how: Fit) -> Image.Image:
         return cut_middle(image, *down)
     if how == "pad":
         return pad_around(image, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
-    nearest = (max(1, round(side / multiple)) * multiple for side in (height, width))
-    return fit_image(image, *nearest, how)
+    rows, columns = (max(1, round(side / multiple)) * multiple for side in (height, width))
+    return fit_image(image, rows, columns, how)
 
 
 def cut_middle(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -131,7 +131,7 @@ class Resolutions:
         return min(range(len(self.anchors)), key=distance)
 
     def cover(self, height: int, width: int) -> Cover:
-        """How a picture is brought to its nearest anchor by scaling and cutting; training leaves out `cropped` > 0.2."""
+        """How a picture meets its nearest anchor by scaling and cutting; training leaves out `cropped` > 0.2."""
         rows, columns = anchor = self.anchors[self.nearest_anchor(height, width)]
         covering = covering_size((height, width), anchor)
         return Cover(anchor, covering, 1 - rows * columns / (covering[0] * covering[1]))

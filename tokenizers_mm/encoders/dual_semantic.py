@@ -12,7 +12,7 @@ from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConf
 
 @dataclass(frozen=True)
 class DualSemanticConfig:
-    """target: "norm" normalises the tower's tokens (no scale, no shift) before the head and for the decoder's target."""
+    """target: "norm" normalises the tower's tokens (no scale, no shift) for the head and for the decoder's target."""
 
     tower: Qwen2ViTConfig = field(default_factory=Qwen2ViTConfig)
     head: RotaryTransformerConfig = field(default_factory=RotaryTransformerConfig)

@@ -1,4 +1,4 @@
-"""A small transformer over a grid of tokens with rotary positions: the head and the decoder of DualViTok's semantics."""
+"""A small transformer over a grid of tokens with rotary positions: DualViTok's semantic head and decoder."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -2,7 +2,6 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
@@ -93,7 +92,7 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     def encode(self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse") -> Codes: ...
 
     @overload
-    def encode(self, images: Sequence[Image.Image | str | os.PathLike[str]], fit: Fit = "refuse") -> Any: ...
+    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Any: ...
 
     @torch.no_grad()
     def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes | list[Codes]:
@@ -126,7 +125,7 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         for (width, height), indices in members.items():
             count = max(1, limit // (width * height))
             for part in (indices[start : start + count] for start in range(0, len(indices), count)):
-                batch = self.encode_tensor(self.prepare([pictures[index] for index in part]))
+                batch: Any = self.encode_tensor(self.prepare([pictures[index] for index in part]))
                 found.update(zip(part, batch.unbind(), strict=True))
         return [found[index] for index in range(len(pictures))]
 
