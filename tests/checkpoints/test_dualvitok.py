@@ -1,7 +1,10 @@
 """Converting DualViTok's checkpoints: names, strictness, trainers' files."""
 
 import json
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +74,47 @@ def test_wrong_files_get_one_sentence(tmp_path: Path) -> None:
         convert(
             "dualvitok", tmp_path / "good.safetensors", tmp_path / "out", {"vq_model": reference.config["vq_model"]}
         )
+
+
+def test_a_trainers_file_with_its_configuration_is_read_without_running_it(tmp_path: Path) -> None:
+    """The original's trainer pickles an object of its own package beside the weights."""
+    reference = case("dualvitok/small_nodc_mlp_rot")
+    weights = dualvitok_weights(reference)
+    package = types.ModuleType("trainer_config")
+
+    class Config(dict[str, Any]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.lr = 1e-4
+
+        def __setstate__(self, state: Any) -> None:
+            raise AssertionError("code of the checkpoint was run")
+
+    Config.__module__, Config.__qualname__ = package.__name__, "Config"
+    package.Config = Config  # type: ignore[attr-defined]
+    sys.modules[package.__name__] = package
+    try:
+        data = {"model": weights, "args": Config(vq_model={"lr": 1e-4}), "steps": 3, "optimizer": {"state": {}}}
+        torch.save(data, tmp_path / "0000003.pt")
+    finally:
+        del sys.modules[package.__name__]
+    out = convert("dualvitok", tmp_path / "0000003.pt", tmp_path / "out", reference.config)
+    assert "trainer_config" not in sys.modules
+    x = reference.inputs["b.image"]
+    assert torch.equal(tmm.load(out).encode(x).stream("pixel"), reference.outputs["b.pixel_indices"].flatten(1))
+
+
+def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return eval, ("open('harm', 'w')",)
+
+    class Touch:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "harm",)
+
+    for index, harm in enumerate((Harm(), Touch())):
+        torch.save({"model": {"a": torch.zeros(1)}, "args": harm}, tmp_path / f"{index}.pt")
+        with pytest.raises(ValueError, match="nothing but weights"):
+            convert("dualvitok", tmp_path / f"{index}.pt", tmp_path / "out")
+    assert not (tmp_path / "harm").exists()
