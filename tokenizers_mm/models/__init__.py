@@ -3,8 +3,9 @@
 from typing import Any
 
 from tokenizers_mm.models.base import ImageTokenizer, Provenance
+from tokenizers_mm.models.dualvitok import DualViTok, DualViTokConfig
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 
-MODELS: dict[str, type[ImageTokenizer[Any]]] = {"tokenflow": TokenFlow}
+MODELS: dict[str, type[ImageTokenizer[Any]]] = {"dualvitok": DualViTok, "tokenflow": TokenFlow}
 
-__all__ = ["MODELS", "ImageTokenizer", "Provenance", "TokenFlow", "TokenFlowConfig"]
+__all__ = ["MODELS", "DualViTok", "DualViTokConfig", "ImageTokenizer", "Provenance", "TokenFlow", "TokenFlowConfig"]
