@@ -75,6 +75,7 @@ def to_mapping(config: Any) -> Any:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """One value checked against one annotation."""
+    schema: Any = hint
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -84,18 +85,18 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in arguments:
             fail(where, f"one of {list(arguments)}", value)
         return value
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else from_mapping(hint, value, where)
+    if _is_schema(schema):
+        return value if isinstance(value, schema) else from_mapping(schema, value, where)
     if origin is tuple:
         return _convert_tuple(arguments, value, where)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             fail(where, "a mapping", value)
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if schema is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        fail(where, hint.__name__, value)
+    if not isinstance(value, schema) or (isinstance(value, bool) and schema is not bool):
+        fail(where, schema.__name__, value)
     return value
 
 
@@ -103,10 +104,10 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     """The first alternative that fits; among dataclasses the one whose `kind` is named."""
     if value is None and type(None) in arguments:
         return None
-    choices = [a for a in arguments if a is not type(None)]
+    choices: list[Any] = [a for a in arguments if a is not type(None)]
     if len(choices) == 1:
         return _convert(choices[0], value, where)
-    kinds = {a.kind: a for a in choices if dataclasses.is_dataclass(a) and isinstance(getattr(a, "kind", None), str)}
+    kinds = {a.kind: a for a in choices if _is_schema(a) and isinstance(getattr(a, "kind", None), str)}
     if kinds and isinstance(value, Mapping):
         kind = value.get("kind")
         if kind not in kinds:
@@ -128,3 +129,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
     if len(value) != len(arguments):
         fail(where, f"{len(arguments)} values", value)
     return tuple(_convert(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(arguments, value, strict=True)))
+
+
+def _is_schema(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)

@@ -18,7 +18,7 @@ from tokenizers_mm.models.saving import CONFIG, FORMAT, WEIGHTS
 
 def load(
     source: str | os.PathLike[str], revision: str | None = None, device: torch.device | str | None = None
-) -> ImageTokenizer:
+) -> ImageTokenizer[Any]:
     """A tokenizer from a directory or a hub id, in evaluation mode.
 
     Strict: every tensor must be there with its shape, and no other. No code of the checkpoint is executed.
@@ -36,7 +36,7 @@ def load(
     return tokenizer.eval() if device is None else tokenizer.eval().to(device)
 
 
-def build(model: type[ImageTokenizer], config: Any) -> ImageTokenizer:
+def build(model: type[ImageTokenizer[Any]], config: Any) -> ImageTokenizer[Any]:
     """A tokenizer ready to be filled: without memory for its weights where that is possible."""
     with torch.device("meta"):
         tokenizer = model.from_config(config)

@@ -41,8 +41,10 @@ class PixelEncoder(nn.Module):
             return GroupNorm(channels, config.num_groups)
 
         patch = config.stem_patch
-        stem = {"kernel_size": 3, "padding": 1} if patch == 1 else {"kernel_size": patch, "stride": patch}
-        self.conv_in = nn.Conv2d(3, config.channels, **stem)
+        if patch == 1:
+            self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        else:
+            self.conv_in = nn.Conv2d(3, config.channels, patch, stride=patch)
         widths = [config.channels * m for m in config.multipliers]
         self.levels = nn.ModuleList()
         width = config.channels

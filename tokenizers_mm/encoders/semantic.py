@@ -50,6 +50,8 @@ class SemanticEncoder(nn.Module):
             self.tower.norm = nn.Identity()
         self.dim = int(self.tower.num_features)  # type: ignore[arg-type]
         if config.mean is not None and config.std is not None:
+            self.mean: Tensor
+            self.std: Tensor
             self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
@@ -68,3 +70,17 @@ class SemanticEncoder(nn.Module):
         rows = round((count * x.shape[-2] / x.shape[-1]) ** 0.5)
         require(rows > 0 and count % rows == 0, "tokens", "a grid of the image's shape", f"{count} tokens")
         return rows
+
+
+def load_pretrained(encoder: SemanticEncoder) -> None:
+    """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
+    import timm
+
+    published = timm.create_model(
+        encoder.config.name, pretrained=True, num_classes=0, **{"global_pool": "", **encoder.config.options}
+    )
+    state = published.state_dict()
+    wanted = encoder.tower.state_dict()
+    missing = [name for name in wanted if name not in state]
+    require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
+    encoder.tower.load_state_dict({name: state[name] for name in wanted})

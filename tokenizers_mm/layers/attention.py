@@ -17,7 +17,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
     `dropout` is the share of attention weights that are set to 0.
     """
     if mask is None and dropout == 0.0 and q.is_cuda and os.environ.get(_BACKEND) == "xformers":
-        import xformers.ops
+        import xformers.ops  # pyright: ignore[reportMissingImports]
 
         heads_last = (x.transpose(1, 2) for x in (q, k, v))
         return xformers.ops.memory_efficient_attention(*heads_last).transpose(1, 2)

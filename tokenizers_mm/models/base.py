@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -13,6 +13,9 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import Fit, check_images, fit_image, image_to_tensor, open_images, tensor_to_images
 from tokenizers_mm.models import saving
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream
+
+Codes = TypeVar("Codes", ImageCodes, ImageLatents)
+"""What a family encodes to: ids in grids, or continuous latents."""
 
 ImageInput = Any
 """A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
@@ -28,7 +31,7 @@ class Provenance:
     notice: str = ""
 
 
-class ImageTokenizer(nn.Module, ABC):
+class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     """An image tokenizer: images to ids (or latents) and back.
 
     A family gives `family`, `Config`, `from_config` and the abstract methods. Images are float [B, 3, H, W] in [-1, 1].
@@ -41,7 +44,7 @@ class ImageTokenizer(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_config(cls, config: Any) -> "ImageTokenizer":
+    def from_config(cls, config: Any) -> "ImageTokenizer[Codes]":
         """Build the parts and the tokenizer with random weights; nothing is downloaded."""
 
     @property
@@ -59,15 +62,15 @@ class ImageTokenizer(nn.Module, ABC):
         """The streams of ids of an image of this size; empty for a continuous tokenizer."""
 
     @abstractmethod
-    def encode_tensor(self, x: Tensor) -> ImageCodes | ImageLatents:
+    def encode_tensor(self, x: Tensor) -> Codes:
         """`encode` for a checked tensor [B, 3, H, W] on the tokenizer's device."""
 
     @abstractmethod
-    def decode(self, codes: ImageCodes | ImageLatents) -> Tensor:
+    def decode(self, codes: Codes) -> Tensor:
         """Images float [B, 3, H, W], not clamped; differentiable where the model is."""
 
     @abstractmethod
-    def vectors(self, codes: ImageCodes | ImageLatents) -> Tensor:
+    def vectors(self, codes: Codes) -> Tensor:
         """Quantized vectors [B, h, w, D] on the decoder's grid; differentiable where the model is."""
 
     @abstractmethod
@@ -75,7 +78,7 @@ class ImageTokenizer(nn.Module, ABC):
         """[B, T, C]: what a language model reads for understanding."""
 
     @torch.no_grad()
-    def encode(self, images: ImageInput, fit: Fit = "refuse") -> ImageCodes | ImageLatents:
+    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes:
         """Images of one size to codes (latents for a continuous tokenizer).
 
         images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s).
@@ -113,7 +116,7 @@ class ImageTokenizer(nn.Module, ABC):
         self.check_size(height, width)
         streams = self.streams(height, width)
         require(len(streams) > 0, "ids", "latents (this tokenizer is continuous)", ids)
-        return self.decode(ImageCodes(ids, height, width, streams).to(self.device))
+        return self.decode(cast(Codes, ImageCodes(ids, height, width, streams).to(self.device)))
 
     def to_pil(self, x: Tensor) -> list[Image.Image]:
         """Float [B, 3, H, W] in [-1, 1] as PIL images, clamped."""

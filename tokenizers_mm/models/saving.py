@@ -24,7 +24,7 @@ FORMAT = 1
 CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
 
 
-def write(tokenizer: "ImageTokenizer", directory: str | os.PathLike[str]) -> None:
+def write(tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str]) -> None:
     """Write the four files; the directory is whole or unchanged."""
     with atomic_directory(directory) as folder:
         (folder / CONFIG).write_text(_json(_config(tokenizer)), encoding="utf-8")
@@ -34,7 +34,7 @@ def write(tokenizer: "ImageTokenizer", directory: str | os.PathLike[str]) -> Non
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def push(tokenizer: "ImageTokenizer", repo_id: str, private: bool) -> str:
+def push(tokenizer: "ImageTokenizer[Any]", repo_id: str, private: bool) -> str:
     """Upload the four files as one commit."""
     from huggingface_hub import HfApi  # network code: loaded when asked for
 
@@ -46,7 +46,7 @@ def push(tokenizer: "ImageTokenizer", repo_id: str, private: bool) -> str:
         return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload tokenizer"))
 
 
-def _config(tokenizer: "ImageTokenizer") -> dict[str, Any]:
+def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
     return {
         "library": "tokenizers_mm",
         "library_version": metadata.version("tokenizers_mm"),
@@ -57,7 +57,7 @@ def _config(tokenizer: "ImageTokenizer") -> dict[str, Any]:
     }
 
 
-def _preprocessor(tokenizer: "ImageTokenizer") -> dict[str, Any]:
+def _preprocessor(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
     size = tokenizer.image_size
     return {
         "image_processor_type": "tokenizers_mm",
@@ -72,7 +72,7 @@ def _preprocessor(tokenizer: "ImageTokenizer") -> dict[str, Any]:
     }
 
 
-def _card(tokenizer: "ImageTokenizer") -> str:
+def _card(tokenizer: "ImageTokenizer[Any]") -> str:
     origin = tokenizer.provenance
     size = tokenizer.image_size
     lines = ["---", "library_name: tokenizers_mm", "tags: [image-tokenizer]"]

@@ -4,6 +4,7 @@ The path of an image: both encoders -> features [B, h, w, D] (semantic channels 
 ids [B, L] and vectors [B, h, w, D] -> both decoders.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConf
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
-from tokenizers_mm.types import ImageCodes, Quantized, Stream
+from tokenizers_mm.types import ImageCodes, Reconstruction, Stream
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,7 @@ class TokenFlowConfig:
     pixel_size: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class TokenFlowOutput:
-    """A forward pass: `image` [B, 3, H, W], `semantic` [B, h * w, C] in the teacher's space, `quantized` features."""
-
-    image: Tensor
-    semantic: Tensor
-    quantized: Quantized
-
-
-class TokenFlow(ImageTokenizer):
+class TokenFlow(ImageTokenizer[ImageCodes]):
     """The composed tokenizer; `from_config` builds the parts."""
 
     family = "tokenflow"
@@ -122,29 +114,28 @@ class TokenFlow(ImageTokenizer):
         """Features [B, h * w, C] in the teacher's space from vectors [B, h, w, D]."""
         return self.semantic_decoder(vectors[..., : self.dims[0]])
 
-    def forward(self, x: Tensor, keep: tuple[int, ...] | None = None) -> TokenFlowOutput:
+    def forward(self, x: Tensor, keep: Sequence[int] | None = None) -> Reconstruction:
         """Reconstruct x [B, 3, H, W]; `keep` lists the scales to use (all by default)."""
         quantized = self.quantizer.quantize(self.encode_features(x), keep)
-        return TokenFlowOutput(
-            self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors), quantized
-        )
+        image, semantic = self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors)
+        return Reconstruction(image, semantic, None, {"shared": quantized})
 
     def encode_tensor(self, x: Tensor) -> ImageCodes:
         ids = self.quantizer.quantize(self.encode_features(x)).ids
         height, width = x.shape[-2:]
         return ImageCodes(ids, height, width, self.streams(height, width))
 
-    def vectors(self, codes: ImageCodes) -> Tensor:  # type: ignore[override]
+    def vectors(self, codes: ImageCodes) -> Tensor:
         return self.quantizer.look_up(codes.ids).to(self.dtype)
 
-    def decode(self, codes: ImageCodes) -> Tensor:  # type: ignore[override]
+    def decode(self, codes: ImageCodes) -> Tensor:
         return self.decode_pixels(self.vectors(codes))
 
     @torch.no_grad()
     def features(self, images_or_codes: object) -> Tensor:
         """[B, h * w, D]: the sum over all scales of the upsampled codes, both parts (section 3.4 of the paper)."""
         codes = images_or_codes if isinstance(images_or_codes, ImageCodes) else self.encode(images_or_codes)
-        return self.vectors(codes).flatten(1, 2)  # type: ignore[arg-type]
+        return self.vectors(codes).flatten(1, 2)
 
 
 def _resize(x: Tensor, size: tuple[int, int] | None) -> Tensor:
