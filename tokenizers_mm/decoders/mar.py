@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm.functional.masking import positions_where, put
-from tokenizers_mm.functional.positions import Grid, resize_positions
+from tokenizers_mm.functional.positions import bilinear_positions
 from tokenizers_mm.layers.attention import Block
 from tokenizers_mm.layers.init import small_normal, xavier_linears
 
@@ -44,12 +44,12 @@ class MARDecoder(nn.Module):
         xavier_linears(self)
         small_normal([self.mask_token, self.positions, self.out_positions])
 
-    def position_tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
+    def position_tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positions [1, num_buffers + h * w, C] before the blocks and [1, h * w, C] after them."""
-        native, count = self.config.grid, self.config.num_buffers
-        return resize_positions(self.positions, native, grid, count), resize_positions(self.out_positions, native, grid)
+        native = self.config.grid
+        return bilinear_positions(self.positions, native, grid), bilinear_positions(self.out_positions, native, grid)
 
-    def forward(self, encoded: Tensor, grid: Grid, mask: Tensor) -> Tensor:
+    def forward(self, encoded: Tensor, grid: tuple[int, int], mask: Tensor) -> Tensor:
         """mask: boolean [B, h * w], True for the tokens that the encoder did not see."""
         count, length = self.config.num_buffers, grid[0] * grid[1]
         require(mask.shape == (len(encoded), length), "mask", f"bool [{len(encoded)}, {length}]", mask)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm.functional.masking import positions_where, take
-from tokenizers_mm.functional.positions import Grid, resize_positions
+from tokenizers_mm.functional.positions import bilinear_positions
 from tokenizers_mm.layers.attention import Block
 from tokenizers_mm.layers.init import small_normal, xavier_linears
 
@@ -62,12 +62,12 @@ class MAREncoder(nn.Module):
         known = (labels >= 0)[:, None]
         return torch.where(known, self.classes(labels.clamp_min(0)), self.no_class)
 
-    def position_table(self, grid: Grid) -> Tensor:
+    def position_table(self, grid: tuple[int, int]) -> Tensor:
         """Positions [1, num_buffers + h * w, C] of a grid."""
-        return resize_positions(self.positions, self.config.grid, grid, self.config.num_buffers)
+        return bilinear_positions(self.positions, self.config.grid, grid)
 
     def forward(
-        self, tokens: Tensor, grid: Grid, mask: Tensor | None = None, condition: Tensor | None = None
+        self, tokens: Tensor, grid: tuple[int, int], mask: Tensor | None = None, condition: Tensor | None = None
     ) -> Tensor:
         """Encode the tokens that `mask` (boolean [B, h * w], True for hidden) leaves visible; all without one.
 
@@ -87,7 +87,7 @@ class MAREncoder(nn.Module):
         return self.norm(x)
 
 
-def check_tokens(tokens: Tensor, grid: Grid, dim: int) -> tuple[int, int]:
+def check_tokens(tokens: Tensor, grid: tuple[int, int], dim: int) -> tuple[int, int]:
     """Refuse tokens that are not [B, h * w, dim]; returns B and h * w."""
     length = grid[0] * grid[1]
     fits = tokens.ndim == 3 and tokens.shape[1:] == (length, dim)
