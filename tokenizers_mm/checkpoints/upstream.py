@@ -24,7 +24,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints.store import account, first_few, read_safetensors
 
-WRAPPERS = ("ema", "model", "state_dict")
+WRAPPERS = ("ema", "model_ema", "model", "state_dict")
 """Keys under which training programs keep the weights; the first one present is read."""
 
 Shape = tuple[int, ...]
@@ -51,7 +51,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their published names; `.safetensors`, or a file of `torch.save`.
 
     Pickles are read with weights_only; beside tensors they may hold an argparse Namespace. Of a training program's
-    file the first of `ema`, `model` and `state_dict` is taken; a bare state dict is read as it is.
+    file the first of `ema`, `model_ema`, `model` and `state_dict` is taken; a bare state dict is read as it is.
     ValueError for a file that is missing, truncated, unsafe or without tensors.
     """
     file = Path(path)

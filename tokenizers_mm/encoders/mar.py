@@ -35,7 +35,7 @@ class MAREncoderConfig:
 
 
 class MAREncoder(nn.Module):
-    """Tokens [B, h * w, D] (row-major) -> [B, num_buffers + n, C]: buffers first, then the n visible tokens in order."""
+    """Row-major tokens [B, h * w, D] -> [B, num_buffers + n, C]: buffers, then the n visible tokens in order."""
 
     def __init__(self, config: MAREncoderConfig) -> None:
         super().__init__()

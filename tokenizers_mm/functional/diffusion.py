@@ -109,7 +109,7 @@ def add_noise(
 ) -> Float[Tensor, "n d"]:
     """x_t of every row (DDPM, eq. 4)."""
     cumprod = tables.alphas_cumprod
-    return _at(cumprod.sqrt(), t) * start + _at((1 - cumprod).sqrt(), t) * noise
+    return _at(cumprod.sqrt(), t, start) * start + _at((1 - cumprod).sqrt(), t, start) * noise
 
 
 def diffusion_terms(
@@ -125,10 +125,14 @@ def diffusion_terms(
     """
     predicted, variance = output.chunk(2, dim=-1)
     x = add_noise(start, t, noise, tables)
-    mean = _at(tables.posterior_start, t) * start + _at(tables.posterior_noisy, t) * x
-    log_variance = _at(tables.posterior_log_variance, t).expand_as(x)
-    own_mean = _own_mean(x, predicted.detach(), lambda table: _at(table, t), tables)
-    own_log_variance = _own_log_variance(variance, lambda table: _at(table, t), tables)
+
+    def at(table: Tensor) -> Tensor:
+        return _at(table, t, start)
+
+    mean = at(tables.posterior_start) * start + at(tables.posterior_noisy) * x
+    log_variance = at(tables.posterior_log_variance).expand_as(x)
+    own_mean = _own_mean(x, predicted.detach(), at, tables)
+    own_log_variance = _own_log_variance(variance, at, tables)
     divergence = gaussian_kl(mean, log_variance, own_mean, own_log_variance).mean(-1)
     likelihood = discretized_log_likelihood(start, own_mean, 0.5 * own_log_variance).mean(-1)
     bound = torch.where(t == 0, -likelihood, divergence) / math.log(2)
@@ -175,9 +179,9 @@ def guide(
     return torch.cat([other + scale * (noise - other), variance], dim=-1)
 
 
-def _at(table: Tensor, t: Tensor) -> Tensor:
-    """Entries of a table for every row, float32 [n, 1]."""
-    return table.float().to(t.device)[t][:, None]
+def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Entries of a table for every row, [n, 1], in the dtype of `like` but at least float32."""
+    return table.to(torch.promote_types(like.dtype, torch.float32)).to(t.device)[t][:, None]
 
 
 def _own_mean(x: Tensor, noise: Tensor, at: Callable[[Tensor], Tensor | float], tables: Schedule) -> Tensor:
@@ -187,6 +191,6 @@ def _own_mean(x: Tensor, noise: Tensor, at: Callable[[Tensor], Tensor | float], 
 
 
 def _own_log_variance(variance: Tensor, at: Callable[[Tensor], Tensor | float], tables: Schedule) -> Tensor:
-    """The learned log-variance, between those of the posterior (output -1) and of the step itself (1); IDDPM, eq. 15."""
+    """The learned log-variance, from that of the posterior (output -1) to that of the step (1); IDDPM, eq. 15."""
     share = (variance + 1) / 2
     return share * at(tables.betas.log()) + (1 - share) * at(tables.posterior_log_variance)

@@ -3,8 +3,9 @@
 from typing import Any
 
 from tokenizers_mm.models.base import ImageTokenizer, Provenance
+from tokenizers_mm.models.mar import MAR, MARConfig
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 
-MODELS: dict[str, type[ImageTokenizer[Any]]] = {"tokenflow": TokenFlow}
+MODELS: dict[str, type[ImageTokenizer[Any]]] = {"tokenflow": TokenFlow, "mar": MAR}
 
-__all__ = ["MODELS", "ImageTokenizer", "Provenance", "TokenFlow", "TokenFlowConfig"]
+__all__ = ["MAR", "MODELS", "ImageTokenizer", "MARConfig", "Provenance", "TokenFlow", "TokenFlowConfig"]
