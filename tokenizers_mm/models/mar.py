@@ -148,12 +148,12 @@ class MAR(ImageTokenizer[ImageLatents]):
 
     @torch.no_grad()
     def features(self, images_or_codes: object) -> Tensor:
-        """[B, num_buffers + h * w, C]: buffers, then tokens, from the MAR encoder with nothing hidden.
+        """[B, h * w + num_buffers, C]: row-major tokens, then buffers, from the MAR encoder with nothing hidden.
 
-        `buffers_last` gives the order in which a language model reads them.
+        This is the order in which a language model reads them; the encoder itself puts the buffers first.
         """
         codes = images_or_codes if isinstance(images_or_codes, ImageLatents) else self.encode(images_or_codes)
-        return self.encoder(codes.values, codes.grid)
+        return buffers_last(self.encoder(codes.values, codes.grid), self.num_buffers)
 
     def forward(self, tokens: Tensor, grid: Grid, draws: MARDraws, condition: Tensor | None = None) -> MARTerms:
         """The terms of MAR's loss for tokens [B, h * w, D]; `condition` as the encoder takes it."""
