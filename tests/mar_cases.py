@@ -9,13 +9,31 @@ from torch import Tensor
 from tests.cases import Case
 from tokenizers_mm.checkpoints.mar import kl_links_of, links_of, read_config
 from tokenizers_mm.checkpoints.upstream import Link, give, take
+from tokenizers_mm.decoders.diffusion import TokenDenoiserConfig
+from tokenizers_mm.decoders.mar import MARDecoderConfig
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
+from tokenizers_mm.encoders.mar import MAREncoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoderConfig
-from tokenizers_mm.models import MAR
+from tokenizers_mm.models import MAR, MARConfig
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 
 NETWORK, GENERATION, GRADIENT = 1e-5, 2e-4, 1e-5
 """Of max|x|: the tolerances that come with the cases; the original against itself differs by up to 3e-6."""
+
+
+def tiny_config() -> MARConfig:
+    """A model for tests that need no reference: factor 8, 4 channels, 4 x 4 tokens, 3 buffers, 5 classes."""
+    pixel = {"channels": 32, "multipliers": (1, 1), "num_blocks": 1, "num_groups": 8}
+    sizes = {"width": 24, "depth": 2, "heads": 2, "grid": (4, 4), "num_buffers": 3}
+    return MARConfig(
+        autoencoder=KLConfig(
+            PixelEncoderConfig(8, **pixel, attention_levels=(1,), stem_patch=4),
+            PixelDecoderConfig(4, **pixel, attention_levels=(), head_patch=4),
+        ),
+        encoder=MAREncoderConfig(token_dim=4, num_classes=5, **sizes),
+        decoder=MARDecoderConfig(encoder_width=24, **sizes),
+        denoiser=TokenDenoiserConfig(token_dim=4, condition_dim=24, width=32, depth=2),
+    )
 
 
 def build(reference: Case) -> tuple[MAR, list[Link]]:
