@@ -51,12 +51,11 @@ def resume(state: TrainState) -> bool:
 
 def _networks(state: TrainState) -> dict[str, Any]:
     """All things with a state_dict, by name."""
-    unwrap = state.accelerator.unwrap_model
     things = {
-        "tokenizer": state.bare,
+        "tokenizer": state.tokenizer,
         "optimizer": state.optimizer,
-        "captions": None if state.objective.captions is None else unwrap(state.objective.captions),
-        "discriminator": None if state.discriminator is None else unwrap(state.discriminator),
+        "captions": state.objective.captions,
+        "discriminator": state.discriminator,
         "discriminator_optimizer": state.discriminator_optimizer,
         "ema": state.ema,
         "upkeep": state.upkeep,
@@ -80,9 +79,8 @@ def _restore(state: TrainState, data: dict[str, Any]) -> None:
     networks = _networks(state)
     expected = {"step", "seconds", "counts", "generator", "rng", *networks}
     if data.keys() != expected:
-        raise ValueError(
-            f"checkpoint: expected the parts of this configuration, got a difference in {sorted(data.keys() ^ expected)}"
-        )
+        differing = sorted(data.keys() ^ expected)
+        raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {differing}")
     for name, thing in networks.items():
         try:
             thing.load_state_dict(data[name])

@@ -52,7 +52,7 @@ def run(config: TrainConfig) -> TrainState:
 def _batches(state: TrainState) -> Iterator[Batch]:
     """Micro-batches from where the run stands."""
     config, accelerator = state.config, state.accelerator
-    size = state.bare.image_size
+    size = state.tokenizer.image_size
     if size is None:
         raise ValueError("config.model: expected a tokenizer with an image size, got one that takes any")
     dataset = Mixture(config.data, size, config.seed)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.encoders.semantic import SemanticEncoder
@@ -24,7 +24,7 @@ class Objective:
     config: LossConfig
     perceptual: LPIPS | None = None
     teacher: SemanticEncoder | None = None
-    captions: nn.Module | None = None  # CaptionContrast, perhaps wrapped for several ranks
+    captions: CaptionContrast | None = None
 
     def terms(self, x: Tensor, output: Reconstruction, batch: Batch) -> dict[str, Tensor]:
         """All terms with a weight but the adversarial one, each a scalar in float32."""
@@ -59,10 +59,3 @@ class Objective:
         """The generator's term from the discriminator's logits of the reconstructions."""
         loss = hinge_generator if self.config.gan == "hinge" else non_saturating_generator
         return loss(logits.float())
-
-
-def caption_contrast(objective: Objective) -> CaptionContrast | None:
-    """The text tower itself, unwrapped."""
-    module = objective.captions
-    inner = getattr(module, "module", module)
-    return inner if isinstance(inner, CaptionContrast) else None

@@ -23,12 +23,11 @@ from .upkeep import CodebookUpkeep
 
 @dataclass
 class TrainState:
-    """The networks, optimizers and counters of a run. `tokenizer`, `discriminator` and `objective.captions` may be
-    wrapped for several ranks; `bare` gives the tokenizer itself."""
+    """The networks, optimizers and counters of a run."""
 
     config: TrainConfig
     accelerator: Accelerator
-    tokenizer: nn.Module
+    tokenizer: ImageTokenizer[Any]
     objective: Objective
     optimizer: torch.optim.Optimizer
     discriminator: nn.Module | None
@@ -41,14 +40,9 @@ class TrainState:
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def bare(self) -> ImageTokenizer[Any]:
-        """The tokenizer without the wrapper of several ranks."""
-        return self.accelerator.unwrap_model(self.tokenizer)
-
-    @property
     def averaged(self) -> ImageTokenizer[Any]:
         """The tokenizer to save and to look at: the moving average where there is one."""
-        return self.bare if self.ema is None else self.ema.module  # type: ignore[return-value]
+        return self.tokenizer if self.ema is None else self.ema.module  # type: ignore[return-value]
 
 
 def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
@@ -70,16 +64,13 @@ def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
     if config.ema:
         ema = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         ema.eval()
-    several = accelerator.num_processes > 1
-    if several and objective.captions is not None:
-        objective.captions = accelerator.prepare_model(objective.captions)
     return TrainState(
         config,
         accelerator,
-        accelerator.prepare_model(tokenizer) if several else tokenizer,
+        tokenizer,
         objective,
         optimizer,
-        accelerator.prepare_model(discriminator) if several and discriminator is not None else discriminator,
+        discriminator,
         discriminator_optimizer,
         ema,
         CodebookUpkeep.for_tokenizer(tokenizer),

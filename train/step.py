@@ -1,17 +1,18 @@
 """One training step, to be read aloud."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm.data.sources import Batch
+from tokenizers_mm.decoders.pixel import PixelDecoder
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.adversarial import adaptive_weight, hinge_discriminator, logistic_discriminator
 from tokenizers_mm.types import Quantized
 
+from .ranks import average_gradients
 from .schedule import learning_rate
 from .state import TrainState
 from .weights import weighted_sum
@@ -31,9 +32,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     quantized: dict[str, Quantized] = {}
 
     # The tokenizer: encode, quantize, decode; terms; their weighted sum; backward.
-    for index, batch in enumerate(batches):
+    for batch in batches:
         x = batch.images.to(accelerator.device)
-        with _synchronized(state.tokenizer, last=index == len(batches) - 1), accelerator.autocast():
+        with accelerator.autocast():
             output = state.tokenizer(x) if keep is None else state.tokenizer(x, keep)
             terms = state.objective.terms(x, output, batch)
             if gan:
@@ -50,8 +51,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     # The discriminator: real against reconstructed.
     if gan and state.discriminator is not None and state.discriminator_optimizer is not None:
         discriminate = hinge_discriminator if config.loss.gan == "hinge" else logistic_discriminator
-        for index, (real, fake) in enumerate(fakes):
-            with _synchronized(state.discriminator, last=index == len(fakes) - 1), accelerator.autocast():
+        for real, fake in fakes:
+            with accelerator.autocast():
                 real_logits, fake_logits = state.discriminator(real).float(), state.discriminator(fake).float()
                 loss = config.loss.weights.generator * discriminate(real_logits, fake_logits)
                 accelerator.backward(loss / len(fakes))
@@ -63,7 +64,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     if upkeep.every and (state.step + 1) % upkeep.every == 0 and progress < upkeep.until:
         report["revived"] = float(state.upkeep.after_step(quantized, state.generator))
     if state.ema is not None:
-        state.ema.update_parameters(state.bare)
+        state.ema.update_parameters(state.tokenizer)
     state.step += 1
     report["lr"] = rate
     return report
@@ -71,7 +72,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
 
 def _scales_to_keep(state: TrainState) -> list[int] | None:
     """Scale drop: now and then all scales but one, which is never the first."""
-    count = len(getattr(getattr(state.bare, "quantizer", None), "grids", ()))
+    count = len(getattr(getattr(state.tokenizer, "quantizer", None), "grids", ()))
     if not state.config.scale_drop or count < 2:
         return None
     if float(torch.rand((), generator=state.generator)) >= state.config.scale_drop:
@@ -83,22 +84,22 @@ def _scales_to_keep(state: TrainState) -> list[int] | None:
 def _generator_term(state: TrainState, image: Tensor, terms: dict[str, Tensor]) -> Tensor:
     """The adversarial term; the discriminator collects no gradient from it."""
     assert state.discriminator is not None
-    bare = state.accelerator.unwrap_model(state.discriminator)
-    bare.requires_grad_(False)
-    term = state.objective.adversarial(bare(image))
-    bare.requires_grad_(True)
+    state.discriminator.requires_grad_(False)
+    term = state.objective.adversarial(state.discriminator(image))
+    state.discriminator.requires_grad_(True)
     if not state.config.loss.adaptive:
         return term
     visible = {name: terms[name] for name in ("pixel", "perceptual") if name in terms}
-    last_layer = state.bare.pixel_decoder.last_layer  # type: ignore[union-attr]
-    return term * adaptive_weight(weighted_sum(visible, state.config.loss.weights), term, last_layer)  # type: ignore[arg-type]
+    reconstruction = weighted_sum(visible, state.config.loss.weights)
+    return term * adaptive_weight(reconstruction, term, cast(PixelDecoder, state.tokenizer.pixel_decoder).last_layer)
 
 
 def _step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Clip, step, clear; returns the norm of the gradients before clipping. Refuses gradients that are not finite."""
+    """Average over the ranks, clip, step, clear; returns the norm of the gradients before clipping. Refuses gradients that are not finite."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(parameters)
     scaler = getattr(state.accelerator, "scaler", None)
     if scaler is not None:
         scaler.unscale_(optimizer)
@@ -124,9 +125,3 @@ def _count(state: TrainState, quantized: dict[str, Quantized]) -> None:
 def _add(report: dict[str, float], values: dict[str, Tensor], share: float) -> None:
     for name, value in values.items():
         report[name] = report.get(name, 0.0) + float(value.detach()) * share
-
-
-def _synchronized(model: nn.Module, last: bool) -> Any:
-    """Several ranks exchange gradients in the last micro-batch only."""
-    no_sync = getattr(model, "no_sync", None)
-    return nullcontext() if last or no_sync is None else no_sync()

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenizers_mm.functional.usage import count_ids
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import Quantized
+
+from .ranks import share_from_first, sum_counts
 
 
 class CodebookUpkeep:
@@ -32,10 +33,8 @@ class CodebookUpkeep:
         """Add a batch; returns its counts by stream, over all ranks."""
         batch: dict[str, Tensor] = {}
         for name, result in quantized.items():
-            size = self.counts[name].shape[0] if name in self.counts else int(result.ids.max()) + 1
-            batch[name] = _sum_ranks(count_ids(result.ids, size)).cpu()
-            if name in self.counts:
-                self.counts[name] += batch[name]
+            batch[name] = sum_counts(count_ids(result.ids, len(self.counts[name]))).cpu()
+            self.counts[name] += batch[name]
         return batch
 
     def after_step(self, quantized: Mapping[str, Quantized], generator: torch.Generator) -> int:
@@ -50,9 +49,7 @@ class CodebookUpkeep:
             flat = queries.reshape(-1, queries.shape[-1])
             unused = unused[torch.randperm(len(unused), generator=generator)[: len(flat)]]
             chosen = flat[torch.randperm(len(flat), generator=generator)[: len(unused)].to(flat.device)]
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.broadcast(chosen, 0)
-            quantizer.set_codes(unused.to(flat.device), chosen)
+            quantizer.set_codes(unused.to(flat.device), share_from_first(chosen))
             revived += len(unused)
         return revived
 
@@ -63,9 +60,3 @@ class CodebookUpkeep:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up the counts again."""
         self.counts = {name: state[name] for name in self.counts}
-
-
-def _sum_ranks(counts: Tensor) -> Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(counts)
-    return counts

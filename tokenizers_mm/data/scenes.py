@@ -29,7 +29,7 @@ GROUNDS = {"black": (24, 24, 26), "grey": (112, 112, 112), "brown": (92, 64, 44)
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 _OVERSAMPLE = 4
-_HELDOUT_OFFSET = 1 << 40
+_NUM_SCENES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Scene:
 
 def make_scene(index: int, split: Split = "train") -> Scene:
     """The scene of a number from 0 to 2**40 - 1."""
-    if split not in ("train", "heldout") or not 0 <= index < _HELDOUT_OFFSET:
+    if split not in ("train", "heldout") or not 0 <= index < _NUM_SCENES:
         fail("scene", "split 'train' or 'heldout' and an index from 0 to 2**40 - 1", (split, index))
-    rng = random.Random(index + (_HELDOUT_OFFSET if split == "heldout" else 0))
+    rng = random.Random(f"{split} {index}")  # text, because nearby integers can give the same stream
     ground = rng.choice(tuple(GROUNDS))
     first = _object(rng, rng.uniform(0.2, 0.3), SHAPES, tuple(COLOURS))
     things = [first]

@@ -9,8 +9,8 @@ from tokenizers_mm._check import require
 
 def linear_probe(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, decay: float = 1e-2
-) -> float:
-    """Accuracy on `test` of a softmax regression fitted on `train`; each is (features [N, D], labels int64 [N]).
+) -> Tensor:
+    """Hits, bool [N], on `test` of a softmax regression fitted on `train`; each is (features [N, D], labels int64 [N]).
 
     Features are standardised with the training statistics; the L2-regularised loss is minimised to convergence by
     L-BFGS from zero, so the result has no randomness.
@@ -32,4 +32,4 @@ def linear_probe(
     optimizer.step(loss)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         predicted = (tested @ weight + bias).argmax(1)
-    return float((predicted == test[1]).double().mean())
+    return predicted == test[1]
