@@ -96,7 +96,7 @@ def test_training_losses() -> None:
     reference = case("mar/harmon_train_losses")
     inputs, outputs = reference.inputs, reference.outputs
     model, links = build_lm(reference)
-    grid = tuple(inputs["latents"].shape[1:3])
+    grid = (inputs["latents"].shape[1], inputs["latents"].shape[2])
     latents = model.tokenizer.latents(inputs["latents"].flatten(1, 2), grid)
     ids, mask = inputs["i2t_input_ids"], inputs["i2t_attention_mask"]
     assert reference.config["image_token_id"] == PLACEHOLDER
@@ -187,7 +187,7 @@ def test_text_gradients_are_scaled_and_the_latents_are_constants(model: Continuo
     count = 16 + model.tokenizer.num_buffers
     ids = torch.tensor([[3, *[PLACEHOLDER] * count, 5]])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    weight = model.proj_in[2].weight
+    weight = next(model.proj_in[2].parameters())
     found = []
     for scale in (1.0, 0.1):
         prompt = model.prompt(ids, mask, latents, scale)

@@ -174,11 +174,11 @@ def test_a_reduced_training_step_lowers_the_loss(tokenizer: MAR) -> None:
     model.autoencoder.requires_grad_(False)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.02), lr=3e-3, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(1, 16, 4, generator=generator).expand(8, 16, 4)
-    labels = drop_labels(torch.zeros(8, dtype=torch.int64), 0.1, generator)
+    tokens = torch.randn(1, 16, 4, generator=generator).expand(4, 16, 4)
+    labels = drop_labels(torch.zeros(4, dtype=torch.int64), 0.1, generator)
     losses = []
-    for _ in range(60):
-        terms = model(tokens, (4, 4), model.draw(8, 16, generator), model.encoder.condition(labels))
+    for _ in range(40):
+        terms = model(tokens, (4, 4), model.draw(4, 16, generator), model.encoder.condition(labels))
         loss = terms.noise + terms.bound
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,5 +1,7 @@
 """MAR, DiffLoss and the KL-16 autoencoder against tensors of the original code."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def test_encoder_at_three_grids() -> None:
     reference = case("mar/harmon_encoder_understanding")
     model, _ = build(reference)
     inputs, outputs = reference.inputs, reference.outputs
-    blocks: list[Tensor] = []
+    blocks: list[Any] = []
     hooks = [b.register_forward_hook(lambda _m, _i, out: blocks.append(out)) for b in model.encoder.blocks]
     with torch.no_grad():
         for index in range(3):

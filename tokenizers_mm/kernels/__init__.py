@@ -28,9 +28,7 @@ def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: Literal[False]
 def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
 
-def nearest_code(
-    z: Tensor, codebook: Tensor, *, return_distance: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Index of the nearest code: argmin_k ||z - codebook[k]||^2, exactly that of float64, the lowest index on ties.
 
     z [..., D] and codebook [K, D], any strides, float16, bfloat16, float32 or float64 in any mixture, taken as given (no
@@ -65,7 +63,9 @@ def nearest_code_shared(
     for i, (z, codebook) in enumerate(zip(zs, codebooks, strict=True)):
         _check_pair(f"zs[{i}]", z, f"codebooks[{i}]", codebook)
         require(z.shape[:-1] == zs[0].shape[:-1], f"zs[{i}]", f"{list(zs[0].shape[:-1])} rows", z)
-        require(codebook.shape[0] == codebooks[0].shape[0], f"codebooks[{i}]", f"[{codebooks[0].shape[0]}, D]", codebook)
+        require(
+            codebook.shape[0] == codebooks[0].shape[0], f"codebooks[{i}]", f"[{codebooks[0].shape[0]}, D]", codebook
+        )
     require(all(weight >= 0 for weight in weights), "weights", ">= 0", weights)
     ids = _nearest_shared(list(zs), list(codebooks), [float(weight) for weight in weights], normalize)
     if not return_distance:

@@ -145,20 +145,20 @@ class ContinuousLM(nn.Module):
         the generator, or from an explicit plan and noise. cache: keep the prompt's keys and values between steps;
         without it everything is computed again in each, with the same result.
         """
-        grid = self.tokenizer.config.encoder.grid if grid is None else grid
+        shape = grid or self.tokenizer.config.encoder.grid
         rows, copies = len(prompt.mask), 1 if config.guidance == 1 else 2
         batch = rows // copies if plan is None else len(plan.tokens)
         expected = f"{batch * copies} rows" + (" (conditional, then as many unconditional)" if copies == 2 else "")
         require(rows == batch * copies, "prompt", expected, f"{rows}")
-        plan = plan_all(self.tokenizer, batch, grid, generator) if plan is None else plan
+        plan = plan_all(self.tokenizer, batch, shape, generator) if plan is None else plan
         if noise is None:
             noise = draw_noise(self.tokenizer.config.encoder.token_dim, generator, self.tokenizer.device)
         prefix = self._prefill(prompt) if cache else _Prefix(prompt)
 
         def encode(tokens: Tensor, mask: Tensor) -> Tensor:
-            return self._add_residual(prefix, self.tokenizer.encoder(tokens, grid, mask))
+            return self._add_residual(prefix, self.tokenizer.encoder(tokens, shape, mask))
 
-        return sample(self.tokenizer, encode, grid, plan, config, noise)
+        return sample(self.tokenizer, encode, shape, plan, config, noise)
 
     def _text_term(self, batch: TextBatch) -> Tensor:
         prompt = self.prompt(batch.input_ids, batch.mask, batch.latents, TEXT_GRADIENT)

@@ -147,14 +147,14 @@ def generate(
 
     All chance comes from the generator, or from an explicit plan and noise.
     """
-    grid = model.config.encoder.grid if grid is None else grid
-    plan = plan_all(model, len(labels), grid, generator) if plan is None else plan
+    shape = grid or model.config.encoder.grid
+    plan = plan_all(model, len(labels), shape, generator) if plan is None else plan
     noise = draw_noise(model.config.encoder.token_dim, generator, model.device) if noise is None else noise
     with torch.no_grad():
         condition = model.encoder.condition(labels.to(model.device))
         if config.guidance != 1.0:
             condition = torch.cat([condition, model.encoder.no_class.expand_as(condition)])
-    return sample(model, lambda tokens, mask: model.encoder(tokens, grid, mask, condition), grid, plan, config, noise)
+    return sample(model, lambda tokens, mask: model.encoder(tokens, shape, mask, condition), shape, plan, config, noise)
 
 
 def _guidance(config: SamplingConfig, left: int, count: int) -> float:
