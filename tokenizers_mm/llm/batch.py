@@ -1,0 +1,135 @@
+"""What a language model gets: rows of tokens of one length, with labels, masks, position hints and features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.types import ImageCodes, ImageLatents
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a row, with more said about it than by a plain text or image.
+
+    content: a text, or an image: PIL, path, float tensor [3, H, W] in [-1, 1], `ImageCodes` or `ImageLatents` of one
+    image. learn: whether its tokens are labels. as_features: show an image as continuous features instead of ids.
+    """
+
+    content: object
+    learn: bool = True
+    as_features: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence before padding: int64 [n] tokens and labels, positions [n, 4], bool [n] places of features."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    is_feature: Tensor
+    features: tuple[tuple[Tensor, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows.
+
+    input_ids, labels, attention_mask: int64 [B, L] (1 is a token, 0 padding). positions: int64 [B, L, 4], for a code
+    or feature its (stream, scale, row, column), else -1. is_feature: bool [B, L], places that take a feature.
+    features: for each image shown as features, in order, one tensor [T, C] per part; their rows fill `is_feature`.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    is_feature: Tensor
+    features: tuple[tuple[Tensor, ...], ...] = field(default=())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        features = tuple(tuple(part.to(device) for part in image) for image in self.features)
+        tensors = (self.input_ids, self.labels, self.attention_mask, self.positions, self.is_feature)
+        return Batch(*(tensor.to(device) for tensor in tensors), features)
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What a `transformers` causal language model takes, where no image is shown as features."""
+        if self.features:
+            fail("batch", "images as ids (or a projector: see llm.projector.embed)", "images as features")
+        return {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def pad_rows(rows: Sequence[Row], pad_id: int, side: Side = "right", length: int | None = None) -> Batch:
+    """Rows as a batch, as long as the longest row or `length`."""
+    require(side in ("left", "right"), "side", "'left' or 'right'", side)
+    require(len(rows) > 0, "rows", "at least one row", "none")
+    longest = max(len(row) for row in rows)
+    length = longest if length is None else length
+    require(longest <= length, "rows", f"at most {length} tokens", f"{longest}")
+
+    def stack(parts: list[Tensor], fill: int | bool) -> Tensor:
+        out = parts[0].new_full((len(parts), length, *parts[0].shape[1:]), fill)
+        for row, part in zip(out, parts, strict=True):
+            start = length - len(part) if side == "left" else 0
+            row[start : start + len(part)] = part
+        return out
+
+    return Batch(
+        stack([row.tokens for row in rows], pad_id),
+        stack([row.labels for row in rows], IGNORED),
+        stack([torch.ones_like(row.tokens) for row in rows], 0),
+        stack([row.positions for row in rows], -1),
+        stack([row.is_feature for row in rows], False),
+        tuple(image for row in rows for image in row.features),
+    )
+
+
+def join_rows(rows: Sequence[Row]) -> Row:
+    """Pieces of one row, in order."""
+    return Row(
+        torch.cat([row.tokens for row in rows]),
+        torch.cat([row.labels for row in rows]),
+        torch.cat([row.positions for row in rows]),
+        torch.cat([row.is_feature for row in rows]),
+        tuple(image for row in rows for image in row.features),
+    )
+
+
+def make_row(tokens: Tensor, learn: bool, positions: Tensor | None = None, is_feature: Tensor | None = None) -> Row:
+    """A piece of a row; features carry no label."""
+    places = torch.zeros_like(tokens, dtype=torch.bool) if is_feature is None else is_feature
+    hints = tokens.new_full((len(tokens), 4), -1) if positions is None else positions
+    labels = tokens.clone() if learn else torch.full_like(tokens, IGNORED)
+    return Row(tokens, labels.masked_fill(places, IGNORED), hints, places)
+
+
+def with_features(row: Row, features: tuple[Tensor, ...]) -> Row:
+    """The same piece with the features of its image."""
+    return replace(row, features=(features,))
+
+
+def is_image(content: object) -> bool:
+    """Whether a piece of a row is an image."""
+    return not isinstance(content, str)
+
+
+def one_image(content: ImageCodes | ImageLatents) -> ImageCodes | ImageLatents:
+    """Codes or latents, refused unless they are of one image."""
+    require(len(content) == 1, "image codes", "codes of one image", f"of {len(content)}")
+    return content
