@@ -86,12 +86,12 @@ def multi_scale() -> FakeTokenizer:
     return FakeTokenizer({"shared": (8, lambda h, w: ((1, 1), (2, 2), (4, 4)))}, (16, 16), 4)
 
 
-def dual(semantic: int = 8, pixel: int = 16) -> FakeTokenizer:
-    """A tokenizer of two streams for any multiple of 64."""
+def dual(semantic: int = 8, pixel: int = 16, step: int = 32) -> FakeTokenizer:
+    """A tokenizer of two streams for any multiple of 64; a semantic cell is `step` pixels, a pixel cell half of it."""
     return FakeTokenizer(
         {
-            "semantic": (semantic, lambda h, w: ((h // 32, w // 32),)),
-            "pixel": (pixel, lambda h, w: ((h // 16, w // 16),)),
+            "semantic": (semantic, lambda h, w: ((h // step, w // step),)),
+            "pixel": (pixel, lambda h, w: ((2 * h // step, 2 * w // step),)),
         },
         None,
         64,

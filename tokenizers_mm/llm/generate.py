@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizers_mm._check import require
-from tokenizers_mm.functional.sampling import filter_logits, guide_logits
+from tokenizers_mm.functional.sampling import guide_logits, sample_logits
 from tokenizers_mm.llm.batch import Batch
 from tokenizers_mm.llm.grammar import IMAGE, MARKER, NOTHING, ROW, SCALE, TEXT, Grammar
 from tokenizers_mm.llm.layout import ImagePlan
@@ -207,13 +207,14 @@ def _draw(
     names = {index: code.stream for index, code in enumerate(grammar.vocabulary.codes)}
     kinds = kind.tolist()
     wanted = [settings.streams.get(names.get(k, ""), settings.sampling) for k in kinds]
-    tokens = scores.argmax(-1)
+    greedy = any(k == MARKER or s.temperature == 0 for k, s in zip(kinds, wanted, strict=True))
+    tokens = scores.argmax(-1) if greedy else torch.zeros_like(kind)
     for sampling in dict.fromkeys(wanted):
         rows = [row for row, (k, s) in enumerate(zip(kinds, wanted, strict=True)) if s == sampling and k != MARKER]
         if not rows or sampling.temperature == 0:
             continue
-        kept = filter_logits(scores[rows], sampling.temperature, sampling.top_k, sampling.top_p)
-        tokens[rows] = torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+        part = scores if len(rows) == len(kinds) else scores[rows]
+        tokens[rows] = sample_logits(part, sampling.temperature, sampling.top_k, sampling.top_p, generator)
     return tokens
 
 

@@ -55,6 +55,7 @@ class Grammar:
         self._build()
         self._tables: dict[tuple[torch.device, int], Tensor] = {}
         self._moved: dict[torch.device, dict[str, Tensor]] = {}
+        self._gaps: dict[int, list[Ranges]] = {}
 
     def _grow(self) -> None:
         """Nodes for all headers, and the first state of each image's body."""
@@ -147,14 +148,10 @@ class Grammar:
             return tuple((token, token + 1) for token in sorted(node.jumps))
         visual = [(code.start, code.start + code.size) for code in self.vocabulary.codes]
         visual += [(m.ids[0], m.ids[0] + 1) for m in self.vocabulary.markers if len(m.ids) == 1]
-        ranges, position = [], 0
-        for low, high in sorted(visual):
-            ranges += [(position, low)] if low > position else []
-            position = high
-        ranges += [(position, self.vocabulary.size)] if position < self.vocabulary.size else []
+        ranges = _complement(tuple(visual), self.vocabulary.size)
         if self.mode != "text":
-            ranges += [(token, token + 1) for token in sorted(node.jumps)]
-        return tuple(ranges)
+            ranges += tuple((token, token + 1) for token in sorted(node.jumps))
+        return ranges
 
     @property
     def num_states(self) -> int:
@@ -168,9 +165,23 @@ class Grammar:
         return table["next"][place]
 
     def mask(self, state: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] with -inf where the states do not allow a token. V may exceed the vocabulary (padded rows)."""
-        table = self._blocked(scores)
-        return scores.masked_fill(table[self._on(scores.device)["allowed"][state]], -torch.inf)
+        """Write -inf into scores [B, V] where the states do not allow a token, in place; returns them.
+
+        V may exceed the vocabulary (padded rows of a model, which are never allowed).
+        """
+        if scores.device.type != "cpu":
+            table = self._blocked_for(scores.device, scores.shape[-1])
+            return scores.masked_fill_(table[self._on(scores.device)["allowed"][state]], -torch.inf)
+        gaps = self._gaps_for(scores.shape[-1])
+        sets = self._cpu["allowed"][state].tolist()
+        if sets.count(sets[0]) == len(sets):
+            for low, high in gaps[sets[0]]:
+                scores[:, low:high] = -torch.inf
+            return scores
+        for row, number in zip(scores.unbind(0), sets, strict=True):
+            for low, high in gaps[number]:
+                row[low:high] = -torch.inf
+        return scores
 
     def kind(self, state: Tensor) -> Tensor:
         """What comes next, int64 [B]: the index of a stream, or TEXT, MARKER or CHOICE."""
@@ -221,19 +232,21 @@ class Grammar:
             self._moved[device] = {name: table.to(device) for name, table in self._cpu.items()}
         return self._moved[device]
 
-    def _blocked(self, scores: Tensor) -> Tensor:
-        return self._blocked_for(scores.device, scores.shape[-1])
+    def _gaps_for(self, size: int) -> list[Ranges]:
+        """What each distinct set does not allow of [0, V), as ranges."""
+        if size not in self._gaps:
+            need = self.vocabulary.size
+            require(size >= need, "scores", f"[B, V], V at least {need}", f"V of {size}")
+            self._gaps[size] = [_complement(ranges, size) for ranges in self.sets]
+        return self._gaps[size]
 
     def _blocked_for(self, device: torch.device, size: int) -> Tensor:
         """Bool [sets, V]: what each distinct set does not allow."""
         if (device, size) not in self._tables:
-            require(
-                size >= self.vocabulary.size, "scores", f"[B, V], V at least {self.vocabulary.size}", f"V of {size}"
-            )
-            table = torch.ones(len(self.sets), size, dtype=torch.bool)
-            for row, ranges in enumerate(self.sets):
+            table = torch.zeros(len(self.sets), size, dtype=torch.bool)
+            for row, ranges in zip(table, self._gaps_for(size), strict=True):
                 for low, high in ranges:
-                    table[row, low:high] = False
+                    row[low:high] = True
             self._tables[device, size] = table.to(device)
         return self._tables[device, size]
 
@@ -282,6 +295,15 @@ class GrammarProcessor:
                 self._state = self.grammar.advance(self._state, token)
         self._seen = input_ids
         return self.grammar.mask(self._state, scores)
+
+
+def _complement(ranges: Ranges, size: int) -> Ranges:
+    """What of [0, size) lies in none of the ranges."""
+    gaps, position = [], 0
+    for low, high in sorted(ranges):
+        gaps += [(position, low)] if low > position else []
+        position = max(position, high)
+    return (*gaps, (position, size)) if position < size else tuple(gaps)
 
 
 def _events(plan: ImagePlan) -> Tensor:
