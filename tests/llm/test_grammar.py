@@ -77,7 +77,7 @@ def test_a_thousand_sequences_of_mixed_sizes() -> None:
     vocabulary = VisualVocabulary.for_tokenizer(tokenizer, text, sizes=SIZES)
     processor, model = MultimodalProcessor(tokenizer, text, vocabulary), model_for(vocabulary)
     prompts = processor(["a", "b", "a b", "a a a"] * 2, end=False, side="left")
-    grammar, generator = Grammar(vocabulary, "image", text.eos_token_id), torch.Generator().manual_seed(0)
+    grammar, generator = Grammar(vocabulary, "image", processor.eos), torch.Generator().manual_seed(0)
     settings, sizes = GenerationSettings(8, Sampling(temperature=2.0)), []
     for _ in range(125):
         ids = generate(model, prompts, grammar, settings, generator=generator)
@@ -94,7 +94,7 @@ def test_in_transformers_generate_with_sampling_and_beams() -> None:
     processor, model = MultimodalProcessor(tokenizer, text, vocabulary), model_for(vocabulary)
     prompts = processor(["a", "a b b"], end=False, side="left")
     for options in ({"do_sample": True, "top_k": 0}, {"num_beams": 3}):
-        grammar = GrammarProcessor(Grammar(vocabulary, "image", text.eos_token_id))
+        grammar = GrammarProcessor(Grammar(vocabulary, "image", processor.eos))
         ids = model.generate(
             input_ids=prompts.input_ids,
             attention_mask=prompts.attention_mask,

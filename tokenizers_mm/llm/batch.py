@@ -1,7 +1,7 @@
 """What a language model gets: rows of tokens of one length, with labels, masks, position hints and features."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -57,13 +57,19 @@ class Batch:
     attention_mask: Tensor
     positions: Tensor
     is_feature: Tensor
-    features: tuple[tuple[Tensor, ...], ...] = field(default=())
+    features: tuple[tuple[Tensor, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         features = tuple(tuple(part.to(device) for part in image) for image in self.features)
-        tensors = (self.input_ids, self.labels, self.attention_mask, self.positions, self.is_feature)
-        return Batch(*(tensor.to(device) for tensor in tensors), features)
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.attention_mask.to(device),
+            self.positions.to(device),
+            self.is_feature.to(device),
+            features,
+        )
 
     def model_inputs(self) -> dict[str, Tensor]:
         """What a `transformers` causal language model takes, where no image is shown as features."""
@@ -122,11 +128,6 @@ def make_row(tokens: Tensor, learn: bool, positions: Tensor | None = None, is_fe
 def with_features(row: Row, features: tuple[Tensor, ...]) -> Row:
     """The same piece with the features of its image."""
     return replace(row, features=(features,))
-
-
-def is_image(content: object) -> bool:
-    """Whether a piece of a row is an image."""
-    return not isinstance(content, str)
 
 
 def one_image(content: ImageCodes | ImageLatents) -> ImageCodes | ImageLatents:

@@ -50,7 +50,8 @@ class MultimodalProcessor:
             f"the one of the vocabulary, with {vocabulary.text_size} tokens",
             f"{have} tokens",
         )
-        self.tokenizer, self.text_tokenizer, self.vocabulary, self.fit = tokenizer, text_tokenizer, vocabulary, fit
+        self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
+        self.fit: Fit = fit
         self.parser = Parser(vocabulary)
         self.prefix, self.eos, self.pad = _special_ids(text_tokenizer)
         self._no_text = torch.tensor(
