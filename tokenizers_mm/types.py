@@ -1,6 +1,6 @@
 """The nouns that travel between the parts: streams of ids, codes, latents and what a quantizer returns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,20 @@ class Quantized:
     ids: Tensor
     terms: VQTerms | None = None
     queries: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A forward pass of a tokenizer, all that the training terms need.
+
+    `image` [B, 3, H, W]; `semantic` [B, T, C], what the semantic decoder predicts; `target` [B, T, C], what
+    it should have predicted, where the model has a frozen tower that says so; `quantized` by stream.
+    """
+
+    image: Tensor
+    semantic: Tensor
+    target: Tensor | None
+    quantized: Mapping[str, Quantized]
 
 
 def check_ids(ids: Any, streams: Sequence[Stream]) -> None:

@@ -70,3 +70,17 @@ class SemanticEncoder(nn.Module):
         rows = round((count * x.shape[-2] / x.shape[-1]) ** 0.5)
         require(rows > 0 and count % rows == 0, "tokens", "a grid of the image's shape", f"{count} tokens")
         return rows
+
+
+def load_pretrained(encoder: SemanticEncoder) -> None:
+    """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
+    import timm
+
+    published = timm.create_model(
+        encoder.config.name, pretrained=True, num_classes=0, **{"global_pool": "", **encoder.config.options}
+    )
+    state = published.state_dict()
+    wanted = encoder.tower.state_dict()
+    missing = [name for name in wanted if name not in state]
+    require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
+    encoder.tower.load_state_dict({name: state[name] for name in wanted})

@@ -3,8 +3,8 @@
 from typing import Any
 
 from tokenizers_mm.models.base import ImageTokenizer, Provenance
-from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig, TokenFlowOutput
+from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 
 MODELS: dict[str, type[ImageTokenizer[Any]]] = {"tokenflow": TokenFlow}
 
-__all__ = ["MODELS", "ImageTokenizer", "Provenance", "TokenFlow", "TokenFlowConfig", "TokenFlowOutput"]
+__all__ = ["MODELS", "ImageTokenizer", "Provenance", "TokenFlow", "TokenFlowConfig"]

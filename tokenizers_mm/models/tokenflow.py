@@ -4,6 +4,7 @@ The path of an image: both encoders -> features [B, h, w, D] (semantic channels 
 ids [B, L] and vectors [B, h, w, D] -> both decoders.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConf
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
-from tokenizers_mm.types import ImageCodes, Quantized, Stream
+from tokenizers_mm.types import ImageCodes, Reconstruction, Stream
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,6 @@ class TokenFlowConfig:
     semantic_decoder: SemanticDecoderConfig
     pixel_decoder: PixelDecoderConfig
     pixel_size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class TokenFlowOutput:
-    """A forward pass: `image` [B, 3, H, W], `semantic` [B, h * w, C] in the teacher's space, `quantized` features."""
-
-    image: Tensor
-    semantic: Tensor
-    quantized: Quantized
 
 
 class TokenFlow(ImageTokenizer[ImageCodes]):
@@ -122,12 +114,11 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         """Features [B, h * w, C] in the teacher's space from vectors [B, h, w, D]."""
         return self.semantic_decoder(vectors[..., : self.dims[0]])
 
-    def forward(self, x: Tensor, keep: tuple[int, ...] | None = None) -> TokenFlowOutput:
+    def forward(self, x: Tensor, keep: Sequence[int] | None = None) -> Reconstruction:
         """Reconstruct x [B, 3, H, W]; `keep` lists the scales to use (all by default)."""
         quantized = self.quantizer.quantize(self.encode_features(x), keep)
-        return TokenFlowOutput(
-            self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors), quantized
-        )
+        image, semantic = self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors)
+        return Reconstruction(image, semantic, None, {"shared": quantized})
 
     def encode_tensor(self, x: Tensor) -> ImageCodes:
         ids = self.quantizer.quantize(self.encode_features(x)).ids

@@ -1,0 +1,197 @@
+#include "codebook.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "pool.h"
+
+namespace tmm {
+namespace {
+
+constexpr int64_t kMeanSample = 1024;  // the mean only has to be near: centring changes no argmin
+
+// Splits [0, count) into chunks that threads claim; body(first, last, worker).
+template <class F>
+void for_chunks(int64_t count, int64_t chunk, int threads, F body) {
+  std::atomic<int64_t> next{0};
+  auto work = [&](int worker) {
+    for (;;) {
+      const int64_t first = next.fetch_add(chunk);
+      if (first >= count) return;
+      body(first, std::min(count, first + chunk), worker);
+    }
+  };
+  run_parallel(static_cast<int>(std::min<int64_t>(threads, (count + chunk - 1) / chunk)), work);
+}
+
+bool finite_row(const Rows& rows, int64_t i) {
+  for (int64_t j = 0; j < rows.d; ++j)
+    if (!std::isfinite(rows.dtype == TMM_F64 ? rows.f64(i)[j] : rows.f32(i)[j])) return false;
+  return true;
+}
+
+bool same_row(const Rows& rows, int64_t a, int64_t b) {
+  for (int64_t j = 0; j < rows.d; ++j)
+    if (rows.dtype == TMM_F64 ? rows.f64(a)[j] != rows.f64(b)[j] : rows.f32(a)[j] != rows.f32(b)[j]) return false;
+  return true;
+}
+
+}  // namespace
+
+void Codebook::find_mean(const Rows& codes) {
+  std::vector<double> sum(d, 0.0), row(d);
+  const int64_t stride = (k + kMeanSample - 1) / kMeanSample;
+  int64_t used = 0;
+  for (int64_t i = 0; i < k; i += stride) {
+    if (!finite_row(codes, i)) continue;
+    codes.to_double(i, row.data());
+    for (int64_t j = 0; j < d; ++j) sum[j] += row[j];
+    ++used;
+  }
+  mean.assign(padded, 0.0f);
+  for (int64_t j = 0; j < d && used; ++j) {
+    const float value = static_cast<float>(sum[j] / static_cast<double>(used));
+    mean[j] = std::isfinite(value) ? value : 0.0f;
+  }
+}
+
+// A code equal to an earlier one can never win the tie, and many of them would all survive every bound: take them out.
+// Equal rows have equal norms bit for bit, so the norm serves as the hash.
+void Codebook::drop_repetitions(const Rows& codes, const std::vector<double>& norm2) {
+  uint64_t size = 16;
+  while (size < 2 * static_cast<uint64_t>(k)) size *= 2;
+  std::vector<int32_t> table(size, -1);
+  for (int64_t i = 0; i < k; ++i) {
+    if (std::isinf(bias[i])) continue;
+    uint64_t bits;
+    std::memcpy(&bits, &norm2[i], sizeof bits);
+    bits = (bits ^ (bits >> 29)) * 0x9E3779B97F4A7C15ull;
+    uint64_t slot = (bits >> 20) & (size - 1);
+    for (int steps = 0;; slot = (slot + 1) & (size - 1)) {
+      const int32_t other = table[slot];
+      if (other < 0) {
+        table[slot] = static_cast<int32_t>(i);
+        ++usable;
+        break;
+      }
+      if (norm2[other] != norm2[i]) continue;
+      if (same_row(codes, other, i)) {
+        bias[i] = -std::numeric_limits<float>::infinity();
+        break;
+      }
+      if (++steps == 8) {  // different rows of one norm (signs, permutations): give up, repetitions cost time only
+        ++usable;
+        break;
+      }
+    }
+  }
+}
+
+void Codebook::prepare(const Rows& codes, int threads) {
+  if (prepared) return;
+  find_mean(codes);
+  panels = (k + isa->lanes * isa->vectors - 1) / (isa->lanes * isa->vectors);
+  bias.assign(k, 0.0f);
+  std::vector<double> norm2(k);
+  std::mutex merge;
+  for_chunks(k, 256, threads, [&](int64_t first, int64_t last, int) {
+    Buffer<float> row(padded);
+    float top = 0;
+    bool fits = true;
+    for (int64_t i = first; i < last; ++i) {
+      const RowStats stats = codes.centre(*isa, i, mean.data(), 1.0f, row.get());
+      norm2[i] = stats.norm2;
+      if (std::isfinite(stats.norm2) && std::isfinite(stats.largest)) {
+        top = std::max(top, stats.largest);
+      } else if (finite_row(codes, i)) {
+        fits = false;
+      } else {
+        bias[i] = -std::numeric_limits<float>::infinity();
+      }
+    }
+    std::lock_guard<std::mutex> lock(merge);
+    largest = std::max(largest, top);
+    representable = representable && fits;
+  });
+  drop_repetitions(codes, norm2);
+  if (representable && largest > 0) {
+    scale = std::ldexp(1.0f, -std::clamp(std::ilogb(largest), -120, 120));
+    largest *= scale;
+    for (int64_t i = 0; i < k; ++i) {
+      if (std::isinf(bias[i])) continue;
+      const double scaled = norm2[i] * scale * scale;
+      radius = std::max(radius, scaled);
+      bias[i] = static_cast<float>(-0.5 * scaled);
+    }
+    max_bias = 0.5 * radius;
+    radius = std::sqrt(radius);
+  }
+  prepared = true;
+}
+
+const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
+  if (packs[which]) return *packs[which];
+  auto made = std::make_unique<Pack>();
+  const int per_word = which == kInt8 ? 4 : which == kInt16 ? 2 : 1;
+  const int64_t lanes = isa->lanes, vectors = isa->vectors, panel = lanes * vectors;
+  const int64_t steps = made->steps = (d + per_word - 1) / per_word;
+  if (which == kInt8) made->scale = std::max(largest, 1e-30f) / 127.0f;
+  if (which == kInt16) made->scale = static_cast<float>(std::max(radius, 1e-30) / (kInt16Norm - std::sqrt(d)));
+  made->codes.reset(panels * panel * steps);
+  made->bias.reset(panels * panel);
+  std::mutex merge;
+  for_chunks(panels, std::max<int64_t>(1, 512 / panel), threads, [&](int64_t first, int64_t last, int) {
+    Buffer<float> row(padded);
+    Buffer<int32_t> words(padded);
+    double worst = 0;
+    for (int64_t code = first * panel; code < last * panel; ++code) {
+      const int64_t in_panel = code % panel, place = in_panel % vectors * lanes + in_panel / vectors;
+      const bool wins = code < k && !std::isinf(bias[code]);
+      if (wins) {
+        codes.centre(*isa, code, mean.data(), scale, row.get());
+      } else {
+        std::fill(row.get(), row.get() + padded, 0.0f);
+      }
+      const void* source = row.get();
+      if (which != kFloat32) {
+        worst = std::max<double>(worst, isa->quantise[which](row.get(), padded, made->scale, words.get()).residual2);
+        source = words.get();
+      }
+      const uint32_t flip = which == kInt8 ? 0x80808080u : 0u;  // codes are stored as q + 128, unsigned
+      int32_t* out = &made->codes[code / panel * panel * steps + place];
+      for (int64_t step = 0; step < steps; ++step, out += panel) {
+        uint32_t word;
+        std::memcpy(&word, static_cast<const char*>(source) + 4 * step, 4);
+        *out = static_cast<int32_t>(word ^ flip);
+      }
+      made->bias[code / panel * panel + place] = wins ? bias[code] : -std::numeric_limits<float>::infinity();
+    }
+    std::lock_guard<std::mutex> lock(merge);
+    made->residual = std::max(made->residual, worst);
+  });
+  made->residual = std::sqrt(made->residual) * 1.001;
+  packs[which] = std::move(made);
+  return *packs[which];
+}
+
+const Tree& Codebook::box_tree(const Rows& codes) {
+  if (!tree) {
+    auto made = std::make_unique<Tree>();
+    build_tree(*this, codes, made.get());
+    tree = std::move(made);
+  }
+  return *tree;
+}
+
+int64_t Codebook::bytes() const {
+  int64_t total = static_cast<int64_t>((mean.capacity() + bias.capacity()) * sizeof(float));
+  for (const auto& pack : packs)
+    if (pack) total += pack->codes.bytes() + pack->bias.bytes();
+  if (tree) total += tree->super_bounds.bytes() + tree->leaf_bounds.bytes() + tree->leaf_codes.bytes() + tree->index.bytes();
+  return total;
+}
+
+}  // namespace tmm

@@ -1,0 +1,119 @@
+// A codebook prepared for searching: statistics of its rows, one packed copy per rung used, and a box tree for few dimensions.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+#include "tokenizers_mm.h"
+
+namespace tmm {
+
+// Aligned memory that is not initialised.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) { reset(count); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  void reset(int64_t count) {
+    std::free(data_);
+    data_ = nullptr;
+    bytes_ = (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
+    data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes_)));
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// The rows of a matrix in one of the two source types.
+struct Rows {
+  const void* data;
+  int dtype;
+  int64_t d;
+  const float* f32(int64_t i) const { return static_cast<const float*>(data) + i * d; }
+  const double* f64(int64_t i) const { return static_cast<const double*>(data) + i * d; }
+  RowStats centre(const Isa& isa, int64_t i, const float* mean, float scale, float* out) const {
+    return dtype == TMM_F64 ? isa.centre_f64(f64(i), mean, scale, d, out) : isa.centre_f32(f32(i), mean, scale, d, out);
+  }
+  // Scores rows first .. last - 1 against row i of `z`.
+  void score(const Isa& isa, const Rows& z, int64_t i, int64_t first, int64_t last, Best* best) const {
+    if (first >= last) return;
+    dtype == TMM_F64 ? isa.score_f64(z.f64(i), f64(first), last - first, d, first, best)
+                     : isa.score_f32(z.f32(i), f32(first), last - first, d, first, best);
+  }
+  void to_double(int64_t i, double* out) const {
+    for (int64_t j = 0; j < d; ++j) out[j] = dtype == TMM_F64 ? f64(i)[j] : static_cast<double>(f32(i)[j]);
+  }
+};
+
+struct Pack {
+  Buffer<int32_t> codes;
+  Buffer<float> bias;     // in the order of the panels
+  int64_t steps = 0;
+  float scale = 1;        // s_c
+  double residual = 0;    // max over codes of |c - s_c q|
+};
+
+struct Tree {
+  TreeView view{};
+  Buffer<float> super_bounds, leaf_bounds, leaf_codes;
+  Buffer<int32_t> index;  // slot -> code
+};
+
+struct Codebook {
+  Codebook(int64_t k, int64_t d, int dtype, int method, const Isa* isa)
+      : k(k), d(d), dtype(dtype), method(method), isa(isa), padded((d + 15) / 16 * 16) {}
+
+  const int64_t k, d;
+  const int dtype, method;
+  const Isa* const isa;
+  const int64_t padded;         // d rounded up to 16
+  int64_t panels = 0;
+
+  // Everything is relative to `mean` and multiplied by `scale`, a power of two that makes the largest component about 1.
+  std::vector<float> mean;
+  float scale = 1;
+  double radius = 0;            // max |c|
+  double max_bias = 0;          // max |c|^2 / 2
+  float largest = 0;            // max |c_j|
+  std::vector<float> bias;      // -|c|^2 / 2; -infinity for codes that cannot win: not finite, or a repetition
+  int64_t usable = 0;           // codes that can win
+  bool representable = true;    // false: float32 cannot hold the centred codes; every row is searched in double precision
+
+  std::mutex mutex;             // guards all lazy state below and above
+  bool prepared = false;
+  int64_t rows_before = 0;      // rows searched before packing
+  int rung = -1;                // lowest rung worth trying
+  int last_method = TMM_AUTO;
+  std::unique_ptr<Pack> packs[kRungs];
+  std::unique_ptr<Tree> tree;
+
+  void prepare(const Rows& codes, int threads);
+  const Pack& pack(const Rows& codes, int rung, int threads);
+  const Tree& box_tree(const Rows& codes);
+  int64_t bytes() const;
+
+ private:
+  void find_mean(const Rows& codes);
+  void drop_repetitions(const Rows& codes, const std::vector<double>& norm2);
+};
+
+void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree);
+
+// Largest norm of quantised vectors: |q_x| |q_c| <= 2^29 keeps every partial int32 sum of the int16 rung exact.
+constexpr double kInt16Norm = 23170.0;
+
+}  // namespace tmm

@@ -1,0 +1,93 @@
+// The few loops that exist once per instruction set, behind one table of function pointers. The files that fill a table are
+// compiled with that instruction set's flags and therefore use no inline code of the standard library: the linker could keep
+// such a copy for everybody.
+#pragma once
+
+#include <cstdint>
+
+namespace tmm {
+
+constexpr int kTileRows = 6;      // tokens in a register tile
+constexpr int kBlockRows = 96;    // tokens that share one pass over the packed codebook
+constexpr int kMaxTreeDim = 12;
+constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in a super box
+
+enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kRungs = 3 };
+
+// Integer scores: valid ones lie in [-2^30, 2^30], codes that must never win start here (see search.cpp for the ranges).
+constexpr float kInvalidBias = -1610612736.0f;   // -1.5 * 2^30
+constexpr int32_t kLowestValid = -1200000000;    // between the two ranges
+
+// Scores of one block of tokens against all panels. A panel holds `vectors * lanes` codes as [step][vector][lane] words of 32
+// bits (4 int8, 2 int16 or 1 float32 values of one code); code j of a panel is lane j / vectors of vector j % vectors, so the
+// maximum over the vectors of one lane covers `vectors` consecutive codes: a group. Tokens are [tile][step][kTileRows] words.
+struct ScanArgs {
+  const void* codes;
+  int64_t panels;
+  int64_t steps;
+  const float* bias;           // -|c|^2 / 2 by panel, vector, lane
+  const int32_t* tokens;
+  int64_t tiles;
+  const float* inverse_scale;  // by scale: 1 / (s_x s_c), which turns a bias into integer units
+  int num_scales;
+  const uint8_t* scale_of;     // by token
+  int32_t* bias_table;         // scratch: num_scales panels of int32
+  int32_t* groups;             // by token: group maxima (for float32: bits mapped to an integer of the same order)
+  int64_t group_stride;
+  int64_t span;                // consecutive panels folded into one set of groups
+};
+
+struct RowStats {
+  float largest;  // max |out|
+  double norm2;   // |row - mean|^2 from double precision differences, not scaled
+};
+
+struct QuantStats {
+  float residual2;  // |x - scale * q|^2, accumulated in float32
+  int32_t sum;      // sum of q
+};
+
+struct Best {
+  double distance;
+  int64_t index;
+};
+
+// Box tree over k codes: leaves of kLeaf codes, super boxes of kLeaf leaves. Bounds and leaves are [dim][kLeaf].
+struct TreeView {
+  int dim;
+  int64_t supers;
+  const float* super_bounds;  // [ceil(supers / kLeaf)][2][dim][kLeaf]
+  const float* leaf_bounds;   // [supers][2][dim][kLeaf]
+  const float* leaf_codes;    // [supers * kLeaf][dim][kLeaf]
+  float slack;                // 1 + twice the relative error of a float32 distance or bound
+};
+
+struct Isa {
+  const char* name;
+  int lanes;
+  int vectors;
+  bool has[kRungs];
+  void (*scan[kRungs])(const ScanArgs&);
+  // out = (row - mean) * scale, zero-padded to a multiple of 16.
+  RowStats (*centre_f32)(const float* row, const float* mean, float scale, int64_t d, float* out);
+  RowStats (*centre_f64)(const double* row, const float* mean, float scale, int64_t d, float* out);
+  // q = round(x / scale), int8 or int16, for `padded` values (a multiple of 16).
+  QuantStats (*quantise[2])(const float* x, int64_t padded, float scale, void* out);
+  int32_t (*largest)(const int32_t* values, int64_t n);
+  // Positions of values >= threshold, at most `capacity` of them; returns how many there are in all.
+  int64_t (*collect)(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity);
+  // Lowers `best` to the lexicographic minimum of itself and (|z - codes[i]|^2, first + i) for the n rows of codes (n <= 4 is
+  // fast). Eight partial sums in double precision, so that every instruction set gives the same bits; NaN never wins.
+  void (*score_f32)(const float* z, const float* codes, int64_t n, int64_t d, int64_t first, Best* best);
+  void (*score_f64)(const double* z, const double* codes, int64_t n, int64_t d, int64_t first, Best* best);
+  // Slots (leaf * kLeaf + lane) whose code may be the nearest; returns how many there are in all, or -1 when float32 cannot
+  // tell (overflow, underflow, not a number).
+  // scratch: floats for 2 * (supers + 2 * kLeaf) + (supers + 1) * kLeaf + capacity + kLeaf; out: capacity + kLeaf.
+  int64_t (*tree_candidates)(const TreeView&, const float* z, float* scratch, int32_t* out, int64_t capacity);
+};
+
+const Isa* avx512_isa();    // null where the compiler does not know it
+const Isa* avx2_isa();
+const Isa* portable_isa();
+
+}  // namespace tmm

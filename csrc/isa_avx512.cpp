@@ -1,0 +1,367 @@
+// AVX-512 with VNNI. A panel is 64 codes (4 vectors of 16 lanes); 6 tokens x 4 vectors of accumulators stay in registers.
+#include "isa.h"
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+
+#include <immintrin.h>
+
+namespace tmm {
+namespace {
+
+constexpr int kLanes = 16, kVectors = 4, kPanel = kLanes * kVectors;
+
+// Inline assembly, because gcc 12 spills every accumulator around the intrinsics.
+inline __attribute__((always_inline)) void multiply_add(__m512i& sum, __m512i codes, __m512i token, const uint8_t*) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(token));  // codes unsigned, tokens signed
+}
+inline __attribute__((always_inline)) void multiply_add(__m512i& sum, __m512i codes, __m512i token, const int16_t*) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(token));
+}
+inline __attribute__((always_inline)) void multiply_add(__m512i& sum, __m512i codes, __m512i token, const float*) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(token));
+}
+
+inline __m512i ordered(__m512i maximum, const float*) {  // float32 bits to an integer of the same order
+  return _mm512_xor_si512(maximum, _mm512_and_si512(_mm512_srai_epi32(maximum, 31), _mm512_set1_epi32(0x7fffffff)));
+}
+template <class T>
+inline __m512i ordered(__m512i maximum, const T*) { return maximum; }
+
+inline __m512i maximum(__m512i a, __m512i b, const float*) {
+  return _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+}
+template <class T>
+inline __m512i maximum(__m512i a, __m512i b, const T*) { return _mm512_max_epi32(a, b); }
+
+template <class T>
+constexpr bool is_float(const T*) { return false; }
+constexpr bool is_float(const float*) { return true; }
+
+template <class T>
+void scan(const ScanArgs& args) {
+  const T* tag = nullptr;
+  for (int64_t panel = 0; panel < args.panels; ++panel) {
+    const __m512i* codes = static_cast<const __m512i*>(args.codes) + panel * args.steps * kVectors;
+    const float* bias = args.bias + panel * kPanel;
+    const int32_t* table = reinterpret_cast<const int32_t*>(bias);
+    if (!is_float(tag)) {
+      for (int s = 0; s < args.num_scales; ++s)
+        for (int v = 0; v < kVectors; ++v) {
+          const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(bias + v * kLanes), _mm512_set1_ps(args.inverse_scale[s]));
+          const __m512 floor = _mm512_max_ps(scaled, _mm512_set1_ps(kInvalidBias));
+          _mm512_storeu_si512(args.bias_table + s * kPanel + v * kLanes, _mm512_cvtps_epi32(floor));
+        }
+      table = args.bias_table;
+    }
+    const bool first = panel % args.span == 0;
+    int32_t* groups = args.groups + panel / args.span * kLanes;
+    for (int64_t tile = 0; tile < args.tiles; ++tile) {
+      const int32_t* token = args.tokens + tile * args.steps * kTileRows;
+      const uint8_t* scale_of = args.scale_of + tile * kTileRows;
+      __m512i sum[kTileRows][kVectors];
+#pragma GCC unroll 6
+      for (int r = 0; r < kTileRows; ++r) {
+        const int32_t* start = is_float(tag) ? table : table + scale_of[r] * kPanel;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_loadu_si512(start + v * kLanes);
+      }
+      const __m512i* code = codes;
+      for (int64_t step = 0; step < args.steps; ++step, code += kVectors, token += kTileRows) {
+        const __m512i c0 = _mm512_load_si512(code), c1 = _mm512_load_si512(code + 1);
+        const __m512i c2 = _mm512_load_si512(code + 2), c3 = _mm512_load_si512(code + 3);
+#pragma GCC unroll 6
+        for (int r = 0; r < kTileRows; ++r) {
+          const __m512i t = _mm512_set1_epi32(token[r]);
+          multiply_add(sum[r][0], c0, t, tag);
+          multiply_add(sum[r][1], c1, t, tag);
+          multiply_add(sum[r][2], c2, t, tag);
+          multiply_add(sum[r][3], c3, t, tag);
+        }
+      }
+      int32_t* out = groups + tile * kTileRows * args.group_stride;
+#pragma GCC unroll 6
+      for (int r = 0; r < kTileRows; ++r, out += args.group_stride) {
+        __m512i top = ordered(
+            maximum(maximum(sum[r][0], sum[r][1], tag), maximum(sum[r][2], sum[r][3], tag), tag), tag);
+        if (!first) top = _mm512_max_epi32(top, _mm512_loadu_si512(out));
+        _mm512_storeu_si512(out, top);
+      }
+    }
+  }
+}
+
+inline __mmask16 first16(int64_t left) { return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1); }
+inline __mmask8 first8(int64_t left) { return left >= 8 ? 0xff : left <= 0 ? 0 : static_cast<__mmask8>((1u << left) - 1); }
+inline __m512d low_half(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+inline __m512d high_half(__m512 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+
+RowStats centre_f32(const float* row, const float* mean, float scale, int64_t d, float* out) {
+  __m512 largest = _mm512_setzero_ps();
+  __m512d low = _mm512_setzero_pd(), high = low;
+  for (int64_t i = 0; i < d; i += 16) {
+    const __mmask16 mask = first16(d - i);
+    const __m512 z = _mm512_maskz_loadu_ps(mask, row + i), m = _mm512_maskz_loadu_ps(mask, mean + i);
+    const __m512 x = _mm512_mul_ps(_mm512_sub_ps(z, m), _mm512_set1_ps(scale));
+    _mm512_storeu_ps(out + i, x);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+    const __m512d a = _mm512_sub_pd(low_half(z), low_half(m)), b = _mm512_sub_pd(high_half(z), high_half(m));
+    low = _mm512_fmadd_pd(a, a, low);
+    high = _mm512_fmadd_pd(b, b, high);
+  }
+  return {_mm512_reduce_max_ps(largest), _mm512_reduce_add_pd(_mm512_add_pd(low, high))};
+}
+
+RowStats centre_f64(const double* row, const float* mean, float scale, int64_t d, float* out) {
+  __m512 largest = _mm512_setzero_ps();
+  __m512d norm2 = _mm512_setzero_pd();
+  for (int64_t i = 0; i < d; i += 16) {
+    __m256 half[2];
+    for (int h = 0; h < 2; ++h) {
+      const __mmask8 mask = first8(d - i - 8 * h);
+      const __m512d m = _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, mean + i + 8 * h));
+      const __m512d x = _mm512_sub_pd(_mm512_maskz_loadu_pd(mask, row + i + 8 * h), m);
+      norm2 = _mm512_fmadd_pd(x, x, norm2);
+      half[h] = _mm512_cvtpd_ps(_mm512_mul_pd(x, _mm512_set1_pd(scale)));
+    }
+    const __m512 x = _mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1);
+    _mm512_storeu_ps(out + i, x);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+  }
+  return {_mm512_reduce_max_ps(largest), _mm512_reduce_add_pd(norm2)};
+}
+
+template <bool kBytes>
+QuantStats quantise(const float* x, int64_t padded, float scale, void* out) {
+  const __m512 inverse = _mm512_set1_ps(1.0f / scale), unit = _mm512_set1_ps(scale);
+  __m512 residual2 = _mm512_setzero_ps();
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < padded; i += 16) {
+    const __m512 value = _mm512_loadu_ps(x + i);
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse));
+    const __m512 residual = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(q), unit, value);
+    residual2 = _mm512_fmadd_ps(residual, residual, residual2);
+    if (kBytes) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<int8_t*>(out) + i), _mm512_cvtsepi32_epi8(q));
+      sum = _mm512_add_epi32(sum, q);
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<int16_t*>(out) + i), _mm512_cvtsepi32_epi16(q));
+    }
+  }
+  return {_mm512_reduce_add_ps(residual2), kBytes ? _mm512_reduce_add_epi32(sum) : 0};
+}
+
+int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 16, as everywhere here
+  __m512i a = _mm512_loadu_si512(values), b = a;
+  int64_t i = 16;
+  for (; i + 32 <= n; i += 32) {
+    a = _mm512_max_epi32(a, _mm512_loadu_si512(values + i));
+    b = _mm512_max_epi32(b, _mm512_loadu_si512(values + i + 16));
+  }
+  if (i < n) a = _mm512_max_epi32(a, _mm512_loadu_si512(values + i));
+  return _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+}
+
+int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity) {
+  const __m512i limit = _mm512_set1_epi32(threshold);
+  int64_t count = 0, i = 0;
+  const auto emit = [&](int64_t base, uint64_t mask) {
+    for (; mask; mask &= mask - 1, ++count)
+      if (count < capacity) out[count] = static_cast<int32_t>(base + __builtin_ctzll(mask));
+  };
+  for (; i + 64 <= n; i += 64) {
+    const __m512i a = _mm512_loadu_si512(values + i), b = _mm512_loadu_si512(values + i + 16);
+    const __m512i c = _mm512_loadu_si512(values + i + 32), d = _mm512_loadu_si512(values + i + 48);
+    const __m512i top = _mm512_max_epi32(_mm512_max_epi32(a, b), _mm512_max_epi32(c, d));
+    if (!_mm512_cmpge_epi32_mask(top, limit)) continue;
+    emit(i, static_cast<uint64_t>(_mm512_cmpge_epi32_mask(a, limit)) |
+                static_cast<uint64_t>(_mm512_cmpge_epi32_mask(b, limit)) << 16 |
+                static_cast<uint64_t>(_mm512_cmpge_epi32_mask(c, limit)) << 32 |
+                static_cast<uint64_t>(_mm512_cmpge_epi32_mask(d, limit)) << 48);
+  }
+  for (; i < n; i += 16) emit(i, _mm512_cmpge_epi32_mask(_mm512_loadu_si512(values + i), limit));
+  return count;
+}
+
+inline __m512d load8(const float* p, __mmask8 mask) { return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(mask, p)); }
+inline __m512d load8(const double* p, __mmask8 mask) { return _mm512_maskz_loadu_pd(mask, p); }
+
+inline __m256d halves(__m512d sum) { return _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd(sum, 1)); }
+
+template <class T>
+inline __m512d squared_gap(__m512d sum, __m512d z, const T* code, __mmask8 mask) {
+  const __m512d gap = _mm512_sub_pd(z, load8(code, mask));
+  return _mm512_add_pd(sum, _mm512_mul_pd(gap, gap));  // not fused: the same bits without FMA
+}
+
+// Distances to four codes; each is ((0+4)+(2+6)) + ((1+5)+(3+7)) of its partial sums, as in the other instruction sets.
+template <class T>
+inline __m256d four_distances(const T* z, const T* codes, const int64_t* offset, int64_t d) {
+  __m512d a = _mm512_setzero_pd(), b = a, c = a, e = a;
+  for (int64_t i = 0; i < d; i += 8) {
+    const __mmask8 mask = first8(d - i);
+    const __m512d x = load8(z + i, mask);
+    a = squared_gap(a, x, codes + offset[0] + i, mask);
+    b = squared_gap(b, x, codes + offset[1] + i, mask);
+    c = squared_gap(c, x, codes + offset[2] + i, mask);
+    e = squared_gap(e, x, codes + offset[3] + i, mask);
+  }
+  const __m256d ha = halves(a), hb = halves(b), hc = halves(c), he = halves(e);
+  const __m256d even_ab = _mm256_unpacklo_pd(ha, hb), odd_ab = _mm256_unpackhi_pd(ha, hb);
+  const __m256d even_ce = _mm256_unpacklo_pd(hc, he), odd_ce = _mm256_unpackhi_pd(hc, he);
+  const __m256d zero = _mm256_permute2f128_pd(even_ab, even_ce, 0x20), two = _mm256_permute2f128_pd(even_ab, even_ce, 0x31);
+  const __m256d one = _mm256_permute2f128_pd(odd_ab, odd_ce, 0x20), three = _mm256_permute2f128_pd(odd_ab, odd_ce, 0x31);
+  return _mm256_add_pd(_mm256_add_pd(zero, two), _mm256_add_pd(one, three));
+}
+
+template <class T>
+void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
+  for (int64_t i = 0; i < n; i += 4) {
+    const int64_t last = n - 1 - i;  // a short group repeats its last code, which changes no minimum
+    const int64_t offset[4] = {0, (last < 1 ? last : 1) * d, (last < 2 ? last : 2) * d, (last < 3 ? last : 3) * d};
+    __m256d distance = four_distances(z, codes + i * d, offset, d);
+    distance = _mm256_min_pd(distance, _mm256_set1_pd(__builtin_inf()));  // NaN becomes infinity
+    __m256d least = _mm256_min_pd(distance, _mm256_permute4x64_pd(distance, 0x4e));
+    least = _mm256_min_pd(least, _mm256_permute_pd(least, 5));
+    const int lane = __builtin_ctz(_mm256_movemask_pd(_mm256_cmp_pd(distance, least, _CMP_EQ_OQ)));
+    const double d2 = _mm256_cvtsd_f64(least);
+    const int64_t index = first + i + lane;
+    if (d2 < best->distance || (d2 == best->distance && index < best->index)) *best = {d2, index};
+  }
+}
+
+inline __m512 box_bound(const float* bounds, const __m512* z, int dim) {  // squared distance to 16 boxes, lower bound
+  __m512 sum = _mm512_setzero_ps();
+  for (int j = 0; j < dim; ++j) {
+    const __m512 below = _mm512_sub_ps(_mm512_load_ps(bounds + j * kLeaf), z[j]);
+    const __m512 above = _mm512_sub_ps(z[j], _mm512_load_ps(bounds + (dim + j) * kLeaf));
+    const __m512 gap = _mm512_max_ps(_mm512_max_ps(below, above), _mm512_setzero_ps());
+    sum = _mm512_fmadd_ps(gap, gap, sum);
+  }
+  return sum;
+}
+
+inline __m512 leaf_distances(const float* codes, const __m512* z, int dim) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int j = 0; j < dim; ++j) {
+    const __m512 gap = _mm512_sub_ps(z[j], _mm512_load_ps(codes + j * kLeaf));
+    sum = _mm512_fmadd_ps(gap, gap, sum);
+  }
+  return sum;
+}
+
+inline int lowest_lane(__m512 v, float* least) {
+  *least = _mm512_reduce_min_ps(v);
+  return __builtin_ctz(_mm512_cmp_ps_mask(v, _mm512_set1_ps(*least), _CMP_LE_OQ) | 0x10000u);
+}
+
+// Appends base + lane for the lanes of `mask`; writes up to 16 values past the end.
+inline int64_t append(int32_t* list, int64_t count, __m512i base, __mmask16 mask) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(base, lanes)));
+  return count + __builtin_popcount(mask);
+}
+
+// Few branches depend on the data: first the super boxes in reach are listed, then their leaves, then the leaves are scored.
+template <int kDim>
+int64_t tree_search(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
+  __m512 z[kDim];
+  for (int j = 0; j < kDim; ++j) z[j] = _mm512_set1_ps(point[j]);
+  const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf, box_size = 2 * kDim * kLeaf;
+  int32_t* supers = reinterpret_cast<int32_t*>(scratch + blocks * kLeaf);
+  int32_t* leaves = supers + (blocks + 1) * kLeaf;
+  __m512 nearest = _mm512_set1_ps(__builtin_inff());
+  __m512i where = _mm512_setzero_si512();
+  for (int64_t b = 0; b < blocks; ++b) {
+    const __m512 bound = box_bound(tree.super_bounds + b * box_size, z, kDim);
+    _mm512_store_ps(scratch + b * kLeaf, bound);
+    const __mmask16 less = _mm512_cmp_ps_mask(bound, nearest, _CMP_LT_OQ);
+    nearest = _mm512_mask_mov_ps(nearest, less, bound);
+    where = _mm512_mask_mov_epi32(where, less, _mm512_set1_epi32(static_cast<int>(b)));
+  }
+  float least;
+  const int lane = lowest_lane(nearest, &least);
+  if (lane >= kLeaf) return -1;
+  alignas(64) int32_t position[kLeaf];
+  _mm512_store_si512(position, where);
+  const int64_t home = static_cast<int64_t>(position[lane]) * kLeaf + lane;
+  const int start = lowest_lane(box_bound(tree.leaf_bounds + home * box_size, z, kDim), &least);
+  if (start >= kLeaf) return -1;
+  const int64_t leaf_size = kDim * kLeaf;
+  float best = _mm512_reduce_min_ps(leaf_distances(tree.leaf_codes + (home * kLeaf + start) * leaf_size, z, kDim));
+  if (!(best < 1e30f)) return -1;
+
+  __m512 reach = _mm512_set1_ps(best * tree.slack);
+  int64_t near_supers = 0, near_leaves = 0;
+  for (int64_t b = 0; b < blocks; ++b)
+    near_supers = append(supers, near_supers, _mm512_set1_epi32(static_cast<int>(b * kLeaf)),
+                         _mm512_cmp_ps_mask(_mm512_load_ps(scratch + b * kLeaf), reach, _CMP_LE_OQ));
+  for (int64_t i = 0; i < near_supers; ++i) {
+    const int64_t box = supers[i];
+    const __m512 bound = box_bound(tree.leaf_bounds + box * box_size, z, kDim);
+    near_leaves = append(leaves, near_leaves, _mm512_set1_epi32(static_cast<int>(box * kLeaf)),
+                         _mm512_cmp_ps_mask(bound, reach, _CMP_LE_OQ));
+  }
+
+  int64_t count = 0;
+  float* found = reinterpret_cast<float*>(leaves + (tree.supers + 1) * kLeaf);
+  for (int64_t i = 0; i < near_leaves; ++i) {
+    const int64_t leaf = leaves[i];
+    const __m512 d2 = leaf_distances(tree.leaf_codes + leaf * leaf_size, z, kDim);
+    __mmask16 near = _mm512_cmp_ps_mask(d2, reach, _CMP_LE_OQ);
+    if (!near) continue;
+    least = _mm512_reduce_min_ps(d2);
+    if (least < best) {
+      best = least;
+      reach = _mm512_set1_ps(best * tree.slack);
+      near = _mm512_cmp_ps_mask(d2, reach, _CMP_LE_OQ);
+    }
+    if (count + kLeaf > capacity) return capacity + 1;
+    append(out, count, _mm512_set1_epi32(static_cast<int>(leaf * kLeaf)), near);
+    _mm512_storeu_ps(found + count, _mm512_maskz_compress_ps(near, d2));
+    count += __builtin_popcount(near);
+  }
+  if (!(best > 1e-30f)) return -1;
+  const float limit = best * tree.slack;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (found[i] <= limit) out[kept++] = out[i];
+  return kept;
+}
+
+int64_t tree_candidates(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
+  switch (tree.dim) {
+#define TMM_TREE(dim) case dim: return tree_search<dim>(tree, point, scratch, out, capacity);
+    TMM_TREE(1) TMM_TREE(2) TMM_TREE(3) TMM_TREE(4) TMM_TREE(5) TMM_TREE(6)
+    TMM_TREE(7) TMM_TREE(8) TMM_TREE(9) TMM_TREE(10) TMM_TREE(11) TMM_TREE(12)
+#undef TMM_TREE
+  }
+  return -1;
+}
+
+const Isa kIsa = {"avx512_vnni",
+                  kLanes,
+                  kVectors,
+                  {true, true, true},
+                  {scan<uint8_t>, scan<int16_t>, scan<float>},
+                  centre_f32,
+                  centre_f64,
+                  {quantise<true>, quantise<false>},
+                  largest,
+                  collect,
+                  score<float>,
+                  score<double>,
+                  tree_candidates};
+
+}  // namespace
+
+const Isa* avx512_isa() { return &kIsa; }
+
+}  // namespace tmm
+
+#else
+
+namespace tmm {
+const Isa* avx512_isa() { return nullptr; }
+}  // namespace tmm
+
+#endif

@@ -1,0 +1,25 @@
+// Any CPU: the float32 rung on 128-bit vectors (SSE2, NEON).
+#define TMM_LANES 4
+#define TMM_MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#include "isa_generic.h"
+
+namespace tmm {
+
+const Isa* portable_isa() {
+  static const Isa isa = {"portable",
+                          kLanes,
+                          kVectors,
+                          {false, false, true},
+                          {nullptr, nullptr, scan<FloatRung>},
+                          centre<float>,
+                          centre<double>,
+                          {quantise<int8_t>, quantise<int16_t>},
+                          largest,
+                          collect,
+                          score<float>,
+                          score<double>,
+                          tree_candidates};
+  return &isa;
+}
+
+}  // namespace tmm

@@ -1,0 +1,63 @@
+// The library's entry points other than the searches: versions, choice of instruction set, lifetime of codebooks.
+#include <cstring>
+#include <new>
+
+#include "codebook.h"
+#include "isa.h"
+#include "tokenizers_mm.h"
+
+namespace tmm {
+namespace {
+
+#if defined(__x86_64__) || defined(__i386__)
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+}
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#else
+bool runs_avx512() { return false; }
+bool runs_avx2() { return false; }
+#endif
+
+const Isa* find(const char* name) {
+  const Isa* all[] = {runs_avx512() ? avx512_isa() : nullptr, runs_avx2() ? avx2_isa() : nullptr, portable_isa()};
+  for (const Isa* isa : all)
+    if (isa && (!name || std::strcmp(isa->name, name) == 0)) return isa;
+  return nullptr;
+}
+
+const Isa*& current() {
+  static const Isa* isa = find(nullptr);
+  return isa;
+}
+
+}  // namespace
+}  // namespace tmm
+
+int tmm_abi_version(void) { return TMM_ABI_VERSION; }
+
+const char* tmm_isa(void) { return tmm::current()->name; }
+
+int tmm_select_isa(const char* name) {
+  const tmm::Isa* isa = tmm::find(name);
+  if (!isa) return TMM_BAD_ARGUMENT;
+  tmm::current() = isa;
+  return TMM_OK;
+}
+
+tmm_codebook* tmm_codebook_create(int64_t k, int64_t d, int dtype, int method) {
+  const bool tree_fits = method != TMM_TREE || (dtype == TMM_F32 && d <= tmm::kMaxTreeDim);
+  const tmm::Isa* isa = tmm::current();
+  const bool rung_fits = (method != TMM_INT8 || isa->has[tmm::kInt8]) && (method != TMM_INT16 || isa->has[tmm::kInt16]);
+  if (k < 1 || d < 1 || k > 0x7fffff00 || dtype < TMM_F32 || dtype > TMM_F64 || method < TMM_AUTO || method > TMM_BRUTE ||
+      !tree_fits || !rung_fits)
+    return nullptr;
+  return reinterpret_cast<tmm_codebook*>(new (std::nothrow) tmm::Codebook(k, d, dtype, method, isa));
+}
+
+void tmm_codebook_destroy(tmm_codebook* codebook) { delete reinterpret_cast<tmm::Codebook*>(codebook); }
+
+int64_t tmm_codebook_bytes(const tmm_codebook* codebook) { return reinterpret_cast<const tmm::Codebook*>(codebook)->bytes(); }
+
+int tmm_codebook_method(const tmm_codebook* codebook) { return reinterpret_cast<const tmm::Codebook*>(codebook)->last_method; }

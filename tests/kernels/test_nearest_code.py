@@ -1,0 +1,390 @@
+"""nearest_code against an independently written float64 difference form: every path, dtype, layout and awkward codebook."""
+
+import gc
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenizers_mm import kernels
+from tokenizers_mm.kernels import _native, _ops
+from tokenizers_mm.kernels._packed import PackedCodebook
+
+TIE = 1e-12  # relative; two codes closer than this are a rounding tie of float64 itself
+LIBRARY = _native.cpu_or_none()
+needs_native = pytest.mark.skipif(LIBRARY is None, reason="the native library is not installed")
+
+
+def distances(z: Tensor, codebook: Tensor) -> Tensor:
+    """[N, K] squared distances in float64, difference form, a few rows at a time."""
+    rows = max(1, (1 << 22) // codebook.numel())
+    parts = [(part[:, None] - codebook.double()).square().sum(-1) for part in z.double().split(rows)]
+    return torch.cat(parts) if parts else torch.empty(0, codebook.shape[0], dtype=torch.float64)
+
+
+def wrong(ids: Tensor, z: Tensor, codebook: Tensor) -> int:
+    """Rows whose index is not the float64 argmin, ties to the lowest index; different codes within TIE count as right."""
+    table = distances(z, codebook)
+    table = torch.where(torch.isfinite(table), table, torch.inf)
+    least, expected = table.min(1)
+    chosen = table.gather(1, ids.reshape(-1, 1))[:, 0]
+    repeated = (codebook[expected] == codebook[ids.reshape(-1)]).all(-1)
+    right = (expected == ids.reshape(-1)) | ((chosen <= least * (1 + TIE)) & ~repeated)
+    return int((~right).sum())
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gauss(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = generator(seed)
+    return torch.randn(n, d, generator=g), torch.randn(k, d, generator=g)
+
+
+def awkward(name: str, n: int = 300, k: int = 700, d: int = 24) -> tuple[Tensor, Tensor]:
+    """Codebooks that defeat a fixed quantisation, each in its own way."""
+    g = generator(7)
+    z, c = gauss(n, k, d, 11)
+    if name == "tiny uniform":
+        c = (torch.rand(k, d, generator=g) * 2 - 1) / k
+    elif name == "every code twice":
+        c[k // 2 :] = c[: k // 2]
+    elif name == "all identical":
+        c = c[:1].expand(k, d).clone()
+    elif name == "one differs":
+        c = c[:1].repeat(k, 1)
+        c[-1] += 1
+    elif name == "log-normal norms":
+        c *= torch.exp(2 * torch.randn(k, 1, generator=g))
+    elif name == "clumped at the mean":
+        c[: 9 * k // 10] *= 1e-4
+        z[: n // 2] *= 1e-4
+    elif name == "far clump":
+        c[: k // 2] = 1e4 + torch.randn(k // 2, d, generator=g)
+    elif name == "heavy tails":
+        z = z / torch.rand(n, d, generator=g).pow(2)
+        c = c / torch.rand(k, d, generator=g)
+    elif name == "scaled dimensions":
+        scale = torch.exp(1.5 * torch.randn(d, generator=g))
+        z, c = z * scale, c * scale
+    elif name == "offset":
+        z, c = z + 1000, c + 1000
+    elif name == "far tokens":
+        z *= torch.logspace(0, 12, n)[:, None]
+    elif name == "codes as tokens":
+        z = c[torch.randint(0, k, (n,), generator=g)].clone()
+    elif name == "lattice":
+        z, c = torch.randint(-2, 3, (n, d), generator=g).float(), torch.randint(-1, 2, (k, d), generator=g).float()
+    elif name == "denormal":
+        z, c = z * 1e-41, c * 1e-41
+    elif name == "huge":
+        z, c = z * 1e37, c * 1e37
+    elif name == "zero tokens":
+        z = torch.zeros(n, d)
+    return z, c
+
+
+AWKWARD = (
+    "tiny uniform,every code twice,all identical,one differs,log-normal norms,clumped at the mean,far clump,heavy tails,"
+    "scaled dimensions,offset,far tokens,codes as tokens,lattice,denormal,huge,zero tokens"
+).split(",")
+
+
+@pytest.fixture(params=["native", "reference"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "native" and LIBRARY is None:
+        pytest.skip("the native library is not installed")
+    with kernels.use_kernels(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["avx512_vnni", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = _native.cpu()
+    best = library.isa
+    try:
+        library.select_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.select_isa(best)
+
+
+def pinned(method: str, z: Tensor, codebook: Tensor, threads: int = 2) -> tuple[Tensor, Tensor]:
+    """A native search by one method; skipped where the instruction set lacks it."""
+    try:
+        packed = PackedCodebook(_native.cpu(), codebook, False, _native.METHODS.index(method))
+    except _native.NativeUnavailableError:
+        pytest.skip(f"no {method} here")
+    ids, found = torch.empty(len(z), dtype=torch.int64), torch.empty(len(z), dtype=z.dtype)
+    assert packed.search(codebook, z, ids, found, threads)
+    return ids, found
+
+
+SHAPES = [(97, 64, d) for d in (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 255, 257)] + [
+    (1, 1, 1), (5, 1, 7), (7, 2, 3), (50, 1000, 8), (101, 63, 12), (33, 65, 12), (200, 129, 32), (64, 3000, 10),
+    (12, 300, 768), (9, 200, 1152), (600, 517, 4), (20, 20000, 6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: tuple[int, int, int], path: str) -> None:
+    z, c = gauss(*shape, seed=sum(shape))
+    ids, found = kernels.nearest_code(z, c, return_distance=True)
+    assert wrong(ids, z, c) == 0
+    expected = distances(z, c).gather(1, ids[:, None])[:, 0].float()
+    torch.testing.assert_close(found, expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_codebooks(name: str, path: str) -> None:
+    for d in (24, 6):
+        z, c = awkward(name, d=d)
+        assert wrong(kernels.nearest_code(z, c), z, c) == 0
+
+
+@needs_native
+@pytest.mark.parametrize("method", ["int8", "int16", "float32", "tree", "brute"])
+@pytest.mark.parametrize("name", ["gauss", *AWKWARD])
+def test_every_method_of_every_instruction_set(name: str, method: str, isa: str) -> None:
+    z, c = awkward(name, n=120, d=11)
+    ids, found = pinned(method, z, c)
+    assert wrong(ids, z, c) == 0
+    expected = distances(z, c).gather(1, ids[:, None])[:, 0].float()
+    torch.testing.assert_close(found, expected, rtol=2e-7, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(12))
+def test_random_codebooks(seed: int, isa: str) -> None:
+    """Random shapes, scales, offsets, duplicates, bad values and dtypes."""
+    g = generator(seed)
+    n, k, d = (int(torch.randint(1, top, (), generator=g)) for top in (260, 900, 70))
+    z, c = gauss(n, k, d, seed)
+    c *= torch.exp(torch.randn((), generator=g) * 5)
+    z = z * torch.exp(torch.randn((), generator=g)) * c.std().nan_to_num(1.0) + torch.randn(d, generator=g) * seed
+    c[torch.randint(0, k, (k // 3,), generator=g)] = c[torch.randint(0, k, (k // 3,), generator=g)]
+    if k > 4:
+        c[1], c[2] = torch.nan, torch.inf
+    if seed % 3 == 0:
+        z, c = z.double() + 1e-9, c.double()
+    assert wrong(kernels.nearest_code(z, c), z, c) == 0
+
+
+@pytest.mark.parametrize("z_type", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("c_type", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(z_type: torch.dtype, c_type: torch.dtype, path: str) -> None:
+    z, c = gauss(130, 200, 20)
+    z, c = z.to(z_type), c.to(c_type)
+    ids, found = kernels.nearest_code(z, c, return_distance=True)
+    assert wrong(ids, z, c) == 0
+    assert found.dtype == (torch.float64 if torch.float64 in (z_type, c_type) else torch.float32)
+
+
+def test_float64_differences_below_float32(path: str) -> None:
+    c = torch.full((40, 16), 3.0, dtype=torch.float64)
+    c += torch.arange(40)[:, None] * 1e-11
+    assert torch.equal(kernels.nearest_code(c.flip(0), c), torch.arange(39, -1, -1))
+
+
+def test_layouts(path: str) -> None:
+    z, c = gauss(6 * 5 * 7, 90, 12)
+    expected = kernels.nearest_code(z, c)
+    image = z.view(6, 5, 7, 12).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert torch.equal(kernels.nearest_code(image, c), expected.view(6, 5, 7))
+    assert torch.equal(kernels.nearest_code(z[::2], c), expected[::2])
+    assert torch.equal(kernels.nearest_code(z.t().contiguous().t(), c.t().contiguous().t()), expected)
+    assert torch.equal(kernels.nearest_code(z[:1].expand(9, 12), c), expected[:1].expand(9))
+    shifted = torch.cat([torch.zeros(1), z.flatten()])[1:].view_as(z)  # not aligned to its vectors
+    assert torch.equal(kernels.nearest_code(shifted, torch.cat([c, c], 1)[:, :12]), expected)
+    assert kernels.nearest_code(z[0], c).shape == ()
+
+
+@needs_native
+def test_large_strided_input_goes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ops, "COPY_ELEMENTS", 64)
+    z, c = gauss(4 * 9 * 5, 90, 12)
+    image = z.view(4, 9, 5, 12).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert torch.equal(kernels.nearest_code(image, c), kernels.nearest_code(z, c).view(4, 9, 5))
+
+
+def test_special_values(path: str) -> None:
+    z, c = gauss(64, 300, 16)
+    expected = kernels.nearest_code(z, c)
+    bad = z.clone()
+    bad[3, 2], bad[5, 0], bad[7, 1] = torch.nan, torch.inf, -torch.inf
+    ids, found = kernels.nearest_code(bad, c, return_distance=True)
+    others = torch.ones(64, dtype=torch.bool)
+    others[[3, 5, 7]] = False
+    assert torch.equal(ids[others], expected[others])
+    assert ids[[3, 5, 7]].tolist() == [0, 0, 0]
+    assert found.isnan().nonzero().flatten().tolist() == [3, 5, 7]
+    for value in (torch.nan, torch.inf):
+        codes = c.clone()
+        codes[expected[0], 3] = value
+        ids = kernels.nearest_code(z, codes)
+        assert not (ids == expected[0]).any()
+        assert wrong(ids, z, codes) == 0
+    ids, found = kernels.nearest_code(z, torch.full_like(c, torch.nan), return_distance=True)
+    assert not ids.any()
+    assert found.isnan().all()
+    far = z * 1e20
+    assert wrong(kernels.nearest_code(far, c * 1e20), far, c * 1e20) == 0
+
+
+def test_empty_and_errors(path: str) -> None:
+    z, c = gauss(4, 5, 3)
+    assert kernels.nearest_code(z[:0], c).shape == (0,)
+    assert kernels.nearest_code(torch.empty(2, 0, 3), c).shape == (2, 0)
+    with pytest.raises(ValueError, match=r"z: expected float \[\.\.\., 3\], got float32 \[4, 2\]"):
+        kernels.nearest_code(z[:, :2], c)
+    with pytest.raises(ValueError, match=r"codebook: expected float \[K, D\], K and D >= 1, got float32 \[0, 3\]"):
+        kernels.nearest_code(z, c[:0])
+    with pytest.raises(ValueError, match="codebook: expected"):
+        kernels.nearest_code(z[:, :0], c[:, :0])
+    with pytest.raises(ValueError, match="got int64"):
+        kernels.nearest_code(z.long(), c)
+
+
+@needs_native
+@pytest.mark.parametrize(("k", "d"), [(900, 32), (2000, 8)])
+def test_same_bits_for_any_threads_and_batches(k: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, c = gauss(1500, k, d)
+    ids, found = kernels.nearest_code(z, c, return_distance=True)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for size in (1500, 499, 1):
+            parts = [kernels.nearest_code(part, c, return_distance=True) for part in z[:1000].split(size)]
+            assert torch.equal(torch.cat([part[0] for part in parts]), ids[:1000])
+            assert torch.equal(torch.cat([part[1] for part in parts]), found[:1000])
+
+
+@needs_native
+def test_same_bits_for_any_instruction_set(isa: str) -> None:
+    z, c = gauss(200, 500, 40)
+    ids, found = pinned("float32", z, c)
+    _native.cpu().select_isa("portable")
+    other_ids, other = pinned("float32", z, c)
+    assert torch.equal(ids, other_ids)
+    assert torch.equal(found, other)
+
+
+@needs_native
+def test_ladder_leaves_int8_where_it_must() -> None:
+    if _native.cpu().isa != "avx512_vnni":
+        pytest.skip("int8 needs VNNI")
+    kernels.invalidate()
+    used = {}
+    for name in ("gauss", "log-normal norms"):
+        z, c = awkward(name, n=256, k=4096, d=32)
+        kernels.nearest_code(z, c)
+        used[name] = next(reversed(_ops.cache._entries.values())).packed.method
+    assert used["gauss"] == "int8"
+    assert used["log-normal norms"] in ("int16", "float32")
+
+
+@needs_native
+def test_packed_codebook_follows_changes_in_place() -> None:
+    kernels.invalidate()
+    z, c = gauss(40, 300, 16)
+    ids = kernels.nearest_code(z, c)
+    c[ids[0]] += 100
+    assert wrong(kernels.nearest_code(z, c), z, c) == 0
+    assert len(_ops.cache) == 1
+    with torch.inference_mode():
+        c.neg_()
+    assert wrong(kernels.nearest_code(z, c), z, c) == 0
+    c.data.mul_(-3)  # unseen by the version; noticed because the certificate fails
+    assert wrong(kernels.nearest_code(z, c), z, c) == 0
+    kernels.invalidate()
+    assert len(_ops.cache) == 0
+
+
+@needs_native
+def test_packed_codebooks_are_bounded_and_freed() -> None:
+    kernels.invalidate()
+    z = torch.randn(40, 16)
+    for _ in range(40):
+        codebook = torch.randn(300, 16)
+        assert wrong(kernels.nearest_code(z, codebook), z, codebook) == 0  # memory reused: never a stale answer
+    assert len(_ops.cache) <= 16
+    del codebook
+    gc.collect()
+    kernels.nearest_code(z, torch.randn(300, 16))
+    assert len(_ops.cache) <= 2
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads: the case under test
+def test_fork_after_use() -> None:
+    z, c = gauss(600, 600, 32)
+    expected = kernels.nearest_code(z, c)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(kernels.nearest_code(z, c), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_gradients_of_the_distance(path: str) -> None:
+    z, c = (tensor.double().requires_grad_() for tensor in gauss(6, 5, 3))
+    assert torch.autograd.gradcheck(lambda a, b: kernels.nearest_code(a, b, return_distance=True)[1], (z, c))
+    assert torch.autograd.gradgradcheck(lambda a, b: kernels.nearest_code(a, b, return_distance=True)[1], (z, c))
+    assert not kernels.nearest_code(z, c).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at the gradients of its own copies
+def test_opcheck(path: str) -> None:
+    z, c = gauss(6, 5, 3)
+    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code.default, (z, c))
+    arguments = (z.requires_grad_(), c.requires_grad_())
+    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_distance.default, arguments)
+
+
+def test_compile_and_export(path: str) -> None:
+    def step(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.nearest_code(z, c, return_distance=True)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 9):
+        z, c = gauss(n, 11, 4, n)
+        ids, found = compiled(z, c.requires_grad_())
+        found.sum().backward()
+        assert torch.equal(ids, step(z, c)[0])
+        assert c.grad is not None
+
+    class Module(torch.nn.Module):
+        def forward(self, z: Tensor, c: Tensor) -> Tensor:
+            return kernels.nearest_code(z, c)
+
+    z, c = gauss(8, 11, 4)
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(Module(), (z, c), dynamic_shapes=({0: rows}, None))
+    assert torch.equal(program.module()(z[:5], c), step(z[:5], c)[0])
+
+
+def test_autocast_does_not_round(path: str) -> None:
+    z, c = gauss(50, 400, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids = kernels.nearest_code(z, c)
+    assert wrong(ids, z, c) == 0
+
+
+def test_modes() -> None:
+    with pytest.raises(ValueError, match="mode: expected one of"), kernels.use_kernels("fast"):
+        pass
+    with kernels.use_kernels("reference"):
+        assert kernels.describe()["path"] == "reference"
+    assert kernels.describe()["mode"] == _ops.default_mode()
+
+
+def test_dtensor_is_refused() -> None:
+    class Sharded(torch.Tensor):
+        def full_tensor(self) -> Tensor:
+            return self
+
+    z, c = gauss(4, 5, 3)
+    with pytest.raises(ValueError, match="codebook: expected a plain tensor"):
+        kernels.nearest_code(z, c.as_subclass(Sharded))

@@ -1,0 +1,136 @@
+"""The arrows, the one table of names, the kernel families, the paths that no file may name."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cases import ROOT
+
+PACKAGE = ROOT / "tokenizers_mm"
+LEAVES = {"types", "_check", "config", "_files", "_images"}
+PARTS = {"encoders", "quantizers", "decoders"}
+BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
+
+ALLOWED = {
+    "_check": set(),
+    "_files": set(),
+    "config": {"_check"},
+    "types": {"_check"},
+    "_images": {"_check"},
+    "kernels": {"types", "_check"},
+    "functional": {"kernels", "types", "_check"},
+    "layers": {"functional", "types", "_check"},
+    **{part: {part, "layers", "functional", "kernels"} | LEAVES for part in PARTS},
+    "models": BELOW_MODELS,
+    "losses": {"layers", "functional", "types", "_check"},
+    "data": LEAVES,
+    "checkpoints": {"models"} | BELOW_MODELS,
+    "eval": {"models", "losses", "data"} | BELOW_MODELS,
+    "export": {"models"} | BELOW_MODELS,
+    "llm": {"models", "data"} | BELOW_MODELS,
+}
+EVERYTHING = {*ALLOWED, "cli", "doctor"}
+ALLOWED["doctor"] = EVERYTHING
+ALLOWED["cli"] = EVERYTHING
+ALLOWED["__init__"] = EVERYTHING
+
+
+def room(path: Path) -> str:
+    """The first part of a file's place in the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Everything a file imports, lazily or not."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or PACKAGE not in path.parents, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_flow_downhill(path: Path) -> None:
+    here = room(path)
+    assert here in ALLOWED, f"{here}: a room without a place in the house"
+    for name in imports(path):
+        top, *rest = name.split(".")
+        assert top not in {"train", "benchmarks", "tests"}, f"{path} imports {name}"
+        if (
+            top == "tokenizers_mm"
+            and rest
+            and (PACKAGE / rest[0]).with_suffix(".py").exists() | (PACKAGE / rest[0]).is_dir()
+        ):
+            assert rest[0] == here or rest[0] in ALLOWED[here], f"{here} may not import {rest[0]}"
+
+
+def test_import_is_light() -> None:
+    """No native library, no transformers, no timm; less than twice the time of torch alone (best of three)."""
+    code = (
+        "import sys, tokenizers_mm;"
+        "heavy = {'transformers', 'timm', 'xformers', 'matplotlib', 'sklearn', 'skimage'} & set(sys.modules);"
+        "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else '';"
+        "assert not heavy, heavy; assert 'libtokenizers_mm' not in maps"
+    )
+
+    def seconds(program: str) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(code) < 2 * seconds("import torch")
+
+
+def test_top_level_is_the_plan() -> None:
+    planned = {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "CMakeLists.txt",
+        "tokenizers_mm",
+        "configs",
+        "csrc",
+        "train",
+        "tests",
+        "benchmarks",
+        "assets",
+    }
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    names = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} <= planned
+
+
+def test_no_file_is_unfinished() -> None:
+    marks = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error", "strict=" + "False", "weights_only=" + "False")
+    for folder in ("tokenizers_mm", "train", "csrc", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}:
+                text = path.read_text()
+                assert not [mark for mark in marks if mark in text], path
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "train").rglob("*.py")]), ids=lambda p: p.name
+)
+def test_files_keep_to_the_budget(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert (node.end_lineno or 0) - node.lineno < 80, node.name
+            arguments = node.args
+            count = len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
+            assert count <= 9, f"{node.name} has {count} parameters"  # 8 and self

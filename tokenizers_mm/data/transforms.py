@@ -1,0 +1,53 @@
+"""Cropping and scaling of PIL images. The ADM crops are the ImageNet protocol of most published tokenizers."""
+
+import math
+import random
+
+from PIL import Image
+
+from tokenizers_mm._check import require
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The ADM centre crop: halve (box) while the smaller side is >= 2 * `size`, scale (bicubic), cut the middle."""
+    image = _scale_smaller_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, rng: random.Random, min_fraction: float = 0.8) -> Image.Image:
+    """The ADM random crop: the smaller side becomes a number in [size, ceil(size / min_fraction)], then a cut."""
+    image = _scale_smaller_side(image, rng.randint(size, math.ceil(size / min_fraction)))
+    left, top = rng.randint(0, image.width - size), rng.randint(0, image.height - size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_patch(
+    image: Image.Image, size: tuple[int, int], rng: random.Random, zoom: tuple[float, float]
+) -> Image.Image:
+    """A patch of `size` (height, width) at a random place and scale: `zoom` bounds output pixels per picture pixel."""
+    height, width = size
+    least = max(height / image.height, width / image.width)
+    factor = max(least, math.exp(rng.uniform(math.log(zoom[0]), math.log(zoom[1]))))
+    cut_h, cut_w = min(image.height, height / factor), min(image.width, width / factor)
+    left, top = rng.uniform(0, image.width - cut_w), rng.uniform(0, image.height - cut_h)
+    return image.resize(
+        (width, height), Image.Resampling.BICUBIC, (left, top, left + cut_w, top + cut_h), reducing_gap=3.0
+    )
+
+
+def random_flip(image: Image.Image, rng: random.Random, turns: bool = False) -> Image.Image:
+    """Mirror left to right half of the time; with `turns` also turn by a random multiple of 90 degrees."""
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    quarter = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+    turn = rng.choice(quarter) if turns else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _scale_smaller_side(image: Image.Image, size: int) -> Image.Image:
+    require(size > 0 and min(image.size) > 0, "size", "a positive number of pixels", size)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

@@ -1,0 +1,38 @@
+"""What is installed, which device and kernels are live, what is missing and how to get it."""
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+EXTRAS = {
+    "train": ("accelerate", "lpips", "tqdm", "matplotlib", "tensorboard", "scikit-image", "scikit-learn"),
+    "eval": ("torch-fidelity", "lpips", "matplotlib", "scikit-image", "scikit-learn"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "llm": ("transformers", "peft"),
+    "xformers": ("xformers",),
+}
+
+
+def report() -> list[str]:
+    """Lines for a person to read."""
+    lines = [f"tokenizers_mm  {_version('tokenizers_mm')}", f"python         {platform.python_version()}"]
+    lines += [f"{name:<14} {_version(name)}" for name in ("torch", "torchvision", "timm", "omegaconf", "safetensors")]
+    lines.append(f"threads        {torch.get_num_threads()}")
+    if torch.cuda.is_available():
+        lines += [f"device         {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    else:
+        lines.append("device         CPU (torch sees no CUDA device)")
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if _version(package) == "missing"]
+        state = "complete" if not missing else f"missing {', '.join(missing)}: pip install 'tokenizers_mm[{extra}]'"
+        lines.append(f"extra {extra:<8} {state}")
+    return lines
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"

@@ -1,0 +1,60 @@
+"""Pictures to look at: originals over reconstructions, and training curves."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenizers_mm._files import atomic_path
+from tokenizers_mm._images import tensor_to_images
+
+
+def comparison_grid(originals: Tensor, reconstructions: Tensor, columns: int = 8, zoom: int = 1) -> Image.Image:
+    """Rows of originals, each over the row of its reconstructions; images [B, 3, H, W] in [-1, 1]."""
+    height, width = originals.shape[-2] * zoom, originals.shape[-1] * zoom
+    rows = -(-len(originals) // columns)
+    gap = max(2, 2 * zoom)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (2 * height + 2 * gap) + gap), "white")
+    for index, pair in enumerate(zip(tensor_to_images(originals), tensor_to_images(reconstructions), strict=True)):
+        row, column = divmod(index, columns)
+        for line, image in enumerate(pair):
+            large = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(large, (gap + column * (width + gap), gap + row * (2 * height + 2 * gap) + line * (height + 1)))
+    return sheet
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a PNG atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | os.PathLike[str]) -> None:
+    """One small panel per named curve of (step, value); drawn with matplotlib, written atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # an extra: loaded when a plot is drawn
+    from matplotlib.figure import Figure
+
+    columns = 3
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (name, points) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, values, linewidth=1, color="tab:blue")
+        axes.plot(steps, _smooth(values), linewidth=2, color="tab:orange")
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Exponential moving average with bias correction."""
+    smoothed, mean, weight = [], 0.0, 0.0
+    for value in torch.tensor(list(values), dtype=torch.float64).tolist():
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
+        smoothed.append(mean / weight)
+    return smoothed

@@ -1,0 +1,62 @@
+"""A small text tower and its contrast with the semantic features: meaning from captions alone."""
+
+import re
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_mm.functional.alignment import contrastive
+from tokenizers_mm.layers.attention import Block
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Sizes of the text tower. Words are hashed into `buckets`, captions cut to `max_words`."""
+
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    buckets: int = 4096
+    max_words: int = 40
+
+
+class CaptionContrast(nn.Module):
+    """Image-caption contrastive term over semantic features [B, T, C]; samples without a caption are left out."""
+
+    def __init__(self, semantic_dim: int, config: CaptionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.buckets, config.width)
+        self.positions = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+        self.image_head = nn.Linear(semantic_dim, config.width)
+        self.log_scale = nn.Parameter(torch.tensor(2.66))  # 1 / 0.07, as CLIP begins
+
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """Captions to [B, width]."""
+        ids, mask = self._words(captions)
+        x = self.embed(ids) + self.positions[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask=mask[:, None, None])
+        keep = mask[..., None].to(x.dtype)
+        return self.norm((x * keep).sum(1) / keep.sum(1))
+
+    def forward(self, semantic: Tensor, captions: list[str]) -> Tensor:
+        present = [index for index, caption in enumerate(captions) if caption]
+        if len(present) < 2:
+            return semantic.sum() * 0.0
+        images = self.image_head(semantic[present].mean(1))
+        return contrastive(images, self.encode_text([captions[i] for i in present]), self.log_scale)
+
+    def _words(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        words = [re.findall(r"\w+", caption.lower())[: self.config.max_words] for caption in captions]
+        longest = max(len(w) for w in words)
+        ids = torch.zeros(len(words), longest, dtype=torch.int64)
+        mask = torch.zeros(len(words), longest, dtype=torch.bool)
+        for row, sentence in enumerate(words):
+            ids[row, : len(sentence)] = torch.tensor([zlib.crc32(w.encode()) % self.config.buckets for w in sentence])
+            mask[row, : len(sentence)] = True
+        return ids.to(self.positions.device), mask.to(self.positions.device)

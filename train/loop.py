@@ -1,0 +1,75 @@
+"""The loop knows only when: when to take a step, to log, to draw samples, to save, to end."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from tokenizers_mm.data.sources import Batch, Mixture, Positions, make_loader
+
+from .checkpoint import resume, save_checkpoint
+from .config import TrainConfig
+from .log import Log
+from .state import TrainState, build_state
+from .step import train_step
+
+
+def run(config: TrainConfig) -> TrainState:
+    """Train to the end; leaves log.jsonl, samples, checkpoints and the finished `tokenizer` in the run's folder."""
+    accelerator = Accelerator(mixed_precision=config.precision)
+    state = build_state(config, accelerator)
+    if config.resume == "auto":
+        resume(state)
+    log = Log(state)
+    samples = None
+    try:
+        batches = _batches(state)
+        started, before = time.perf_counter(), state.seconds
+        while state.step < config.steps and not _out_of_time(state):
+            step_batches = [next(batches) for _ in range(config.accumulate)]
+            samples = step_batches[0].images[:8] if samples is None else samples
+            report = train_step(state, step_batches, _progress(state))
+            state.seconds = before + time.perf_counter() - started
+            log.step(state, report, [name for batch in step_batches for name in batch.skipped])
+            if config.sample_every and state.step % config.sample_every == 0:
+                log.samples(state, samples.to(accelerator.device))
+            if config.save_every and state.step % config.save_every == 0:
+                save_checkpoint(state)
+        if samples is not None and config.sample_every:
+            log.samples(state, samples.to(accelerator.device))
+    finally:
+        log.close()
+    if samples is not None and not (config.save_every and state.step % config.save_every == 0):
+        save_checkpoint(state)
+    if accelerator.is_main_process:
+        state.averaged.save(Path(config.out) / "tokenizer")
+    accelerator.wait_for_everyone()
+    return state
+
+
+def _batches(state: TrainState) -> Iterator[Batch]:
+    """Micro-batches from where the run stands."""
+    config, accelerator = state.config, state.accelerator
+    size = state.tokenizer.image_size
+    if size is None:
+        raise ValueError("config.model: expected a tokenizer with an image size, got one that takes any")
+    dataset = Mixture(config.data, size, config.seed)
+    start = state.step * config.accumulate
+    positions = Positions(config.batch_size, start, accelerator.process_index, accelerator.num_processes)
+    return iter(make_loader(dataset, positions))
+
+
+def _progress(state: TrainState) -> float:
+    """Share of the run that is done, by steps or by time, whichever is further."""
+    by_steps = state.step / state.config.steps
+    return max(by_steps, state.seconds / state.config.max_seconds) if state.config.max_seconds else by_steps
+
+
+def _out_of_time(state: TrainState) -> bool:
+    """All ranks ask together, so that they end together."""
+    if not state.config.max_seconds:
+        return False
+    late = torch.tensor([float(state.seconds >= state.config.max_seconds)], device=state.accelerator.device)
+    return bool(state.accelerator.gather(late).max() > 0)  # type: ignore[union-attr]
