@@ -44,7 +44,7 @@ def test_there_and_back(make: Any, side: Any) -> None:
     processor = processor_for(dual(), make())
     rows = ROWS if processor.prefix else ROWS[:-1]
     batch = processor(rows, side=side)
-    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == batch.positions.shape[:2]
+    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == batch.places.shape[:2]
     back = processor.decode(batch.input_ids, images="codes")
     for row, again in zip(rows, back, strict=True):
         wanted = [part for part in row if part != ""] if isinstance(row, list) else row
@@ -73,8 +73,8 @@ def test_labels_masks_and_hints() -> None:
     assert bool((labels[mask == 0] == IGNORED).all())
     assert int(labels[2][mask[2] == 1][-1]) == IGNORED  # nothing learned after a prompt
     codes = vocabulary.code(ids)[0] >= 0
-    assert torch.equal(codes, batch.positions[..., 0] >= 0)
-    assert batch.positions[2][codes[2]].tolist() == [[0, 0, r, c] for r in range(4) for c in range(4)]
+    assert torch.equal(codes, batch.places[..., 0] >= 0)
+    assert batch.places[2][codes[2]].tolist() == [[0, 0, r, c] for r in range(4) for c in range(4)]
     left = processor([["a"], ["a a a", image]], side="left")
     assert bool(left.attention_mask[:, -1].all())
     assert torch.equal(left.input_ids[1][left.attention_mask[1] == 1], processor([["a a a", image]]).input_ids[0])

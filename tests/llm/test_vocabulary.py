@@ -64,11 +64,11 @@ def test_each_id_is_one_thing() -> None:
 
 def test_positions_name_every_place() -> None:
     vocabulary = VisualVocabulary.for_tokenizer(multi_scale(), words())
-    positions = vocabulary.plan(16, 16).positions
-    places = positions[positions[:, 0] >= 0].tolist()
+    slots = vocabulary.plan(16, 16).places
+    places = slots[slots[:, 0] >= 0].tolist()
     assert places == [[0, k, r, c] for k, side in enumerate((1, 2, 4)) for r in range(side) for c in range(side)]
     closed = VisualVocabulary.for_tokenizer(dual(), words(), CLOSED, SIZES).plan(64, 64)
-    names = [str(m) for m in closed.positions[:, 0].tolist()]
+    names = [str(m) for m in closed.places[:, 0].tolist()]
     assert "".join("." if name == "-1" else name for name in names) == "....1111.1111.1111.1111....00.00...."
 
 

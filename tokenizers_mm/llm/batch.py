@@ -31,12 +31,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence before padding: int64 [n] tokens and labels, positions [n, 4], bool [n] places of features."""
+    """One sequence before padding: int64 [n] tokens and labels, places [n, 4], bool [n] is_feature.
+
+    position_ids: int64 [n], what the model's position encoding is given.
+    """
 
     tokens: Tensor
     labels: Tensor
-    positions: Tensor
+    places: Tensor
     is_feature: Tensor
+    position_ids: Tensor
     features: tuple[tuple[Tensor, ...], ...] = ()
 
     def __len__(self) -> int:
@@ -47,15 +51,17 @@ class Row:
 class Batch:
     """Padded rows.
 
-    input_ids, labels, attention_mask: int64 [B, L] (1 is a token, 0 padding). positions: int64 [B, L, 4], for a code
-    or feature its (stream, scale, row, column), else -1. is_feature: bool [B, L], places that take a feature.
-    features: for each image shown as features, in order, one tensor [T, C] per part; their rows fill `is_feature`.
+    input_ids, labels, position_ids: int64 [B, L]. attention_mask: int64 [B, L], 1 for a token, 0 for padding; or, for
+    packed rows, float [B, 1, L, L], 0 where a token may look and the lowest number where not. places: int64 [B, L, 4],
+    for a code or feature its (stream, scale, row, column), else -1. is_feature: bool [B, L], tokens replaced by
+    a feature. features: for each image shown as features, in order, one tensor [T, C] per part.
     """
 
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
-    positions: Tensor
+    position_ids: Tensor
+    places: Tensor
     is_feature: Tensor
     features: tuple[tuple[Tensor, ...], ...] = ()
 
@@ -66,7 +72,8 @@ class Batch:
             self.input_ids.to(device),
             self.labels.to(device),
             self.attention_mask.to(device),
-            self.positions.to(device),
+            self.position_ids.to(device),
+            self.places.to(device),
             self.is_feature.to(device),
             features,
         )
@@ -75,7 +82,8 @@ class Batch:
         """What a `transformers` causal language model takes, where no image is shown as features."""
         if self.features:
             fail("batch", "images as ids (or a projector: see llm.projector.embed)", "images as features")
-        return {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}
+        inputs = {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}
+        return {**inputs, "position_ids": self.position_ids}
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -100,29 +108,32 @@ def pad_rows(rows: Sequence[Row], pad_id: int, side: Side = "right", length: int
         stack([row.tokens for row in rows], pad_id),
         stack([row.labels for row in rows], IGNORED),
         stack([torch.ones_like(row.tokens) for row in rows], 0),
-        stack([row.positions for row in rows], -1),
+        stack([row.position_ids for row in rows], 0),
+        stack([row.places for row in rows], -1),
         stack([row.is_feature for row in rows], False),
         tuple(image for row in rows for image in row.features),
     )
 
 
-def join_rows(rows: Sequence[Row]) -> Row:
-    """Pieces of one row, in order."""
+def join_rows(rows: Sequence[Row], position_ids: Tensor | None = None) -> Row:
+    """Pieces of one row, in order; positions are counted from 0 unless they are given."""
+    tokens = torch.cat([row.tokens for row in rows])
     return Row(
-        torch.cat([row.tokens for row in rows]),
+        tokens,
         torch.cat([row.labels for row in rows]),
-        torch.cat([row.positions for row in rows]),
+        torch.cat([row.places for row in rows]),
         torch.cat([row.is_feature for row in rows]),
+        torch.arange(len(tokens)) if position_ids is None else position_ids,
         tuple(image for row in rows for image in row.features),
     )
 
 
-def make_row(tokens: Tensor, learn: bool, positions: Tensor | None = None, is_feature: Tensor | None = None) -> Row:
+def make_row(tokens: Tensor, learn: bool, places: Tensor | None = None, is_feature: Tensor | None = None) -> Row:
     """A piece of a row; features carry no label."""
-    places = torch.zeros_like(tokens, dtype=torch.bool) if is_feature is None else is_feature
-    hints = tokens.new_full((len(tokens), 4), -1) if positions is None else positions
+    continuous = torch.zeros_like(tokens, dtype=torch.bool) if is_feature is None else is_feature
+    places = tokens.new_full((len(tokens), 4), -1) if places is None else places
     labels = tokens.clone() if learn else torch.full_like(tokens, IGNORED)
-    return Row(tokens, labels.masked_fill(places, IGNORED), hints, places)
+    return Row(tokens, labels.masked_fill(continuous, IGNORED), places, continuous, torch.arange(len(tokens)))
 
 
 def with_features(row: Row, features: tuple[Tensor, ...]) -> Row:

@@ -148,9 +148,9 @@ def preview(tokenizer: ImageTokenizer, partial: PartialImage) -> Tensor:
 class _Decoder:
     """A model, its cache, and the tokens it has not read yet."""
 
-    def __init__(self, model: Any, tokens: Tensor, mask: Tensor) -> None:
+    def __init__(self, model: Any, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
         self.model, self.mask, self.cache = model, mask, None
-        self.tokens, self.positions = tokens, (mask.cumsum(1) - 1).clamp_min(0)
+        self.tokens, self.positions = tokens, positions
         accepted = inspect.signature(model.forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
@@ -189,15 +189,18 @@ def _bar(settings: GenerationSettings) -> Any:
     return tqdm(total=settings.max_new_tokens, unit="token")
 
 
-def _stack(batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """The tokens and masks of batches padded on the left, as one."""
+def _stack(batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens, masks and positions of batches padded on the left, as one."""
     longest = max(batch.input_ids.shape[1] for batch in batches)
 
-    def pad(tensor: Tensor) -> Tensor:
-        return F.pad(tensor, (longest - tensor.shape[1], 0))
+    def stack(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(tensor, (longest - tensor.shape[1], 0)) for tensor in tensors])
 
-    tokens = torch.cat([pad(batch.input_ids) for batch in batches])
-    return tokens, torch.cat([pad(batch.attention_mask) for batch in batches])
+    return (
+        stack([batch.input_ids for batch in batches]),
+        stack([batch.attention_mask for batch in batches]),
+        stack([batch.position_ids for batch in batches]),
+    )
 
 
 def _draw(

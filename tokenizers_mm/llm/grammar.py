@@ -123,7 +123,7 @@ class Grammar:
             pairs, inverse = torch.stack([plan.low[skip:], plan.high[skip:]], 1).unique(dim=0, return_inverse=True)
             ranks = torch.tensor([allow(((int(low), int(high)),)) for low, high in pairs])
             parts["allowed"].append(ranks[inverse])
-            stream = plan.positions[skip:, 0]
+            stream = plan.places[skip:, 0]
             parts["kind"].append(torch.where(stream >= 0, stream, MARKER))
             parts["event"].append(_events(plan)[skip:])
         self._cpu = {name: torch.cat(values) for name, values in parts.items()}
@@ -309,10 +309,10 @@ def _complement(ranges: Ranges, size: int) -> Ranges:
 def _events(plan: ImagePlan) -> Tensor:
     """What each slot's token ends: int64 [n]."""
     events = torch.zeros(plan.length, dtype=torch.int64)
-    slots = (plan.positions[:, 0] >= 0).nonzero()[:, 0]
+    slots = (plan.places[:, 0] >= 0).nonzero()[:, 0]
     if len(slots) == 0:
         return events
-    codes = plan.positions[slots]
+    codes = plan.places[slots]
     last = torch.cat([codes[:-1, :3] != codes[1:, :3], torch.ones(1, 3, dtype=torch.bool)])
     events[slots[last.any(1)]] = ROW
     events[slots[last[:, :2].any(1)]] = SCALE

@@ -61,7 +61,7 @@ class ImagePlan:
 
     low, high: int64 [n], the ids [low, high) that each slot takes. header: the first slots, which say that an image of
     this size begins; short: those of them that remain where the size is known already. code_slots: int64 [L], the slot
-    of each id of `ImageCodes.ids`. positions: int64 [n, 4], the (stream, scale, row, column) of a code, else -1.
+    of each id of `ImageCodes.ids`. places: int64 [n, 4], the (stream, scale, row, column) of a code, else -1.
     """
 
     height: int
@@ -72,7 +72,7 @@ class ImagePlan:
     low: Tensor
     high: Tensor
     code_slots: Tensor
-    positions: Tensor
+    places: Tensor
 
     @property
     def length(self) -> int:
@@ -135,10 +135,10 @@ def plan_image(
     }[layout.size]
     short = begin if layout.size == "before" else header
     order = {stream.name: index for index, stream in enumerate(streams)}
-    low, high, positions = [_fixed(header)[0]], [_fixed(header)[1]], [_fixed(header)[2]]
+    low, high, places = [_fixed(header)[0]], [_fixed(header)[1]], [_fixed(header)[2]]
 
     def write(ids: tuple[int, ...]) -> None:
-        for part, value in zip((low, high, positions), _fixed(ids), strict=True):
+        for part, value in zip((low, high, places), _fixed(ids), strict=True):
             part.append(value)
 
     for name in layout.streams:
@@ -148,14 +148,14 @@ def plan_image(
         for scale, grid in enumerate(streams[index].grids):
             block = _grid(grid, starts[name], streams[index].codebook_size, marker(ROW_END) if layout.row_end else ())
             block[2][block[2][:, 0] >= 0, :2] = (index, scale)
-            for part, value in zip((low, high, positions), block, strict=True):
+            for part, value in zip((low, high, places), block, strict=True):
                 part.append(value)
             if layout.scale_end:
                 write(marker(SCALE_END))
         if layout.stream_markers:
             write(marker(stream_marker(name, "end")))
     write(marker(IMAGE_END))
-    where = np.concatenate(positions)
+    where = np.concatenate(places)
     slots = [np.flatnonzero(where[:, 0] == index) for index in range(len(streams))]
     return ImagePlan(
         *size,
@@ -184,7 +184,7 @@ def _grid(
     low = np.full((rows, width), start, dtype=np.int64)
     high = low + codebook_size
     low[:, columns:], high[:, columns:] = row_end, np.array(row_end, dtype=np.int64) + 1
-    positions = np.full((rows, width, 4), -1, dtype=np.int64)
-    positions[:, :columns, :2] = 0
-    positions[:, :columns, 2], positions[:, :columns, 3] = np.arange(rows)[:, None], np.arange(columns)
-    return low.reshape(-1), high.reshape(-1), positions.reshape(-1, 4)
+    places = np.full((rows, width, 4), -1, dtype=np.int64)
+    places[:, :columns, :2] = 0
+    places[:, :columns, 2], places[:, :columns, 3] = np.arange(rows)[:, None], np.arange(columns)
+    return low.reshape(-1), high.reshape(-1), places.reshape(-1, 4)

@@ -38,11 +38,19 @@ class MultimodalProcessor:
 
     tokenizer: the image tokenizer. text_tokenizer: of the language model. fit: what to do with a picture of a size that
     is not in the vocabulary ("refuse", or bring it to the one nearest in shape by "crop", "pad" or "resize").
+    positions: what `position_ids` count: "order", all tokens; "slots", in an image its slots from 0, and text from the length of
+    the longest image on (so that with learned position embeddings a place in an image is always the same row).
     """
 
     def __init__(
-        self, tokenizer: ImageTokenizer, text_tokenizer: Any, vocabulary: VisualVocabulary, fit: Fit = "refuse"
+        self,
+        tokenizer: ImageTokenizer,
+        text_tokenizer: Any,
+        vocabulary: VisualVocabulary,
+        fit: Fit = "refuse",
+        positions: Literal["order", "slots"] = "order",
     ) -> None:
+        require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
         have = text_ids(text_tokenizer)
         require(
             have in (vocabulary.text_size, *range(vocabulary.text_size, vocabulary.size + 1)),
@@ -52,6 +60,8 @@ class MultimodalProcessor:
         )
         self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
         self.fit: Fit = fit
+        self.slots = positions == "slots"
+        self.longest = max([vocabulary.plan(s.height, s.width).length for s in vocabulary.sizes], default=0)
         self.parser = Parser(vocabulary)
         self.prefix, self.eos, self.pad = _special_ids(text_tokenizer)
         self._no_text = torch.tensor(
@@ -90,7 +100,7 @@ class MultimodalProcessor:
                 pieces.append(self._piece(segment, codes))
             if end and self.eos is not None:
                 pieces.append(make_row(torch.tensor([self.eos]), learn=not row or row[-1].learn))
-            made.append(join_rows(pieces))
+            made.append(join_rows(pieces, self._slot_positions(pieces, row) if self.slots else None))
             require(len(made[-1]) > 0, f"row {len(made) - 1}", "at least one token", "none")
         return made
 
@@ -161,6 +171,15 @@ class MultimodalProcessor:
                 fail("row", "texts, images, paths, image codes or Segments", type(segment.content).__name__)
         return segments
 
+    def _slot_positions(self, pieces: list[Row], row: list[Segment]) -> Tensor:
+        """Slots of images from 0; text from the length of the longest image on. pieces: prefix, the row's, the end."""
+        images = [False, *(not isinstance(segment.content, str) for segment in row), False]
+        parts, text = [], self.longest
+        for piece, image in zip(pieces, images, strict=False):
+            parts.append(torch.arange(len(piece)) + (0 if image else text))
+            text += 0 if image else len(piece)
+        return torch.cat(parts)
+
     def _piece(self, segment: Segment, codes: dict[int, Any]) -> Row:
         content = segment.content
         if isinstance(content, _Tokens):
@@ -172,7 +191,7 @@ class MultimodalProcessor:
             return self._feature_piece(found)
         plan = self.vocabulary.plan(found.height, found.width)
         tokens = self.vocabulary.to_tokens(found)[0].cpu()
-        return make_row(tokens, segment.learn, plan.positions)
+        return make_row(tokens, segment.learn, plan.places)
 
     def _text(self, text: str) -> Tensor:
         ids = torch.tensor(self.text_tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
@@ -190,8 +209,8 @@ class MultimodalProcessor:
             plan = self.vocabulary.plan(*size)
             if counts == [stream.num_ids for stream in plan.streams] and len(parts) > 1:
                 start = len(plan.header) - len(plan.short)
-                positions = plan.positions[start:]
-                return with_features(make_row(plan.low[start:], False, positions, positions[:, 0] >= 0), parts)
+                places = plan.places[start:]
+                return with_features(make_row(plan.low[start:], False, places, places[:, 0] >= 0), parts)
         inside = torch.full((sum(counts),), self.pad, dtype=torch.int64)
         return with_features(make_row(inside, False, is_feature=torch.ones_like(inside, dtype=torch.bool)), parts)
 
