@@ -22,13 +22,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizers_mm import load
 from tokenizers_mm._files import atomic_path
-from tokenizers_mm._images import image_to_tensor
+from tokenizers_mm._images import image_to_tensor, tensor_to_images
 from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.config import from_mapping, read_yaml
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, plot_curves, save_picture
-from tokenizers_mm.eval.scenes import largest_colours
+from tokenizers_mm.eval.scenes import judge_scene
 from tokenizers_mm.models.mar import MAR, MARConfig, decay_groups
 from tokenizers_mm.models.mar_sampling import SamplingConfig, draw_noise, plan_all, plan_masked, sample
 
@@ -230,7 +230,10 @@ def _look(config: GenerationConfig, model: Generator, folder: Path) -> dict[str,
     wanted = [scene.objects[0].colour for scene in scenes]
 
     def share(images: Tensor) -> float:
-        return sum(a == b for a, b in zip(largest_colours(images), wanted, strict=True)) / len(wanted)
+        judged = [judge_scene(picture) for picture in tensor_to_images(images)]
+        return sum(found is not None and found[1] == colour for found, colour in zip(judged, wanted, strict=True)) / len(
+            wanted
+        )
 
     return {
         "scenes": len(scenes),

@@ -95,7 +95,7 @@ def _generator_term(state: TrainState, image: Tensor, terms: dict[str, Tensor]) 
 
 
 def _step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Average over the ranks, clip, step, clear; returns the norm of the gradients before clipping. Refuses gradients that are not finite."""
+    """Average over the ranks, clip, step, clear; returns the norm before clipping. Refuses gradients not finite."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
