@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +48,8 @@ class CaptionEmbeddingConfig:
 class AutoencoderStage:
     """The autoencoder's own training, before MAR's: L1 and `kl_weight` times the divergence per pixel value.
 
-    steps: 0 leaves it as it is; otherwise the latent scale is measured at the end, so that the variance is 1. kl16: the path of kl16.ckpt to take it from, "" for none.
+    steps: 0 leaves it as it is; else the latent scale is measured at the end, so that latents have variance 1.
+    kl16: the path of kl16.ckpt to take the weights from, "" for none.
     """
 
     steps: int = 0
@@ -62,8 +63,10 @@ class GenerationConfig:
     """A run.
 
     start_from: a saved MAR tokenizer to go on from, "" for a new one of `model`. drop: share of captions dropped.
-    posterior: sample latents in training (MAR) or take the mean (Harmon). ema: decay of the saved average. max_seconds:
-    of MAR's stage, 0 for no limit. scenes: how many held-out scene captions are drawn at the end, their colours counted.
+    posterior: sample latents in training (MAR) or take the mean (Harmon). ema: decay of the saved average.
+    max_seconds: of MAR's stage, 0 for no limit. precision: of autocast in it. save_every: steps between saves of the
+    averaged tokenizer, 0 for the end only. scenes: how many held-out scene captions are drawn at the end, to be looked
+    at and their colours counted.
     """
 
     out: str
@@ -83,6 +86,7 @@ class GenerationConfig:
     ema: float = 0.999
     seed: int = 0
     device: str = "cpu"
+    precision: Literal["no", "bf16"] = "no"
     log_every: int = 10
     save_every: int = 0
     scenes: int = 0
@@ -183,7 +187,8 @@ def _train(
             "" if float(torch.rand((), generator=generator)) < config.drop else caption for caption in batch.captions
         ]
         draws = model.tokenizer.draw(*latents.values.shape[:2], generator)
-        terms = model.tokenizer(latents.values, latents.grid, draws, model.condition(kept))
+        with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
+            terms = model.tokenizer(latents.values, latents.grid, draws, model.condition(kept))
         progress = (
             step / config.steps if not config.max_seconds else max(step / config.steps, seconds / config.max_seconds)
         )
@@ -231,9 +236,9 @@ def _look(config: GenerationConfig, model: Generator, folder: Path) -> dict[str,
 
     def share(images: Tensor) -> float:
         judged = [judge_scene(picture) for picture in tensor_to_images(images)]
-        return sum(found is not None and found[1] == colour for found, colour in zip(judged, wanted, strict=True)) / len(
-            wanted
-        )
+        return sum(
+            found is not None and found[1] == colour for found, colour in zip(judged, wanted, strict=True)
+        ) / len(wanted)
 
     return {
         "scenes": len(scenes),

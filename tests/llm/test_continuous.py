@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from tests.cases import Case, case
+from tests.llm.fakes import byte_level
 from tests.mar_cases import GENERATION, GRADIENT, NETWORK, assert_close, build, gradients, recorded_noise
+from tokenizers_mm.functional.masking import masked_counts
+from tokenizers_mm.llm import MultimodalProcessor, VisualVocabulary
 from tokenizers_mm.llm.continuous import (
-    CHAT,
     PLACEHOLDER,
     ContinuousLM,
     ImageBatch,
     TextBatch,
-    generation_prompts,
-    question_prompt,
+    image_requests,
+    question_row,
 )
 from tokenizers_mm.models.mar import MARDraws, buffers_first
 from tokenizers_mm.models.mar_sampling import Plan, SamplingConfig, plan_masked
@@ -117,7 +119,7 @@ def compare(model: ContinuousLM, links: list, outputs: dict[str, Tensor], prefix
     own = gradients(model.tokenizer, links)
     for name, parameter in model.named_parameters():
         if not name.startswith("tokenizer.") and parameter.grad is not None:
-            own[name.replace("language_model.", "llm.")] = parameter.grad
+            own[name.replace("language_model.", "llm.").replace("projector.parts.0.", "proj_in.")] = parameter.grad
     names = [key.removeprefix(prefix) for key in outputs if key.startswith(prefix)]
     assert len(names) >= at_least
     for name in names:
@@ -212,25 +214,48 @@ def test_errors(model: ContinuousLM) -> None:
         model.load_projectors({"other.weight": torch.zeros(1)})
 
 
-class Letters:
-    """A text tokenizer of one token per character."""
+def test_rows_are_harmons_and_go_through_the_processor(model: ContinuousLM) -> None:
+    """The same embeddings from the processor's rows as from ids with placeholders; both directions from there."""
+    text = byte_level()
+    vocabulary = VisualVocabulary.for_tokenizer(model.tokenizer, text, sizes=[(8, 8), (16, 16)])
+    processor = MultimodalProcessor(model.tokenizer, text, vocabulary)
+    llm = language_model({**case("mar/harmon_train_losses").config["llm"], "vocab_size": vocabulary.text_size})
+    whole = ContinuousLM(model.tokenizer, llm).eval()
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
+    requests = image_requests(["a red cat", "sun"], guided=True)
+    head, tail = "<|im_start|>user\nGenerate an image", "<|im_end|>\n<|im_start|>assistant\n"
+    assert requests == [f"{head}: a red cat{tail}", f"{head}: sun{tail}", f"{head}.{tail}", f"{head}.{tail}"]
+    prompt = whole.prompt_of(processor(requests, end=False))
+    sampling = SamplingConfig(steps=2, diffusion="4", guidance=2.0)
+    tokens = whole.generate(prompt, sampling, torch.Generator().manual_seed(0), grid=(3, 3))
+    assert tokens.shape == (2, 9, 8)
+
+    image = torch.rand(3, 8, 8) * 2 - 1
+    batch = processor([question_row(image, "What is it?")], end=False)
+    prompt = whole.prompt_of(batch)
+    latents = model.tokenizer.encode(image[None])
+    count = latents.values.shape[1] + model.tokenizer.num_buffers
+    before, after = ("<|im_start|>user\n", "\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")
+    parts = [text(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    ids = torch.tensor([[*parts[0], *[PLACEHOLDER] * count, *parts[1]]])
+    direct = whole.prompt(ids, torch.ones_like(ids, dtype=torch.bool), latents)
+    torch.testing.assert_close(prompt.embeddings, direct.embeddings, rtol=1e-5, atol=1e-6)
+    assert whole.answer(prompt, max_new_tokens=3).shape == (1, 3)
 
 
-def test_prompts_are_harmons() -> None:
-    ids, mask = generation_prompts(Letters(), ["a red cat", "sun"], guided=True, pad_id=0)
-    rows = ["".join(map(chr, row[keep].tolist())) for row, keep in zip(ids, mask, strict=True)]
-    assert rows == [
-        "<|im_start|>user\nGenerate an image: a red cat<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_start|>user\nGenerate an image: sun<|im_end|>\n<|im_start|>assistant\n",
-        *[CHAT.format("Generate an image.")] * 2,
-    ]
-    assert bool((mask.long().diff(dim=1) <= 0).all())  # padding is on the right
-    question = question_prompt(Letters(), "What is it?", 3)[0].tolist()
-    start = question.index(PLACEHOLDER)
-    assert "".join(map(chr, question[:start])) == "<|im_start|>user\n"
-    assert question[start : start + 3] == [PLACEHOLDER] * 3
-    assert "".join(map(chr, question[start + 3 :])) == "\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+def test_the_cache_saves_what_it_should(model: ContinuousLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 steps after a prompt of 200: vectors that the language model computes, counted; the same result."""
+    ids = torch.randint(0, 150, (1, 200))
+    prompt = model.prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+    seen: list[int] = []
+    call = ContinuousLM._call
+    monkeypatch.setattr(ContinuousLM, "_call", lambda *a, **k: seen.append(a[1].shape[1]) or call(*a, **k))
+    tokens = []
+    for cache in (True, False):
+        seen.clear()
+        generator = torch.Generator().manual_seed(0)
+        tokens.append(model.generate(prompt, SamplingConfig(64, "2"), generator, grid=(8, 8), cache=cache))
+        known = [64 - left for left in [64, *masked_counts(64, 64)[:-1]]]
+        images = [model.tokenizer.num_buffers + n for n in known]
+        assert seen == ([200, *images] if cache else [200 + n for n in images])
+    assert_close(tokens[0], tokens[1], GENERATION)

@@ -1,15 +1,15 @@
 """A language model that reads images as MAR features and writes them through MAR (Harmon, arXiv 2503.21979).
 
     model = ContinuousLM(tokenizer, language_model)          # any causal language model of transformers
-    prompt = model.prompt(input_ids, mask, latents)          # text, with images in the places of PLACEHOLDER
+    prompt = model.prompt_of(processor(rows, end=False))     # text, with images as features
     model.answer(prompt)                                     # image -> text
-    model.generate(prompt, grid, SamplingConfig(...))        # text -> image: tokens for tokenizer.latents
+    model.generate(prompt, SamplingConfig(...))              # text -> image: tokens for tokenizer.latents
     model(TextBatch(...)), model(ImageBatch(...))            # the terms of both losses
 
 An image is [tokens, row-major | buffers] in the language model's sequence, for reading and for writing alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.functional.gradients import scale_gradient
+from tokenizers_mm.llm.batch import IGNORED, Batch, Segment
+from tokenizers_mm.llm.presets import ChatFormat
+from tokenizers_mm.llm.projector import FeatureProjector, ProjectorConfig, embed
 from tokenizers_mm.models.mar import MAR, Grid, MARDraws, buffers_first, buffers_last
 from tokenizers_mm.models.mar_sampling import Noise, Plan, SamplingConfig, draw_noise, plan_all, sample
 from tokenizers_mm.types import ImageLatents
@@ -26,11 +29,8 @@ from tokenizers_mm.types import ImageLatents
 PLACEHOLDER = -200
 """Stands in input ids for one vector of an image; no token has this id."""
 
-IGNORED = -100
-"""The label of a token that is not learned, as in transformers."""
-
-CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-REQUEST, UNCONDITIONAL_REQUEST = "Generate an image: {}", "Generate an image."
+CHAT = ChatFormat(system="")
+"""Harmon's conversations: Qwen's frame, without a system text."""
 
 TEXT_GRADIENT = 0.1
 """What reaches the projector and MAR of the gradient of the text loss (Harmon, section 3.3)."""
@@ -71,8 +71,13 @@ class ContinuousLM(nn.Module):
         super().__init__()
         width, dim = language_model.get_input_embeddings().embedding_dim, tokenizer.feature_dim
         self.tokenizer, self.language_model = tokenizer, language_model
-        self.proj_in = nn.Sequential(nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.projector = FeatureProjector(ProjectorConfig((dim,), width, "silu"))
         self.proj_out = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
+
+    @property
+    def proj_in(self) -> nn.Module:
+        """MAR's channels to the language model's."""
+        return self.projector.parts[0]
 
     def load_projectors(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill both projectors; `tensors` are `proj_in.0.weight` and so on, exactly these."""
@@ -89,6 +94,10 @@ class ContinuousLM(nn.Module):
         """The vectors [B, h * w + num_buffers, H] that stand for images, differentiable."""
         encoded = self.tokenizer.encoder(latents.values, latents.grid)
         return self.proj_in(buffers_last(encoded, self.tokenizer.num_buffers))
+
+    def prompt_of(self, batch: Batch) -> Prompt:
+        """Embeddings of the rows of a `MultimodalProcessor`, images among them as features."""
+        return Prompt(embed(self.language_model, batch, self.projector)["inputs_embeds"], batch.attention_mask.bool())
 
     def prompt(
         self, input_ids: Tensor, mask: Tensor, latents: ImageLatents | None = None, gradient: float = 1.0
@@ -205,22 +214,13 @@ class _Prefix:
     keys: Any = None
 
 
-def generation_prompts(
-    text_tokenizer: Any, captions: list[str], guided: bool, pad_id: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Ids and mask [R, T] of Harmon's requests for images, padded on the right; under guidance R = 2 B."""
-    requests = [REQUEST.format(caption) for caption in captions]
-    if guided:
-        requests += [UNCONDITIONAL_REQUEST] * len(captions)
-    rows = [text_tokenizer(CHAT.format(request), add_special_tokens=False)["input_ids"] for request in requests]
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
-    return ids, mask
+def image_requests(captions: Sequence[str], guided: bool) -> list[str]:
+    """Harmon's requests for images, as rows for a processor; under guidance the unconditional ones follow."""
+    requests = [CHAT.prompt(f"Generate an image: {caption}") for caption in captions]
+    return requests + [CHAT.prompt("Generate an image.")] * (len(captions) if guided else 0)
 
 
-def question_prompt(text_tokenizer: Any, question: str, num_vectors: int) -> Tensor:
-    """Ids [1, T] of a question about an image of `num_vectors` vectors (tokens and buffers)."""
-    before, after = CHAT.format("\0\n" + question).split("\0")
-    ids = [text_tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
-    return torch.tensor([[*ids[0], *[PLACEHOLDER] * num_vectors, *ids[1]]], dtype=torch.int64)
+def question_row(image: object, question: str) -> list[object]:
+    """Harmon's question about an image, as a row for a processor."""
+    after = "\n" + question + CHAT.user[1] + CHAT.assistant[0]
+    return [CHAT.user[0], Segment(image, learn=False, as_features=True), after]
