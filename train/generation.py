@@ -186,7 +186,7 @@ def _train(
         kept = [
             "" if float(torch.rand((), generator=generator)) < config.drop else caption for caption in batch.captions
         ]
-        draws = model.tokenizer.draw(*latents.values.shape[:2], generator)
+        draws = model.tokenizer.draw(latents.values.shape[0], latents.values.shape[1], generator)
         with torch.autocast(config.device, torch.bfloat16, enabled=config.precision == "bf16"):
             terms = model.tokenizer(latents.values, latents.grid, draws, model.condition(kept))
         progress = (

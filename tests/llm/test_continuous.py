@@ -189,7 +189,7 @@ def test_text_gradients_are_scaled_and_the_latents_are_constants(model: Continuo
     count = 16 + model.tokenizer.num_buffers
     ids = torch.tensor([[3, *[PLACEHOLDER] * count, 5]])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    weight = next(model.proj_in[2].parameters())
+    weight = list(model.proj_in.parameters())[2]
     found = []
     for scale in (1.0, 0.1):
         prompt = model.prompt(ids, mask, latents, scale)
