@@ -123,6 +123,21 @@ def test_no_file_is_unfinished() -> None:
 
 
 @pytest.mark.parametrize(
+    ("op", "native"),
+    [("nearest_code", "nearest_code"), ("nearest_code_shared", "nearest_code"), ("code_sums", "code_sums")],
+)
+def test_every_kernel_is_a_family_of_five(op: str, native: str) -> None:
+    """Declaration, native code, reference twin, test, benchmark. The shared search is one search over joined parts."""
+    from tokenizers_mm import kernels
+
+    assert callable(getattr(kernels, op))
+    assert f"tmm_{native}(" in (ROOT / "csrc" / "tokenizers_mm.h").read_text()
+    assert f"def {native}(" in (PACKAGE / "kernels" / "reference.py").read_text()
+    assert (ROOT / "tests" / "kernels" / f"test_{op}.py").is_file()
+    assert (ROOT / "benchmarks" / f"{op}.py").is_file()
+
+
+@pytest.mark.parametrize(
     "path", sorted([*PACKAGE.rglob("*.py"), *(ROOT / "train").rglob("*.py")]), ids=lambda p: p.name
 )
 def test_files_keep_to_the_budget(path: Path) -> None:

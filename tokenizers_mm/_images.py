@@ -49,7 +49,7 @@ def tensor_to_images(x: Tensor) -> list[Image.Image]:
 
 
 def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Image:
-    """Bring a picture to a size: cover and crop the middle, contain and pad with grey, or stretch. Bicubic."""
+    """Bring a picture to a size: cover and crop the middle, pad with grey to the shape, or stretch. Bicubic."""
     if image.size == (width, height):
         return image
     if how == "refuse":
@@ -59,10 +59,19 @@ def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Im
     if how == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     if how == "pad":
-        return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=(127, 127, 127))
+        return _pad(image, height, width).resize((width, height), Image.Resampling.BICUBIC)
     if how == "resize":
         return image.resize((width, height), Image.Resampling.BICUBIC)
     fail("fit", "'refuse', 'crop', 'pad' or 'resize'", how)
+
+
+def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Grey (127) around a picture, so that its sides are as height to width."""
+    across = max(image.width, round(image.height * width / height))
+    down = max(image.height, round(image.width * height / width))
+    canvas = Image.new("RGB", (across, down), (127, 127, 127))
+    canvas.paste(image, ((across - image.width) // 2, (down - image.height) // 2))
+    return canvas
 
 
 def open_images(images: Any) -> list[Image.Image]:

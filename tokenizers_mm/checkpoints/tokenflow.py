@@ -68,7 +68,10 @@ def convert(
     description = recognise(tensors, where, image_size) if config is None else config
     size = get(description, "dims.image_size")
     require(image_size in (0, size), "image_size", f"{size}, as the config has it", image_size)
-    schema = read_config(description)
+    try:
+        schema = read_config(description)
+    except (TypeError, KeyError, IndexError) as error:
+        fail("config", "sizes in the form of the reference cases", f"{type(error).__name__}: {error}")
     tokenizer = build(TokenFlow, schema)
     links = links_of(description, {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()})
     unused = {"quantize.codebook_used": (USAGE_WINDOW,), **variant_of(description).unused(description)}
