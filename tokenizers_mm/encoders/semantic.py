@@ -72,26 +72,6 @@ class SemanticEncoder(nn.Module):
         return rows
 
 
-<<<<<<< HEAD
-def load_pretrained(encoder: SemanticEncoder) -> None:
-    """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
-    import timm
-
-    published = timm.create_model(
-        encoder.config.name,
-        pretrained=True,
-        num_classes=0,
-        **{"global_pool": "", **_timm_options(encoder.config.options)},
-    )
-    state = published.state_dict()
-    wanted = encoder.tower.state_dict()
-    missing = [name for name in wanted if name not in state]
-    require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
-    encoder.tower.load_state_dict({name: state[name] for name in wanted})
-
-
-=======
->>>>>>> main
 def _timm_options(options: dict[str, Any]) -> dict[str, Any]:
     """Plain values as timm wants them: it takes the sizes of a hybrid stem as an object of its own."""
     stem = options.get("embed_cfg")
@@ -103,8 +83,6 @@ def _timm_options(options: dict[str, Any]) -> dict[str, Any]:
         return {**options, "embed_cfg": VitCfg(**stem)}
     except TypeError as error:
         fail("options.embed_cfg", "embed_dim, depths and stem_width", str(error))
-<<<<<<< HEAD
-=======
 
 
 def load_pretrained(encoder: SemanticEncoder) -> None:
@@ -119,4 +97,3 @@ def load_pretrained(encoder: SemanticEncoder) -> None:
     missing = [name for name in wanted if name not in state]
     require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
     encoder.tower.load_state_dict({name: state[name] for name in wanted})
->>>>>>> main
