@@ -12,9 +12,12 @@ from torch import Tensor
 import tokenizers_mm as tmm
 from tests.mar_cases import tiny_config
 from tokenizers_mm.checkpoints.convert import convert
-from tokenizers_mm.checkpoints.mar import kl_links_of, links_of, read_harmon, read_kl16
+from tokenizers_mm.checkpoints.mar import kl_links_of, links_of, read_config, read_harmon, read_kl16
 from tokenizers_mm.checkpoints.upstream import give
-from tokenizers_mm.models import MAR
+from tokenizers_mm.decoders.diffusion import TokenDenoiserConfig
+from tokenizers_mm.decoders.mar import MARDecoderConfig
+from tokenizers_mm.encoders.mar import MAREncoderConfig
+from tokenizers_mm.models import MAR, MARConfig
 
 HEADS = {"mar": {"encoder_num_heads": 2, "decoder_num_heads": 2}}
 
@@ -127,3 +130,26 @@ def test_what_is_wrong_is_named(files: Files, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a Harmon checkpoint .* got none"):
         read_harmon(str(path), kl, HEADS)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "denoiser", "tensors"),
+    [(768, 12, 12, (1024, 6), 364), (1024, 16, 16, (1280, 8), 476), (1280, 20, 16, (1536, 12), 604)],
+)
+def test_published_sizes_are_recognised(
+    width: int, depth: int, heads: int, denoiser: tuple[int, int], tensors: int
+) -> None:
+    """B, L and H from their names and shapes alone; the counts are those of the published files (kl16: 312)."""
+    config = MARConfig(
+        encoder=MAREncoderConfig(width=width, depth=depth, heads=heads),
+        decoder=MARDecoderConfig(encoder_width=width, width=width, depth=depth, heads=heads),
+        denoiser=TokenDenoiserConfig(condition_dim=width, width=denoiser[0], depth=denoiser[1]),
+    )
+    with torch.device("meta"):
+        state = MAR.from_config(config).state_dict()
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
+    kl_shapes = {n: s for n, s in shapes.items() if n.startswith("autoencoder.")}
+    mar = give(links_of({n: s for n, s in shapes.items() if n not in kl_shapes}), state)
+    kl = give(kl_links_of(kl_shapes), state)
+    assert (len(mar), len(kl)) == (tensors, 312)
+    assert read_config(mar, kl, "file", None) == config
