@@ -33,6 +33,7 @@ from tokenizers_mm.types import ImageCodes
 from .bridge import FitConfig, fit
 from .config import OptimizerConfig
 
+WIDTH, DEPTH, HEADS = 128, 4, 4
 NUM_SCENES, NUM_HELDOUT, SHOWN = 8000, 200, 16
 BATCH, CHUNK = 32, 50
 COLOUR, SHAPE, TELL, DRAW = "what colour ?", "what shape ?", "describe :", "draw :"
@@ -96,9 +97,9 @@ def make_model(tokenizer: ImageTokenizer[Any], processor: MultimodalProcessor) -
     config = GPT2Config(
         vocab_size=processor.vocabulary.text_size,
         n_positions=processor.longest + 70,
-        n_embd=192,
-        n_layer=4,
-        n_head=6,
+        n_embd=WIDTH,
+        n_layer=DEPTH,
+        n_head=HEADS,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
