@@ -52,7 +52,7 @@ def tensor_to_images(x: Tensor) -> list[Image.Image]:
 
 
 def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Image:
-    """Bring a picture to a size: cover and crop the middle, contain and pad with grey, or stretch. Bicubic."""
+    """Bring a picture to a size: cover and crop the middle, pad with grey to the shape, or stretch. Bicubic."""
     if image.size == (width, height):
         return image
     if how == "refuse":
@@ -62,7 +62,7 @@ def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Im
     if how == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     if how == "pad":
-        return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=GREY)
+        return _pad_to_shape(image, height, width).resize((width, height), Image.Resampling.BICUBIC)
     if how == "resize":
         return image.resize((width, height), Image.Resampling.BICUBIC)
     fail("fit", "'refuse', 'crop', 'pad' or 'resize'", how)
@@ -114,6 +114,13 @@ def undo_contain_and_pad(image: Image.Image, height: int, width: int) -> Image.I
     """Cut the padding of a picture that was height x width before `contain_and_pad`, and scale back to that size."""
     rows, columns = contained_size((height, width), (image.height, image.width))
     return cut_middle(image, rows, columns).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _pad_to_shape(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Grey around a picture, so that its sides are as height to width."""
+    across = max(image.width, round(image.height * width / height))
+    down = max(image.height, round(image.width * height / width))
+    return pad_around(image, down, across)
 
 
 def open_images(images: Any) -> list[Image.Image]:

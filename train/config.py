@@ -15,11 +15,16 @@ from .weights import TermWeights
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The tokenizer: its family and the family's own configuration; or a saved tokenizer to go on from."""
+    """The tokenizer: its family and the family's own configuration, or a saved tokenizer to go on from.
+
+    With both, the configuration says what is built and the saved tokenizer gives the weights, but for the parameters
+    whose names begin with one of `fresh`, which start anew (another decoder on frozen codes).
+    """
 
     family: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     start_from: str = ""
+    fresh: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class TeacherConfig:
     options: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    features: Literal["norm", "last"] = "norm"
+    features: Literal["norm", "last", "projected"] = "norm"
     pretrained: bool = True
 
 
@@ -135,10 +140,12 @@ class TrainConfig:
 def read_config(path: str, overrides: list[str]) -> TrainConfig:
     """The configuration of a file with `key=value` overrides; the model's part is checked too."""
     config = from_mapping(TrainConfig, read_yaml(path, overrides), "config")
-    if not config.model.start_from:
+    if config.model.config or not config.model.start_from:
         if config.model.family not in MODELS:
             raise ValueError(f"config.model.family: expected one of {sorted(MODELS)}, got {config.model.family!r}")
         from_mapping(MODELS[config.model.family].Config, config.model.config, "config.model.config")
+    if config.model.fresh and not (config.model.config and config.model.start_from):
+        raise ValueError("config.model.fresh: expected a config and a start_from beside it, got one of them alone")
     if config.loss.semantic == "teacher" and config.loss.teacher is None:
         raise ValueError("config.loss.teacher: expected a teacher for semantic: teacher, got nothing")
     for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):

@@ -18,7 +18,8 @@ class SemanticEncoderConfig:
     of ViTamin's convolutional stem, as a mapping).
     pretrained: start from timm's published weights (needs its hub when the tokenizer is first built for training).
     mean, std: of the image in [0, 1], which is clamped first; None passes the image in [-1, 1] on as it is.
-    features: "norm" reads the tokens after the tower's last norm, "last" those of its last block.
+    features: "norm" reads the tokens after the tower's last norm, "last" those of its last block, "projected" the normed
+    ones through the tower's head (CLIP's joint space), whose width is the option num_classes.
     """
 
     name: str
@@ -26,7 +27,7 @@ class SemanticEncoderConfig:
     pretrained: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    features: Literal["norm", "last"] = "norm"
+    features: Literal["norm", "last", "projected"] = "norm"
 
 
 class SemanticEncoder(nn.Module):
@@ -41,14 +42,15 @@ class SemanticEncoder(nn.Module):
         )
         self.config = config
         try:
-            self.tower = timm.create_model(
-                config.name, pretrained=False, num_classes=0, **{"global_pool": "", **_timm_options(config.options)}
-            )
+            options = {"global_pool": "", "num_classes": 0, **_timm_options(config.options)}
+            self.tower = timm.create_model(config.name, pretrained=False, **options)
         except RuntimeError as error:
             fail("name", "a timm model", f"{config.name!r} ({error})")
         if config.features == "last" and hasattr(self.tower, "norm"):
             self.tower.norm = nn.Identity()
-        self.dim = int(self.tower.num_features)  # type: ignore[arg-type]
+        projected = config.features == "projected"
+        require(not projected or options["num_classes"] > 0, "options.num_classes", "the width of the head", 0)
+        self.dim = int(options["num_classes"] if projected else self.tower.num_features)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         mean, std = self.config.mean, self.config.std
@@ -58,6 +60,8 @@ class SemanticEncoder(nn.Module):
         if tokens.ndim == 4:  # a convolutional tower: [B, C, h, w]
             return tokens.permute(0, 2, 3, 1)
         tokens = tokens[:, getattr(self.tower, "num_prefix_tokens", 0) :]
+        if self.config.features == "projected":
+            tokens = self.tower.head(tokens)  # type: ignore[operator]
         rows = self._rows(x, tokens.shape[1])
         return tokens.unflatten(1, (rows, -1))
 
@@ -87,7 +91,7 @@ def load_pretrained(encoder: SemanticEncoder) -> None:
 
     ours = _timm_options(encoder.config.options)  # the published tower keeps its own depth and pooling
     options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
-    published = timm.create_model(encoder.config.name, pretrained=True, num_classes=0, **options)
+    published = timm.create_model(encoder.config.name, pretrained=True, **{"num_classes": 0, **options})
     state = published.state_dict()
     wanted = encoder.tower.state_dict()
     missing = [name for name in wanted if name not in state]

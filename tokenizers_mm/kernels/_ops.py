@@ -1,4 +1,4 @@
-"""The kernels as torch operators: registration, fake kernels, gradients, and the choice between native code and torch."""
+"""The kernels as torch operators: registration, fake kernels, gradients, the choice between native code and torch."""
 
 import contextvars
 import os
@@ -47,7 +47,7 @@ def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
 
 
 def _row_blocks(z: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """z [..., D] as contiguous blocks of rows [n, D] of `dtype`, in order, without copying more than a block at a time."""
+    """z [..., D] as contiguous rows [n, D] of `dtype`, in order, copying no more than a block at a time."""
     if z.dtype == dtype and z.is_contiguous():
         yield z.view(-1, z.shape[-1])
         return
