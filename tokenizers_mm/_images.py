@@ -62,7 +62,9 @@ def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Im
     if how == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     if how == "pad":
-        return _pad_to_shape(image, height, width).resize((width, height), Image.Resampling.BICUBIC)
+        down = max(image.height, round(image.width * height / width))
+        across = max(image.width, round(image.height * width / height))
+        return pad_around(image, down, across).resize((width, height), Image.Resampling.BICUBIC)
     if how == "resize":
         return image.resize((width, height), Image.Resampling.BICUBIC)
     fail("fit", "'refuse', 'crop', 'pad' or 'resize'", how)
@@ -114,13 +116,6 @@ def undo_contain_and_pad(image: Image.Image, height: int, width: int) -> Image.I
     """Cut the padding of a picture that was height x width before `contain_and_pad`, and scale back to that size."""
     rows, columns = contained_size((height, width), (image.height, image.width))
     return cut_middle(image, rows, columns).resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _pad_to_shape(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Grey around a picture, so that its sides are as height to width."""
-    across = max(image.width, round(image.height * width / height))
-    down = max(image.height, round(image.width * height / width))
-    return pad_around(image, down, across)
 
 
 def open_images(images: Any) -> list[Image.Image]:

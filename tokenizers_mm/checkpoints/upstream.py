@@ -27,7 +27,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints.store import account, first_few, read_safetensors
 
-WRAPPERS = ("ema", "model", "state_dict")
+WRAPPERS = ("ema", "model_ema", "model", "state_dict")
 """Keys under which training programs keep the weights; the first one present is read."""
 
 _NO_CONFIGURATION = sys.stdlib_module_names | {"torch", "numpy", "__main__"}
@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Pickles are read with weights_only; beside tensors they may hold an argparse Namespace, and the configuration
     objects of a training program, which are read as plain mappings: no code of theirs is imported or run. Of such a
-    file the first of `ema`, `model` and `state_dict` is taken; a bare state dict is read as it is.
+    file the first of `ema`, `model_ema`, `model` and `state_dict` is taken; a bare state dict is read as it is.
     ValueError for a file that is missing, truncated, unsafe or without tensors.
     """
     file = Path(path)
