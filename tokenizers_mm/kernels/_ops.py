@@ -3,7 +3,6 @@
 import contextvars
 import os
 from collections.abc import Iterator
-
 from types import ModuleType
 
 import torch
