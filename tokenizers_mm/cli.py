@@ -74,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", type=Path, help="JSON: the dimensions of an unpublished size")
 
     verbs.add_parser("train", help="Train: CONFIG [key=value ...].", add_help=False)
+    command = verb("export", _export, "Encode and decode as graphs, compared with the model.")
+    _tokenizer_option(command)
+    command.add_argument("--format", choices=("torch", "onnx"), required=True)
+    command.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="where any size is taken")
+    command.add_argument("--batch-size", type=int, default=1)
+    command.add_argument("--out", type=Path, required=True)
+
     verb("doctor", _doctor, "Versions, device, kernels, and what is missing.")
     command = verb("demo", _demo, "Train a small tokenizer on real photographs and look at it (minutes, CPU).")
     command.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -175,6 +182,13 @@ def _convert(options: argparse.Namespace) -> None:
         fail("option", "key=value", bad[0])
     extra = dict(item.split("=", 1) for item in options.options)
     print(convert(options.family, options.checkpoint, options.out, config, **extra))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from tokenizers_mm.export.graph import export
+
+    size = tuple(options.size) if options.size else None
+    print(export(_load(options), options.format, options.out, size, options.batch_size))
 
 
 def _doctor(options: argparse.Namespace) -> None:
