@@ -86,7 +86,7 @@ def make_scene(index: int, split: Split = "train") -> Scene:
         fail("scene", "split 'train' or 'heldout' and an index from 0 to 2**40 - 1", (split, index))
     rng = random.Random(f"{split} {index}")  # text, because nearby integers can give the same stream
     ground = rng.choice(tuple(GROUNDS))
-    first = _object(rng, rng.uniform(0.2, 0.3), SHAPES, tuple(COLOURS))
+    first = _object(rng, rng.uniform(0.24, 0.34), SHAPES, tuple(COLOURS))
     things = [first]
     for _ in range(rng.randint(0, 2)):
         radius = rng.uniform(0.08, 0.12)

@@ -29,7 +29,10 @@ class CaptionConfig:
 
 
 class CaptionContrast(nn.Module):
-    """Image-caption contrastive term over semantic features [B, T, C]; samples without a caption are left out."""
+    """Image-caption contrastive term over semantic features [B, T, C]; samples without a caption are left out.
+
+    An image is the mean and the maximum over its positions.
+    """
 
     def __init__(self, semantic_dim: int, config: CaptionConfig) -> None:
         super().__init__()
@@ -38,7 +41,7 @@ class CaptionContrast(nn.Module):
         self.positions = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
-        self.image_head = nn.Linear(semantic_dim, config.width)
+        self.image_head = nn.Linear(2 * semantic_dim, config.width)
         self.log_scale = nn.Parameter(torch.tensor(2.66))  # 1 / 0.07, as CLIP begins
 
     def encode_text(self, captions: list[str]) -> Tensor:
@@ -54,7 +57,8 @@ class CaptionContrast(nn.Module):
         present = [index for index, caption in enumerate(captions) if caption]
         if len(present) < 2:
             return semantic.sum() * 0.0
-        images = self.image_head(semantic[present].mean(1))
+        seen = semantic[present]
+        images = self.image_head(torch.cat([seen.mean(1), seen.amax(1)], dim=-1))
         texts = [captions[i] for i in present]
         altered = [self._altered(text) for text in texts for _ in range(self.config.hard_negatives)]
         return contrastive(images, self.encode_text(texts + altered), self.log_scale)
