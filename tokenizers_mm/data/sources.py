@@ -33,7 +33,7 @@ class SourceConfig:
     kind: "photographs" (built in), "scenes" (rendered, with captions) or "folder" (images below `path`; a text file of
     the same name beside an image is its caption).
     weight: share of the samples. zoom: for photographs, bounds of output pixels per picture pixel. colour: strength of
-    random brightness, contrast and saturation, 0 for none. turns: turn by multiples of 90 degrees too.
+    random brightness, contrast, saturation and hue, from 0 (none) to 1. turns: turn by multiples of 90 degrees too.
     """
 
     kind: Literal["photographs", "scenes", "folder"]
@@ -120,6 +120,9 @@ class Mixture(Dataset[dict[str, Any]]):
         if source.colour > 0:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
+            hue, saturation, value = image.convert("HSV").split()
+            turn = round(128 * source.colour * rng.uniform(-1, 1))
+            image = Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), saturation, value)).convert("RGB")
         return image_to_tensor(image)
 
 
