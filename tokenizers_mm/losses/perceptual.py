@@ -19,8 +19,8 @@ class LPIPS(nn.Module):
         super().__init__()
         import lpips  # an extra: loaded when the term is used
 
-        with warnings.catch_warnings():  # it still calls torchvision by names that are going away
-            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        with warnings.catch_warnings():  # it builds VGG16 with an argument that torchvision has renamed
+            warnings.simplefilter("ignore", UserWarning)
             self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":
