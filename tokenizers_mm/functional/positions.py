@@ -20,3 +20,18 @@ def resize_positions(
     scale = [(new + nudge) / old for new, old in zip(grid, trained, strict=True)]
     body = F.interpolate(body, scale_factor=scale, mode="bicubic", align_corners=False)
     return torch.cat([head, body.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def bilinear_positions(
+    table: Float[Tensor, "one n d"], trained: tuple[int, int], grid: tuple[int, int]
+) -> Float[Tensor, "one m d"]:
+    """Bilinear interpolation (half-pixel centres, no antialiasing) of a learned table; the same grid returns it as is.
+
+    Leading rows that lie on no grid (MAR's buffers) stay as they are.
+    """
+    if grid == trained:
+        return table
+    extra = table.shape[1] - trained[0] * trained[1]
+    body = table[:, extra:].unflatten(1, trained).permute(0, 3, 1, 2)
+    body = F.interpolate(body, size=grid, mode="bilinear", align_corners=False)
+    return torch.cat([table[:, :extra], body.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

@@ -15,7 +15,6 @@ COPY_ELEMENTS = 1 << 20
 """Elements of z converted at a time (4 or 8 MB) where its rows cannot be read in place."""
 
 cache = Cache()
-mode: contextvars.ContextVar[str] = contextvars.ContextVar("tokenizers_mm_kernels", default="auto")
 
 
 def default_mode() -> str:
@@ -26,7 +25,8 @@ def default_mode() -> str:
     return name
 
 
-mode.set(default_mode())
+_DEFAULT_MODE = default_mode()
+mode: contextvars.ContextVar[str] = contextvars.ContextVar("tokenizers_mm_kernels", default=_DEFAULT_MODE)
 
 
 def _library(device: torch.device) -> _native.CpuLibrary | None:

@@ -1,1 +1,16 @@
 """The bridge to language models; it programs against models/base.py only."""
+
+from tokenizers_mm.llm.batch import Batch as Batch
+from tokenizers_mm.llm.batch import Segment as Segment
+from tokenizers_mm.llm.generate import GenerationSettings as GenerationSettings
+from tokenizers_mm.llm.generate import Sampling as Sampling
+from tokenizers_mm.llm.generate import generate as generate
+from tokenizers_mm.llm.grammar import Grammar as Grammar
+from tokenizers_mm.llm.grammar import GrammarProcessor as GrammarProcessor
+from tokenizers_mm.llm.layout import Layout as Layout
+from tokenizers_mm.llm.model import OnlyNewRows as OnlyNewRows
+from tokenizers_mm.llm.model import extend as extend
+from tokenizers_mm.llm.processor import MultimodalProcessor as MultimodalProcessor
+from tokenizers_mm.llm.projector import FeatureProjector as FeatureProjector
+from tokenizers_mm.llm.projector import ProjectorConfig as ProjectorConfig
+from tokenizers_mm.llm.vocabulary import VisualVocabulary as VisualVocabulary

@@ -1,0 +1,147 @@
+"""What a language model gets: rows of tokens of one length, with labels, masks, position hints and features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.types import ImageCodes, ImageLatents
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a row, with more said about it than by a plain text or image.
+
+    content: a text, or an image: PIL, path, float tensor [3, H, W] in [-1, 1], `ImageCodes` or `ImageLatents` of one
+    image. learn: whether its tokens are labels. as_features: show an image as continuous features instead of ids.
+    """
+
+    content: object
+    learn: bool = True
+    as_features: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence before padding: int64 [n] tokens and labels, places [n, 4], bool [n] is_feature.
+
+    position_ids: int64 [n], what the model's position encoding is given.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    places: Tensor
+    is_feature: Tensor
+    position_ids: Tensor
+    features: tuple[tuple[Tensor, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows.
+
+    input_ids, labels, position_ids: int64 [B, L]. attention_mask: int64 [B, L], 1 for a token, 0 for padding; or, for
+    packed rows, float [B, 1, L, L], 0 where a token may look and the lowest number where not. places: int64 [B, L, 4],
+    for a code or feature its (stream, scale, row, column), else -1. is_feature: bool [B, L], tokens replaced by
+    a feature. features: for each image shown as features, in order, one tensor [T, C] per part.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    places: Tensor
+    is_feature: Tensor
+    features: tuple[tuple[Tensor, ...], ...] = ()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        features = tuple(tuple(part.to(device) for part in image) for image in self.features)
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.places.to(device),
+            self.is_feature.to(device),
+            features,
+        )
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What a `transformers` causal language model takes, where no image is shown as features."""
+        if self.features:
+            fail("batch", "images as ids (or a projector: see llm.projector.embed)", "images as features")
+        inputs = {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}
+        return {**inputs, "position_ids": self.position_ids}
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def pad_rows(rows: Sequence[Row], pad_id: int, side: Side = "right", length: int | None = None) -> Batch:
+    """Rows as a batch, as long as the longest row or `length`."""
+    require(side in ("left", "right"), "side", "'left' or 'right'", side)
+    require(len(rows) > 0, "rows", "at least one row", "none")
+    longest = max(len(row) for row in rows)
+    length = longest if length is None else length
+    require(longest <= length, "rows", f"at most {length} tokens", f"{longest}")
+
+    def stack(parts: list[Tensor], fill: int | bool) -> Tensor:
+        out = parts[0].new_full((len(parts), length, *parts[0].shape[1:]), fill)
+        for row, part in zip(out, parts, strict=True):
+            start = length - len(part) if side == "left" else 0
+            row[start : start + len(part)] = part
+        return out
+
+    return Batch(
+        stack([row.tokens for row in rows], pad_id),
+        stack([row.labels for row in rows], IGNORED),
+        stack([torch.ones_like(row.tokens) for row in rows], 0),
+        stack([row.position_ids for row in rows], 0),
+        stack([row.places for row in rows], -1),
+        stack([row.is_feature for row in rows], False),
+        tuple(image for row in rows for image in row.features),
+    )
+
+
+def join_rows(rows: Sequence[Row], position_ids: Tensor | None = None) -> Row:
+    """Pieces of one row, in order; positions are counted from 0 unless they are given."""
+    tokens = torch.cat([row.tokens for row in rows])
+    return Row(
+        tokens,
+        torch.cat([row.labels for row in rows]),
+        torch.cat([row.places for row in rows]),
+        torch.cat([row.is_feature for row in rows]),
+        torch.arange(len(tokens)) if position_ids is None else position_ids,
+        tuple(image for row in rows for image in row.features),
+    )
+
+
+def make_row(tokens: Tensor, learn: bool, places: Tensor | None = None, is_feature: Tensor | None = None) -> Row:
+    """A piece of a row; features carry no label."""
+    continuous = torch.zeros_like(tokens, dtype=torch.bool) if is_feature is None else is_feature
+    places = tokens.new_full((len(tokens), 4), -1) if places is None else places
+    labels = tokens.clone() if learn else torch.full_like(tokens, IGNORED)
+    return Row(tokens, labels.masked_fill(continuous, IGNORED), places, continuous, torch.arange(len(tokens)))
+
+
+def with_features(row: Row, features: tuple[Tensor, ...]) -> Row:
+    """The same piece with the features of its image."""
+    return replace(row, features=(features,))
+
+
+def one_image(content: ImageCodes | ImageLatents) -> ImageCodes | ImageLatents:
+    """Codes or latents, refused unless they are of one image."""
+    require(len(content) == 1, "image codes", "codes of one image", f"of {len(content)}")
+    return content

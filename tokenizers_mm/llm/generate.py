@@ -1,0 +1,245 @@
+"""Text and images from a language model, each sequence within the grammar.
+
+An own loop on top of any causal language model of `transformers`: one cache, guidance with its own rows in it, sampling
+that may differ by stream, and a callback that sees images grow. The grammar also works in `model.generate` (see
+`grammar.GrammarProcessor`).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizers_mm._check import require
+from tokenizers_mm.functional.sampling import guide_logits, sample_logits
+from tokenizers_mm.llm.batch import Batch
+from tokenizers_mm.llm.grammar import IMAGE, MARKER, NOTHING, ROW, SCALE, TEXT, Grammar
+from tokenizers_mm.llm.layout import ImagePlan
+from tokenizers_mm.llm.model import check_rows
+from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.types import ImageCodes
+
+EVENTS: dict[int, Literal["row", "scale", "image"]] = {ROW: "row", SCALE: "scale", IMAGE: "image"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the most likely token; top_k 0 and top_p 1 keep all."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "temperature", "0 or more", self.temperature)
+        require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
+        require(0 < self.top_p <= 1, "top_p", "over 0 and up to 1", self.top_p)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate.
+
+    sampling: for text. streams: by name of a stream, where its codes are drawn otherwise. guidance: the scale of
+    classifier-free guidance (1: none); it needs unconditional prompts. max_new_tokens: where to stop at the latest; an
+    image that began is always finished.
+    """
+
+    max_new_tokens: int = 4096
+    sampling: Sampling = field(default_factory=Sampling)
+    streams: Mapping[str, Sampling] = field(default_factory=dict)
+    guidance: float = 1.0
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class PartialImage:
+    """An image that grows: the codes so far, int64 [L], and which of them are known, bool [L].
+
+    row: the sequence. event: what has just been finished.
+    """
+
+    row: int
+    event: Literal["row", "scale", "image"]
+    codes: ImageCodes
+    known: Tensor
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Batch,
+    grammar: Grammar,
+    settings: GenerationSettings | None = None,
+    *,
+    unconditional: Batch | None = None,
+    generator: torch.Generator | None = None,
+    on_image: Callable[[PartialImage], None] | None = None,
+) -> Tensor:
+    """New tokens int64 [B, T] after prompts that are padded on the left; finished rows are filled with the end token.
+
+    unconditional: prompts of the same number of rows for guidance. on_image: called when a row, a scale or an image is
+    finished.
+    """
+    settings = settings or GenerationSettings()
+    check_rows(model, grammar.vocabulary)
+    unknown = sorted(set(settings.streams) - {code.stream for code in grammar.vocabulary.codes})
+    require(not unknown, "streams", f"names among {[code.stream for code in grammar.vocabulary.codes]}", unknown)
+    guided = settings.guidance != 1.0
+    require(not guided or unconditional is not None, "unconditional", "prompts for guidance", "None")
+    for batch in (prompts, unconditional):
+        if batch is not None:
+            require(bool(batch.attention_mask[:, -1].all()), "prompts", "padding on the left", "padding on the right")
+            require(len(batch) == len(prompts), "unconditional", f"{len(prompts)} rows", len(batch))
+            require(not batch.features, "prompts", "images as ids", "images as features")
+    device = model.get_input_embeddings().weight.device
+    branches = [prompts, unconditional] if guided and unconditional is not None else [prompts]
+    decoder = _Decoder(model, *_stack([branch.to(device) for branch in branches]))
+    state = grammar.read(prompts.input_ids.to(device))
+    eos = grammar.eos if grammar.eos is not None else -1
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    history, new = prompts.input_ids.to(device), []
+    limit, bar = settings.max_new_tokens, _bar(settings)
+    while len(new) < limit or bool((~finished).any()):
+        logits = decoder.logits().float()
+        if guided:
+            logits = guide_logits(*logits.chunk(2), settings.guidance)
+        tokens = _draw(grammar.mask(state, logits), grammar.kind(state), grammar, settings, generator)
+        tokens = torch.where(finished, max(eos, 0), tokens)
+        new.append(tokens)
+        if on_image is not None:
+            history = torch.cat([history, tokens[:, None]], 1)
+            _report(grammar, state, history, finished, on_image)
+        state = grammar.advance(state, tokens)
+        finished |= tokens == eos
+        if len(new) >= limit:
+            finished |= grammar.kind(state) == TEXT
+        bar.update(1)
+        if bool(finished.all()):
+            break
+        decoder.append(tokens.repeat(len(branches)))
+    bar.close()
+    return torch.stack(new, 1) if new else history[:, :0]
+
+
+def preview(tokenizer: ImageTokenizer, partial: PartialImage) -> Tensor:
+    """A growing image as pixels [1, 3, H, W]; in a scale that has begun, missing codes are the last that is there."""
+    ids, known = partial.codes.ids[0], partial.known
+    streams, start, end = partial.codes.streams, 0, 0
+    for stream in streams:
+        for rows, columns in stream.grids:
+            block = slice(start, start + rows * columns)
+            start = block.stop
+            if not bool(known[block].any()):
+                continue
+            end = start
+            last = ids[block][known[block]][-1]
+            ids = ids.clone()
+            ids[block] = torch.where(known[block], ids[block], last)
+    first = sum(stream.num_ids for stream in streams[:-1]) + streams[-1].grids[0][0] * streams[-1].grids[0][1]
+    codes = ImageCodes(ids[None, : max(first, end)], partial.codes.height, partial.codes.width, streams)
+    return tokenizer.decode(codes.to(tokenizer.device))
+
+
+class _Decoder:
+    """A model, its cache, and the tokens it has not read yet."""
+
+    def __init__(self, model: Any, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
+        self.model, self.mask, self.cache = model, mask, None
+        self.tokens, self.positions = tokens, positions
+        accepted = inspect.signature(model.forward).parameters
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.takes_positions = "position_ids" in accepted
+
+    def logits(self) -> Tensor:
+        """Logits [B, V] of the next token."""
+        positions = {"position_ids": self.positions} if self.takes_positions else {}
+        out = self.model(
+            input_ids=self.tokens,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **positions,
+            **self.options,
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+    def append(self, tokens: Tensor) -> None:
+        """The next token of each row, int64 [B]."""
+        self.tokens, self.positions = tokens[:, None], self.positions[:, -1:] + 1
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+
+
+class _NoBar:
+    def update(self, count: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _bar(settings: GenerationSettings) -> Any:
+    if not settings.progress:
+        return _NoBar()
+    from tqdm.auto import tqdm  # only when asked for
+
+    return tqdm(total=settings.max_new_tokens, unit="token")
+
+
+def _stack(batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens, masks and positions of batches padded on the left, as one."""
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+
+    def stack(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(tensor, (longest - tensor.shape[1], 0)) for tensor in tensors])
+
+    return (
+        stack([batch.input_ids for batch in batches]),
+        stack([batch.attention_mask for batch in batches]),
+        stack([batch.position_ids for batch in batches]),
+    )
+
+
+def _draw(
+    scores: Tensor, kind: Tensor, grammar: Grammar, settings: GenerationSettings, generator: torch.Generator | None
+) -> Tensor:
+    """One token per row, int64 [B]; rows whose next tokens are drawn alike go together."""
+    names = {index: code.stream for index, code in enumerate(grammar.vocabulary.codes)}
+    kinds = kind.tolist()
+    wanted = [settings.streams.get(names.get(k, ""), settings.sampling) for k in kinds]
+    greedy = any(k == MARKER or s.temperature == 0 for k, s in zip(kinds, wanted, strict=True))
+    tokens = scores.argmax(-1) if greedy else torch.zeros_like(kind)
+    for sampling in dict.fromkeys(wanted):
+        rows = [row for row, (k, s) in enumerate(zip(kinds, wanted, strict=True)) if s == sampling and k != MARKER]
+        if not rows or sampling.temperature == 0:
+            continue
+        part = scores if len(rows) == len(kinds) else scores[rows]
+        tokens[rows] = sample_logits(part, sampling.temperature, sampling.top_k, sampling.top_p, generator)
+    return tokens
+
+
+def _report(
+    grammar: Grammar,
+    state: Tensor,
+    history: Tensor,
+    finished: Tensor,
+    on_image: Callable[[PartialImage], None],
+) -> None:
+    """Tell of every row, scale or image that the last tokens have finished."""
+    for row, event in enumerate(grammar.event(state).tolist()):
+        place = None if event == NOTHING or bool(finished[row]) else grammar.place(int(state[row]))
+        if place is not None:
+            on_image(_partial(*place, history[row], row, EVENTS[event]))
+
+
+def _partial(
+    plan: ImagePlan, slot: int, history: Tensor, row: int, event: Literal["row", "scale", "image"]
+) -> PartialImage:
+    known = plan.code_slots <= slot
+    body = history[-(slot + 1) :].cpu() if slot < len(history) else history.cpu()
+    tokens = F.pad(body, (slot + 1 - len(body), plan.length - slot - 1))
+    ids = torch.where(known, tokens[plan.code_slots] - plan.low[plan.code_slots], 0)
+    return PartialImage(row, event, ImageCodes(ids[None], plan.height, plan.width, plan.streams), known)

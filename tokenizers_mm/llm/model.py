@@ -1,0 +1,160 @@
+"""Room for images in a causal language model of `transformers`: its embeddings and head grow once."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.vocabulary import VisualVocabulary
+
+MARK = "visual_vocabulary"
+"""The entry of the model's config.json that says which rows are visual."""
+
+
+def extend(
+    model: Any,
+    vocabulary: VisualVocabulary,
+    *,
+    init: Literal["mean", "normal"] = "mean",
+    codebooks: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    pad_to_multiple_of: int = 1,
+) -> Any:
+    """Grow the embedding and the head (tied or not) to hold the vocabulary, and fill the new rows; returns the model.
+
+    Padded rows that the model already has are used first. New rows: "mean", the mean of the text rows plus a
+    hundredth of their spread as noise; "normal", drawn with the mean and the spread of the text rows. codebooks: a
+    [K, D] tensor by stream; rows of its codes are then a fixed random projection of the codes, with the mean and spread
+    of the text rows, so that near codes start near.
+
+    Calling it again with the same vocabulary changes nothing; with another it is an error.
+    """
+    require(init in ("mean", "normal"), "init", "'mean' or 'normal'", init)
+    mark = {"text_size": vocabulary.text_size, "size": vocabulary.size}
+    before = getattr(model.config, MARK, None)
+    if before is not None:
+        require(before == mark, "model", f"one without visual rows, or with {mark}", f"{before}")
+        return model
+    have = model.get_input_embeddings().weight.shape[0]
+    require(have >= vocabulary.text_size, "model", f"at least {vocabulary.text_size} rows (the text)", f"{have}")
+    rows = -(-max(have, vocabulary.size) // pad_to_multiple_of) * pad_to_multiple_of
+    if rows > have:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    tables = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not tables[0]:
+        tables.append(head.weight)
+    unknown = sorted(set(codebooks or {}) - {code.stream for code in vocabulary.codes})
+    require(not unknown, "codebooks", f"streams {[code.stream for code in vocabulary.codes]}", unknown)
+    with torch.no_grad():
+        for table in tables:
+            _fill(table, vocabulary, init, codebooks or {}, generator)
+        bias = getattr(head, "bias", None)
+        if isinstance(bias, Tensor):
+            bias[vocabulary.text_size :] = bias[: vocabulary.text_size].mean()
+    setattr(model.config, MARK, mark)
+    return model
+
+
+def _fill(
+    table: Tensor,
+    vocabulary: VisualVocabulary,
+    init: str,
+    codebooks: Mapping[str, Tensor],
+    generator: torch.Generator | None,
+) -> None:
+    """Fill the rows behind the text rows of one table [rows, C]."""
+    text = table[: vocabulary.text_size].float()
+    mean, spread = text.mean(0), text.std(0)
+    new = table[vocabulary.text_size :]
+    noise = torch.randn(new.shape, generator=generator).to(table.device)
+    new.copy_(mean + spread * noise * (0.01 if init == "mean" else 1.0))
+    for code in vocabulary.codes:
+        if code.stream not in codebooks:
+            continue
+        codebook = codebooks[code.stream].detach().float().to(table.device)
+        require(
+            codebook.ndim == 2 and codebook.shape[0] == code.size,
+            f"codebooks[{code.stream!r}]",
+            f"[{code.size}, D]",
+            codebook,
+        )
+        projection = torch.randn(codebook.shape[1], table.shape[1], generator=generator).to(table.device)
+        rows = (codebook - codebook.mean(0)) @ projection
+        rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-12)
+        table[code.start : code.start + code.size] = (mean + spread * rows).to(table.dtype)
+
+
+class OnlyNewRows:
+    """Training of the visual rows alone: all else is frozen, and the gradient of the text rows is set to zero.
+
+    Use an optimizer without weight decay (decay would move the text rows too). `remove` gives the model back as it was.
+    """
+
+    def __init__(self, model: Any, vocabulary: VisualVocabulary) -> None:
+        tables = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+        self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._hooks = []
+        visual = torch.zeros(next(iter(tables.values())).shape[0], dtype=torch.bool)
+        for code in vocabulary.codes:
+            visual[code.start : code.start + code.size] = True
+        own = [m.ids[0] for m in vocabulary.markers if len(m.ids) == 1]
+        visual[own] = True
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in tables)
+        for table in tables.values():
+            require(table.shape[0] == len(visual), "model", f"{len(visual)} rows in the head", f"{table.shape[0]}")
+            self._hooks.append(table.register_hook(_row_mask(visual[:, None].to(table.device))))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter, _ in self._before if parameter.requires_grad]
+
+    def remove(self) -> None:
+        """Let the model be trained as before."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, learns in self._before:
+            parameter.requires_grad_(learns)
+
+
+def _row_mask(visual: Tensor) -> Any:
+    def mask(gradient: Tensor) -> Tensor:
+        return gradient * visual.to(gradient.device, gradient.dtype)
+
+    return mask
+
+
+def check_rows(model: Any, vocabulary: VisualVocabulary) -> None:
+    """Refuse a model that has no room for the vocabulary."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocabulary.size:
+        fail("model", f"at least {vocabulary.size} rows (call extend)", f"{rows}")
+
+
+def add_lora(model: Any, vocabulary: VisualVocabulary, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Any:
+    """Low-rank adapters on all linear layers (Hu et al., arXiv 2106.09685) through peft; the visual rows learn too.
+
+    Returns the adapted model; its `merge_and_unload()` gives a plain model again.
+    """
+    from peft import LoraConfig, get_peft_model  # an optional package: loaded when asked for
+
+    visual = sorted({m.ids[0] for m in vocabulary.markers if len(m.ids) == 1})
+    for code in vocabulary.codes:
+        visual += range(code.start, code.start + code.size)
+    tables = {id(model.get_input_embeddings()): model.get_input_embeddings()}
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        tables[id(head)] = head
+    names = [name for name, module in model.named_modules() if id(module) in tables]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        trainable_token_indices={name.split(".")[-1]: visual for name in names},
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

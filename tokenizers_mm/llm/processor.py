@@ -1,0 +1,288 @@
+"""Text and images, in any number and order, to rows of tokens, and back."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_images
+from tokenizers_mm.llm.batch import (
+    Batch,
+    Row,
+    Segment,
+    Side,
+    join_rows,
+    make_row,
+    one_image,
+    pad_rows,
+    with_features,
+)
+from tokenizers_mm.llm.layout import IMAGE_START
+from tokenizers_mm.llm.parsing import ImageRun, Malformed, Parser
+from tokenizers_mm.llm.vocabulary import VisualVocabulary, text_ids
+from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.types import ImageCodes, ImageLatents
+
+Content = Any
+"""A text, an image (PIL, a `Path`, a float tensor [3, H, W], `ImageCodes` or `ImageLatents` of one) or a `Segment`."""
+
+
+class MultimodalProcessor:
+    """Between rows of text and images, and tokens.
+
+    tokenizer: the image tokenizer. text_tokenizer: of the language model. fit: what to do with a picture of a size that
+    is not in the vocabulary ("refuse", or bring it to the one nearest in shape by "crop", "pad" or "resize").
+    positions: what `position_ids` count: "order", all tokens; "slots", in an image its slots from 0, and text from the
+    length of the longest image on (so that with learned position embeddings a place in an image is always the same).
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        text_tokenizer: Any,
+        vocabulary: VisualVocabulary,
+        fit: Fit = "refuse",
+        positions: Literal["order", "slots"] = "order",
+    ) -> None:
+        require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
+        have = text_ids(text_tokenizer)
+        require(
+            have in (vocabulary.text_size, *range(vocabulary.text_size, vocabulary.size + 1)),
+            "text_tokenizer",
+            f"the one of the vocabulary, with {vocabulary.text_size} tokens",
+            f"{have} tokens",
+        )
+        self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
+        self.fit: Fit = fit
+        self.slots = positions == "slots"
+        self.longest = max([vocabulary.plan(s.height, s.width).length for s in vocabulary.sizes], default=0)
+        self.parser = Parser(vocabulary)
+        self.prefix, self.eos, self.pad = _special_ids(text_tokenizer)
+        self._no_text = torch.tensor(
+            [m.ids[0] for m in vocabulary.markers if len(m.ids) == 1 and not m.name.startswith(("height_", "width_"))],
+            dtype=torch.int64,
+        )
+
+    def __call__(
+        self,
+        rows: Sequence[Content | Sequence[Content]],
+        *,
+        end: bool = True,
+        side: Side = "right",
+        max_length: int | None = None,
+    ) -> Batch:
+        """Rows to a batch.
+
+        rows: each a text, an image, or a list of them. end: close each row with the end token (leave it out for a
+        prompt, and pad a batch of prompts on the left). max_length: rows longer than this are an error, never cut.
+        """
+        made = self.rows(rows, end=end)
+        for index, row in enumerate(made):
+            if max_length is not None and len(row) > max_length:
+                fail(f"row {index}", f"at most {max_length} tokens", f"{len(row)}")
+        return pad_rows(made, self.pad, side)
+
+    def rows(self, rows: Sequence[Content | Sequence[Content]], end: bool = True) -> list[Row]:
+        """Rows to sequences without padding, for packing."""
+        require(not isinstance(rows, str), "rows", "a list of rows", "one text")
+        split = [self._segments(row) for row in rows]
+        codes = self._encode_all([s for row in split for s in row if not isinstance(s.content, str)])
+        made = []
+        for row in split:
+            pieces = [make_row(torch.tensor(self.prefix, dtype=torch.int64), learn=False)]
+            for segment in row:
+                pieces.append(self._piece(segment, codes))
+            if end and self.eos is not None:
+                pieces.append(make_row(torch.tensor([self.eos]), learn=not row or row[-1].learn))
+            made.append(join_rows(pieces, self._slot_positions(pieces, row) if self.slots else None))
+            require(len(made[-1]) > 0, f"row {len(made) - 1}", "at least one token", "none")
+        return made
+
+    def opening(self, height: int | None = None, width: int | None = None) -> Segment:
+        """The tokens with which an image begins, up to where its codes may follow: put at the end of a prompt.
+
+        height, width: the size to draw; left out, the model says it where the layout has sizes.
+        """
+        if height is None or width is None:
+            ids = () if self.vocabulary.layout.size == "before" else self.vocabulary.marker(IMAGE_START)
+        else:
+            ids = self.vocabulary.plan(height, width).header
+        return Segment(_Tokens(torch.tensor(ids, dtype=torch.int64)))
+
+    def decode(
+        self,
+        ids: Tensor | Sequence[Tensor],
+        *,
+        images: Literal["pil", "codes"] = "pil",
+        malformed: Malformed = "refuse",
+        skip_special_tokens: bool = True,
+    ) -> list[list[Any]]:
+        """Rows of ids back to lists of texts and images.
+
+        images: PIL images (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not
+        whole: "refuse" (ValueError), "skip", or "repair" (make one of the codes that are there).
+        """
+        require(images in ("pil", "codes"), "images", "'pil' or 'codes'", images)
+        rows: list[list[Any]] = []
+        for tokens in ids:
+            row: list[Any] = []
+            for run in self.parser.parse(tokens, malformed):
+                if isinstance(run, ImageRun):
+                    row.append(run.codes)
+                    continue
+                text = self.text_tokenizer.decode(
+                    tokens[run.start : run.end].tolist(), skip_special_tokens=skip_special_tokens
+                )
+                row += [text] if text else []
+            rows.append(row)
+        return self._to_images(rows) if images == "pil" else rows
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the text tokenizer and visual_vocab.json. The image tokenizer is saved by its own `save`."""
+        self.text_tokenizer.save_pretrained(str(directory))
+        self.vocabulary.save(directory)
+
+    @torch.no_grad()
+    def _to_images(self, rows: list[list[Any]]) -> list[list[Any]]:
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for r, row in enumerate(rows):
+            for c, item in enumerate(row):
+                if isinstance(item, ImageCodes):
+                    places.setdefault((item.height, item.width), []).append((r, c))
+        for cells in places.values():
+            items = [rows[r][c] for r, c in cells]
+            ids = torch.cat([item.ids for item in items]).to(self.tokenizer.device)
+            pictures = self.tokenizer.decode(ImageCodes(ids, items[0].height, items[0].width, items[0].streams))
+            for (r, c), picture in zip(cells, self.tokenizer.to_pil(pictures), strict=True):
+                rows[r][c] = picture
+        return rows
+
+    def _segments(self, row: Content | Sequence[Content]) -> list[Segment]:
+        parts = row if isinstance(row, (list, tuple)) else [row]
+        segments = [part if isinstance(part, Segment) else Segment(part) for part in parts]
+        for segment in segments:
+            if not isinstance(segment.content, (str, Image.Image, Path, Tensor, ImageCodes, ImageLatents, _Tokens)):
+                fail("row", "texts, images, paths, image codes or Segments", type(segment.content).__name__)
+        return segments
+
+    def _slot_positions(self, pieces: list[Row], row: list[Segment]) -> Tensor:
+        """Slots of images from 0; text from the length of the longest image on. pieces: prefix, the row's, the end."""
+        images = [False, *(not isinstance(segment.content, str) for segment in row), False]
+        parts, text = [], self.longest
+        for piece, image in zip(pieces, images, strict=False):
+            parts.append(torch.arange(len(piece)) + (0 if image else text))
+            text += 0 if image else len(piece)
+        return torch.cat(parts)
+
+    def _piece(self, segment: Segment, codes: dict[int, Any]) -> Row:
+        content = segment.content
+        if isinstance(content, _Tokens):
+            return make_row(content.ids, segment.learn)
+        if isinstance(content, str):
+            return make_row(self._text(content), segment.learn)
+        found = codes[id(segment)]
+        if segment.as_features:
+            return self._feature_piece(found)
+        plan = self.vocabulary.plan(found.height, found.width)
+        tokens = self.vocabulary.to_tokens(found)[0].cpu()
+        return make_row(tokens, segment.learn, plan.places)
+
+    def _text(self, text: str) -> Tensor:
+        ids = torch.tensor(self.text_tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        stray = torch.isin(ids, self._no_text) | (self.vocabulary.code(ids)[0] >= 0)
+        if bool(stray.any()):
+            fail("text", "no image tokens", f"{int(ids[stray][0])} in {text[:40]!r}")
+        return ids
+
+    def _feature_piece(self, features: tuple[tuple[Tensor, ...], tuple[int, int]]) -> Row:
+        """An image as features: in the slots of its codes where the counts agree, else in a plain run."""
+        parts, size = features
+        counts = [part.shape[0] for part in parts]
+        known = any((s.height, s.width) == size for s in self.vocabulary.sizes) and len(self.vocabulary.codes) > 0
+        if known:
+            plan = self.vocabulary.plan(*size)
+            if counts == [stream.num_ids for stream in plan.streams] and len(parts) > 1:
+                start = len(plan.header) - len(plan.short)
+                places = plan.places[start:]
+                return with_features(make_row(plan.low[start:], False, places, places[:, 0] >= 0), parts)
+        inside = torch.full((sum(counts),), self.pad, dtype=torch.int64)
+        return with_features(make_row(inside, False, is_feature=torch.ones_like(inside, dtype=torch.bool)), parts)
+
+    @torch.no_grad()
+    def _encode_all(self, segments: list[Segment]) -> dict[int, Any]:
+        """Codes (or features, and the size) by segment; pictures of one size go through the tokenizer together."""
+        done: dict[int, Any] = {}
+        groups: dict[tuple[int, int, bool], list[tuple[Segment, Tensor]]] = {}
+        for segment in segments:
+            content = segment.content
+            if isinstance(content, _Tokens):
+                continue
+            if isinstance(content, (ImageCodes, ImageLatents)):
+                whole = one_image(content)
+                size = (content.height, content.width)
+                done[id(segment)] = (self._features(whole)[0], size) if segment.as_features else whole
+                continue
+            x = self._picture(content)
+            groups.setdefault((x.shape[1], x.shape[2], segment.as_features), []).append((segment, x))
+        for (height, width, as_features), group in groups.items():
+            x = torch.stack([x for _, x in group])
+            if as_features:
+                found: list[Any] = [(parts, (height, width)) for parts in self._features(x)]
+            else:
+                codes = self.tokenizer.encode(x)
+                if isinstance(codes, ImageLatents):
+                    fail("image", "a Segment with as_features=True (this tokenizer is continuous)", "an image as ids")
+                found = [ImageCodes(ids[None], height, width, codes.streams) for ids in codes.ids]
+            done |= {id(segment): item for (segment, _), item in zip(group, found, strict=True)}
+        for segment in segments:
+            if isinstance(done.get(id(segment)), ImageLatents):
+                fail("image", "a Segment with as_features=True (this tokenizer is continuous)", "an image as ids")
+        return done
+
+    def _features(self, images: Any) -> list[tuple[Tensor, ...]]:
+        """Features per image: one tensor [T, C] per part (a tokenizer may give several parts)."""
+        features: Any = self.tokenizer.features(images)
+        parts = (features,) if isinstance(features, Tensor) else tuple(features)
+        return [tuple(part[i].detach() for part in parts) for i in range(parts[0].shape[0])]
+
+    def _picture(self, content: Any) -> Tensor:
+        if isinstance(content, Tensor):
+            require(content.ndim == 3 and content.shape[0] == 3, "image", "float [3, H, W] in [-1, 1]", content)
+            return content
+        picture = open_images(content)[0]
+        if self.fit != "refuse" and self.vocabulary.sizes:
+            picture = fit_image(picture, *self.nearest_size(picture.height, picture.width), self.fit)
+        return image_to_tensor(picture)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size of the vocabulary nearest in shape, then in area; the picture's own where it is one."""
+        sizes = [(size.height, size.width) for size in self.vocabulary.sizes]
+
+        def distance(size: tuple[int, int]) -> tuple[float, float]:
+            shape = abs(math.log(size[0] * width / (size[1] * height)))
+            return round(shape, 6), abs(math.log(size[0] * size[1] / (height * width)))
+
+        return min(sizes, key=distance)
+
+
+class _Tokens:
+    """A piece of a row that is tokens already."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+
+def _special_ids(text_tokenizer: Any) -> tuple[list[int], int | None, int]:
+    """What a text tokenizer puts before a text, its end token, and what to pad with."""
+    eos = text_tokenizer.eos_token_id
+    prefix = list(text_tokenizer("")["input_ids"])
+    while prefix and prefix[-1] == eos and prefix[-1] != text_tokenizer.bos_token_id:
+        prefix.pop()
+    pad = text_tokenizer.pad_token_id
+    return prefix, eos, next(value for value in (pad, eos, 0) if value is not None)

@@ -1,0 +1,68 @@
+"""Continuous features of images in place of token embeddings, for understanding.
+
+Source: TokenFlow (arXiv 2412.03069), section 3.4, and ILLUME+ (arXiv 2504.01934): Linear, GELU, Linear per part; Harmon
+(arXiv 2503.21979): SiLU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.batch import Batch
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """dims: channels of each part of the features. width: of the language model's embeddings."""
+
+    dims: tuple[int, ...]
+    width: int
+    activation: Literal["gelu", "silu"] = "gelu"
+
+
+class FeatureProjector(nn.Module):
+    """One small network per part of the features: [T, dims[i]] -> [T, width]."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        activation = {"gelu": nn.GELU, "silu": nn.SiLU}[config.activation]
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, config.width), activation(), nn.Linear(config.width, config.width))
+            for dim in config.dims
+        )
+
+    def forward(self, images: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        """All features of all images, in order, [sum of T, width]; each part runs once over all images."""
+        for parts in images:
+            dims = tuple(part.shape[-1] for part in parts)
+            require(dims == self.config.dims, "features", f"parts of {self.config.dims} channels", dims)
+        if not images:
+            return torch.zeros(0, self.config.width, device=self._like.device, dtype=self._like.dtype)
+        columns = []
+        for index, network in enumerate(self.parts):
+            column = [parts[index].to(self._like.dtype) for parts in images]
+            columns.append(network(torch.cat(column)).split([len(part) for part in column]))
+        return torch.cat([part for parts in zip(*columns, strict=True) for part in parts])
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.parameters())
+
+
+def embed(model: Any, batch: Batch, projector: FeatureProjector) -> dict[str, Tensor]:
+    """What a `transformers` causal language model takes: token embeddings, with projected features in their places.
+
+    Differentiable in the projector, and in the features where they are.
+    """
+    projected = projector(batch.features)
+    places = int(batch.is_feature.sum())
+    if places != projected.shape[0]:
+        fail("features", f"{places} vectors, one for each place", f"{projected.shape[0]}")
+    embeddings = model.get_input_embeddings()(batch.input_ids)
+    embeddings = embeddings.masked_scatter(batch.is_feature[..., None], projected.to(embeddings.dtype))
+    return {"inputs_embeds": embeddings, "attention_mask": batch.attention_mask, "labels": batch.labels}

@@ -1,0 +1,272 @@
+"""The ids a language model gets for images: one range per stream of codes, and markers. Arithmetic only.
+
+Saved as `visual_vocab.json` beside the text tokenizer. It holds all that is needed to write and read images as tokens,
+so a server needs neither the image tokenizer nor this library to constrain what a model says.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import write_json
+from tokenizers_mm.config import from_mapping, to_mapping
+from tokenizers_mm.llm.layout import ImagePlan, Layout, plan_image
+from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.types import ImageCodes, Stream
+
+FILE = "visual_vocab.json"
+FORMAT = 1
+MAX_SIDE, SIDE_STEP = 1024, 64
+"""The sizes that are listed for a tokenizer of any size, unless others are asked for: multiples of the step."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """One marker: its name in the layout, its ids (several where it is a piece of text) and its text, if it has one."""
+
+    name: str
+    ids: tuple[int, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """The ids [start, start + size) of one stream; `text` with {} for the code, where the tokens have strings."""
+
+    stream: str
+    size: int
+    start: int
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """An image size in pixels, the grids of each stream, and the ids of the size as text where the layout has it."""
+
+    height: int
+    width: int
+    grids: tuple[tuple[tuple[int, int], ...], ...]
+    text_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VisualVocabulary:
+    """Ids for markers and codes, the layout of an image, and the image sizes it knows.
+
+    text_size: how many ids the text tokenizer had. codes: one range per stream, in the image tokenizer's order.
+    """
+
+    text_size: int
+    codes: tuple[CodeRange, ...]
+    markers: tuple[Marker, ...]
+    layout: Layout
+    sizes: tuple[ImageSize, ...]
+    _plans: dict[tuple[int, int], ImagePlan] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        names = [code.stream for code in self.codes]
+        require(sorted(self.layout.streams) == sorted(names), "layout.streams", f"{names}, in any order", self.layout)
+        taken = sorted((code.start, code.start + code.size, code.stream) for code in self.codes)
+        taken += [(m.ids[0], m.ids[0] + 1, m.name) for m in self.markers if len(m.ids) == 1]
+        taken.sort()
+        for (_, end, first), (start, _, second) in itertools.pairwise(taken):
+            require(end <= start, "ids", "markers and codes with ids of their own", f"{first} and {second} overlap")
+        for size in self.sizes:
+            require(len(size.grids) == len(self.codes), "sizes", f"grids of {len(self.codes)} streams", size)
+
+    @classmethod
+    def for_tokenizer(
+        cls,
+        tokenizer: ImageTokenizer,
+        text_tokenizer: Any,
+        layout: Layout | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> "VisualVocabulary":
+        """Ids behind those of the text tokenizer: the markers first, then the streams. Changes neither tokenizer.
+
+        layout: by default start, codes, end; with stream markers where there are several streams, and with the size
+        after the start where there are several sizes. sizes: (height, width) in pixels; by default the tokenizer's
+        one size, or all multiples of 64 up to 1024 that it takes.
+        """
+        first = text_ids(text_tokenizer)
+        known = image_sizes(tokenizer, sizes)
+        streams = tokenizer.streams(known[0].height, known[0].width) if known else ()
+        layout = layout or Layout(
+            tuple(stream.name for stream in streams),
+            stream_markers=len(streams) > 1,
+            size="after" if len(known) > 1 else "none",
+        )
+        markers, next_id = [], first
+        for name in layout.marker_names([(size.height, size.width) for size in known]):
+            markers.append(Marker(name, (next_id,), f"<|{name}|>"))
+            next_id += 1
+        codes = []
+        for stream in streams:
+            codes.append(CodeRange(stream.name, stream.codebook_size, next_id))
+            next_id += stream.codebook_size
+        if layout.size == "text":
+            known = spell_sizes(known, layout.size_text, text_tokenizer)
+        return cls(first, tuple(codes), tuple(markers), layout, known)
+
+    @property
+    def size(self) -> int:
+        """Rows an embedding needs: one more than the largest id."""
+        ends = [code.start + code.size for code in self.codes] + [max(m.ids) + 1 for m in self.markers if m.ids]
+        return max([self.text_size, *ends])
+
+    def marker(self, name: str) -> tuple[int, ...]:
+        """The ids of a marker."""
+        for marker in self.markers:
+            if marker.name == name:
+                return marker.ids
+        fail("marker", f"one of {[marker.name for marker in self.markers][:8]}", repr(name))
+
+    def streams(self, height: int, width: int) -> tuple[Stream, ...]:
+        """The streams of an image of one of the known sizes, in the image tokenizer's order."""
+        size = self._size(height, width)
+        return tuple(Stream(code.stream, code.size, grids) for code, grids in zip(self.codes, size.grids, strict=True))
+
+    def plan(self, height: int, width: int) -> ImagePlan:
+        """The sequence of an image of one of the known sizes."""
+        key = (height, width)
+        if key not in self._plans:
+            starts = {code.stream: code.start for code in self.codes}
+            text = self._size(height, width).text_ids
+            self._plans[key] = plan_image(self.layout, key, self.streams(*key), self.marker, starts, text)
+        return self._plans[key]
+
+    def with_sizes(self, sizes: Sequence[tuple[int, int]]) -> "VisualVocabulary":
+        """The same ids, for only these (height, width)."""
+        return replace(self, sizes=tuple(self._size(*size) for size in sizes))
+
+    def to_tokens(self, codes: ImageCodes) -> Tensor:
+        """Codes of images of one size as tokens, int64 [B, n], markers included."""
+        plan = self.plan(codes.height, codes.width)
+        require(codes.streams == plan.streams, "codes", f"streams {plan.streams}", codes.streams)
+        return plan.to_tokens(codes.ids)
+
+    def to_codes(self, tokens: Tensor, height: int, width: int) -> ImageCodes:
+        """The inverse of `to_tokens`; ValueError for a sequence that is not such an image."""
+        return self.plan(height, width).to_codes(tokens)
+
+    def token(self, stream: str, ids: Tensor) -> Tensor:
+        """Codes of one stream as tokens, any shape."""
+        code = next((code for code in self.codes if code.stream == stream), None)
+        if code is None:
+            fail("stream", f"one of {[c.stream for c in self.codes]}", repr(stream))
+        outside = ids.numel() > 0 and (int(ids.min()) < 0 or int(ids.max()) >= code.size)
+        require(not outside, "ids", f"values from 0 to {code.size - 1}", "others")
+        return ids + code.start
+
+    def code(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `token`: (stream index, code), int64 of any shape; -1 for what is no code."""
+        stream, ids = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
+        for index, code in enumerate(self.codes):
+            inside = (tokens >= code.start) & (tokens < code.start + code.size)
+            stream = stream.masked_fill(inside, index)
+            ids = torch.where(inside, tokens - code.start, ids)
+        return stream, ids
+
+    def is_visual(self, tokens: Tensor) -> Tensor:
+        """Whether each token is a code or a marker with an id of its own; bool of the same shape."""
+        own = [marker.ids[0] for marker in self.markers if len(marker.ids) == 1]
+        markers = torch.tensor(own, dtype=torch.int64, device=tokens.device)
+        return (self.code(tokens)[0] >= 0) | torch.isin(tokens, markers)
+
+    def add_to(self, text_tokenizer: Any) -> int:
+        """Give the markers and codes that have texts their place in a text tokenizer; returns how many were added.
+
+        For vocabularies whose tokens are strings, and to let plain text tokenizers print markers. The ids must come out
+        as they are here.
+        """
+        new = [(m.ids[0], m.text) for m in self.markers if m.text and len(m.ids) == 1 and m.ids[0] >= self.text_size]
+        for code in self.codes:
+            new += [(code.start + i, code.text.format(i)) for i in range(code.size)] if code.text else []
+        new.sort()
+        require(
+            [index for index, _ in new] == list(range(self.text_size, self.text_size + len(new))),
+            "vocabulary",
+            f"tokens with texts from id {self.text_size} on, without gaps",
+            "others",
+        )
+        have = text_ids(text_tokenizer)
+        require(have == self.text_size, "text_tokenizer", f"{self.text_size} tokens", f"{have}")
+        added = text_tokenizer.add_tokens([text for _, text in new])
+        require(
+            added == len(new), "text_tokenizer", f"none of the {len(new)} new tokens", f"{len(new) - added} of them"
+        )
+        return added
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write visual_vocab.json."""
+        write_json(Path(directory) / FILE, {"library": "tokenizers_mm", "format": FORMAT, **to_mapping(self)})
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "VisualVocabulary":
+        """Read visual_vocab.json."""
+        path = Path(directory) / FILE
+        require(path.is_file(), "directory", f"a directory with {FILE}", str(directory))
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            fail(str(path), "valid JSON", str(error))
+        require(
+            isinstance(data, dict) and data.pop("format", None) == FORMAT, str(path), f"format {FORMAT}", "another one"
+        )
+        data.pop("library", None)
+        return from_mapping(cls, data, FILE)
+
+    def _size(self, height: int, width: int) -> ImageSize:
+        for size in self.sizes:
+            if (size.height, size.width) == (height, width):
+                return size
+        near = sorted(self.sizes, key=lambda s: abs(s.height - height) + abs(s.width - width))[:3]
+        names = ", ".join(f"{s.height} x {s.width}" for s in near)
+        fail("image size", f"one of the {len(self.sizes)} this vocabulary knows (near: {names})", f"{height} x {width}")
+
+
+def text_ids(text_tokenizer: Any) -> int:
+    """One more than the largest id of a text tokenizer."""
+    return max(len(text_tokenizer), max(text_tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def image_sizes(tokenizer: ImageTokenizer, sizes: Sequence[tuple[int, int]] | None = None) -> tuple[ImageSize, ...]:
+    """Image sizes with their grids; without `sizes` those that the tokenizer takes (see `for_tokenizer`)."""
+    if sizes is None and tokenizer.image_size is not None:
+        sizes = [tokenizer.image_size]
+    if sizes is not None:
+        return tuple(_image_size(tokenizer, *size) for size in sizes)
+    step = -(-SIDE_STEP // tokenizer.size_multiple) * tokenizer.size_multiple
+    sides = range(step, MAX_SIDE + 1, step)
+    found = []
+    for height in sides:
+        for width in sides:
+            try:
+                found.append(_image_size(tokenizer, height, width))
+            except ValueError:
+                continue
+    require(len(found) > 0, "tokenizer", f"one that takes a multiple of {step} up to {MAX_SIDE}", "one that takes none")
+    return tuple(found)
+
+
+def spell_sizes(sizes: tuple[ImageSize, ...], pattern: str, text_tokenizer: Any) -> tuple[ImageSize, ...]:
+    """The same sizes, each with the ids of its text."""
+    spelled = []
+    for size in sizes:
+        rows, columns = size.grids[0][-1]
+        text = pattern.format(height=size.height, width=size.width, rows=rows, columns=columns)
+        ids = text_tokenizer(text, add_special_tokens=False)["input_ids"]
+        spelled.append(replace(size, text_ids=tuple(ids)))
+    return tuple(spelled)
+
+
+def _image_size(tokenizer: ImageTokenizer, height: int, width: int) -> ImageSize:
+    return ImageSize(height, width, tuple(stream.grids for stream in tokenizer.streams(height, width)))
