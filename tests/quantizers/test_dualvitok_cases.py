@@ -9,6 +9,9 @@ from torch import Tensor
 
 from tests.cases import case
 from tests.dualvitok_weights import by_rule
+from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids
+from tokenizers_mm.quantizers.fsq import FSQ, FSQConfig
+from tokenizers_mm.quantizers.residual import ResidualQuantizer
 from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
 
 NAMES = ["st", "rot", "frozendim", "chlast_w", "blocks", "dim32_32k", "dim32_98k"]
@@ -87,3 +90,60 @@ def test_each_term_moves_one_side_only() -> None:
 def test_codes_cannot_be_revived() -> None:
     with pytest.raises(ValueError, match="frozen by design"):
         SimVQ(SimVQConfig(8, 2)).set_codes(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2))
+
+
+def test_residual_of_three() -> None:
+    own = case("dualvitok/quantizer")
+    description = json.loads((own.folder / "cases.json").read_text())["residual"]
+    t = load_file(own.folder / "residual.safetensors")
+    stages = [SimVQ(SimVQConfig(64, 8)) for _ in range(3)]
+    for index, stage in enumerate(stages):
+        names = {"frozen": "frozen_codebook", "transform.weight": "code_transform.weight"}
+        shapes, place = description["weight_keys"], f"layers.{index}."
+        state = {k: by_rule(f"q.{place}{v}", shapes[place + v], description["seed"], {}) for k, v in names.items()}
+        stage.load_state_dict(state)
+    quantizer = ResidualQuantizer(stages).train()
+    z = t["z"].requires_grad_()
+    result = quantizer.quantize(z.movedim(1, -1))
+    assert torch.equal(result.ids, t["indices"])
+    torch.testing.assert_close(result.vectors, t["quantized"].movedim(1, -1), atol=1e-6, rtol=0)
+    looked_up = quantizer.look_up(result.ids)
+    torch.testing.assert_close(looked_up, t["output_from_indices"].movedim(1, -1), atol=1e-6, rtol=0)
+    assert result.terms is not None
+    loss = result.terms.codebook + 0.25 * result.terms.commitment
+    torch.testing.assert_close(loss, t["loss"], rtol=1e-5, atol=0)
+    total = (result.vectors * t["g"].movedim(1, -1)).sum() + loss
+    weights = [stage.transform.weight for stage in stages]
+    for objective, suffix in ((loss, "_loss_only"), (total, "")):
+        to_z, *to_weights = torch.autograd.grad(objective, (z, *weights), retain_graph=True)
+        close(to_z, t[f"grad_z{suffix}"], f"grad_z{suffix}")
+        for index, gradient in enumerate(to_weights):
+            close(gradient, t[f"grad{suffix}.layers.{index}.code_transform.weight"], f"grad{suffix} {index}")
+    with pytest.raises(ValueError, match="codebooks of one size and width"):
+        ResidualQuantizer([stages[0], SimVQ(SimVQConfig(32, 8))])
+
+
+def test_fsq() -> None:
+    own = case("dualvitok/quantizer")
+    options = json.loads((own.folder / "cases.json").read_text())["fsq"]["kw"]
+    t = load_file(own.folder / "fsq.safetensors")
+    quantizer = FSQ(FSQConfig(tuple(options["levels"]), options["dim"])).train()
+    quantizer.load_state_dict({k.removeprefix("state."): v for k, v in t.items() if k.startswith("state.")})
+    z = t["z"].requires_grad_()
+    result = quantizer.quantize(z.movedim(1, -1))
+    assert quantizer.codebook_size == 1000
+    assert torch.equal(result.ids, t["indices"].long())
+    torch.testing.assert_close(result.vectors, t["quantized"].movedim(1, -1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(quantizer.look_up(result.ids), t["indices_to_codes"].movedim(1, -1), atol=2e-6, rtol=0)
+    everything = torch.arange(1000)
+    assert torch.equal(levels_to_ids(ids_to_levels(everything, (8, 5, 5, 5)), (8, 5, 5, 5)), everything)
+    assert result.terms is not None
+    assert float(result.terms.commitment) == float(t["loss"]) == 0
+    (result.vectors * t["g"].movedim(1, -1)).sum().backward()
+    close(z.grad, t["grad_z"], "grad_z")  # type: ignore[arg-type]
+    for name, parameter in quantizer.named_parameters():
+        assert parameter.grad is not None
+        close(parameter.grad, t[f"grad.{name}"], name)
+    for refuse in (quantizer.set_codes, ResidualQuantizer([quantizer]).set_codes):
+        with pytest.raises(ValueError, match=r"got a request for it|got all of them"):
+            refuse(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 6))

@@ -1,4 +1,4 @@
-"""Residual quantization: each quantizer takes what the ones before it left over (SoundStream, arXiv 2107.03312, 3.3)."""
+"""Residual quantization: each takes what the ones before it left over (SoundStream, arXiv 2107.03312, 3.3)."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ from tokenizers_mm.types import Quantized
 class ResidualQuantizer(Quantizer):
     """z [..., D] -> ids [..., n], one per quantizer, coarse to fine, and the sum of their vectors.
 
-    All have codebooks of one size. The gradient passes straight through the sum; the terms are means over the stages.
+    All have codebooks of one size. What a stage takes away carries no gradient, so z receives the gradient of the sum
+    once from every stage. The terms are means over the stages.
     """
 
     def __init__(self, stages: Sequence[Quantizer]) -> None:
@@ -31,8 +32,7 @@ class ResidualQuantizer(Quantizer):
             parts.append(stage(residual))
             residual = residual - parts[-1].vectors.detach()
         total = torch.stack([part.vectors for part in parts]).sum(0)
-        queries = torch.stack([part.queries for part in parts], -2)
-        return Quantized(total, torch.stack([part.ids for part in parts], -1), mean_terms(parts), queries)
+        return Quantized(total, torch.stack([part.ids for part in parts], -1), mean_terms(parts))
 
     def look_up(self, ids: Tensor) -> Tensor:
         vectors = [stage.look_up(part) for stage, part in zip(self.stages, ids.unbind(-1), strict=True)]  # type: ignore[operator]
