@@ -127,7 +127,8 @@ def test_training_sequence(tokenizer: TokenFlow) -> None:
     ids, prefix = given["input_ids"], config["prefix_len"]
     features = next_scale_features(vectors_of(tokenizer, given["codes"]), GRIDS)
     embeds = inputs(model.get_input_embeddings()(ids), features, prefix)
-    torch.testing.assert_close(embeds, outputs["inputs_embeds"], atol=2e-5, rtol=1e-4)
+    thin = embeds.shape[-1] // outputs["inputs_embeds"].shape[-1]  # every n-th channel is stored
+    torch.testing.assert_close(embeds[..., ::thin], outputs["inputs_embeds"], atol=2e-5, rtol=1e-4)
 
     allowed = block_mask(ids != config["lm"]["pad_id"], prefix, GRIDS)
     packed = outputs["attention_allowed_packed_uint8"].numpy()
@@ -169,7 +170,8 @@ def test_greedy_generation_with_a_cache_is_the_original_without(loops: int, toke
     assert torch.equal(ids, outputs[f"greedy.loops{loops}.codes"])
     pixels = np.asarray(tokenizer.to_pil(tokenizer.decode_ids(ids))[0]).astype(int)
     expected = outputs[f"greedy.loops{loops}.png"][0].numpy().astype(int)
-    difference = np.abs(pixels - expected)
+    thin = len(pixels) // len(expected)
+    difference = np.abs(pixels[::thin, ::thin] - expected)
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3  # the original between thread counts
 

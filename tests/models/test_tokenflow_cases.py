@@ -45,7 +45,7 @@ def test_model_case(name: str) -> None:
         close(features[:, :32], outputs["semantic_pre_quant"], "semantic_pre_quant")
         close(features[:, 32:], outputs["pixel_pre_quant"], "pixel_pre_quant")
         out = tokenizer(x)
-        assert torch.equal(out.quantized.ids, outputs["indices"])
+        assert torch.equal(out.quantized["shared"].ids, outputs["indices"])
         close(out.semantic, outputs["semantic_recon"], "semantic_recon")
         close_image(out.image, outputs["image_recon"], "image_recon")
         codes = tokenizer.encode(x)
@@ -69,11 +69,11 @@ def test_train_step(name: str) -> None:
             parameter.requires_grad_(parameter_name.startswith("pixel_decoder."))
     inputs, outputs = reference.inputs, reference.outputs
     out = tokenizer(inputs["image"])
-    assert out.quantized.terms is not None
+    assert out.quantized["shared"].terms is not None
     terms = {
         "rec_loss": (inputs["image"] - out.image).square().mean(),
-        "vq_loss": out.quantized.terms.codebook,
-        "commit_loss": 0.25 * out.quantized.terms.commitment,
+        "vq_loss": out.quantized["shared"].terms.codebook,
+        "commit_loss": 0.25 * out.quantized["shared"].terms.commitment,
         "semantic_loss": (1 - torch.cosine_similarity(out.semantic, inputs["target"], dim=-1)).mean(),
     }
     for key, value in terms.items():
@@ -105,8 +105,11 @@ def compare_gradients(tokenizer: TokenFlow, base: Case, reference: Case) -> None
     torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
     torch.optim.Adam(trained.values(), lr=1e-4, betas=(0.9, 0.95)).step()
     deltas = give(links, {name: p.detach() - before[name] for name, p in trained.items()})
-    for norm, name in zip(outputs["param_delta_norm"].tolist(), config["param_names"], strict=True):
-        assert float(deltas[name].double().norm()) == pytest.approx(norm, rel=2e-2, abs=5e-5), name
+    for norm, name, (gradient, _) in zip(
+        outputs["param_delta_norm"].tolist(), config["param_names"], expected, strict=True
+    ):
+        if gradient > 10 * noise:  # the first step of Adam has the sign of the gradient, and noise has no sign
+            assert float(deltas[name].double().norm()) == pytest.approx(norm, rel=2e-2, abs=5e-5), name
 
 
 def parameter_links(tokenizer: TokenFlow, base: Case) -> list[Link]:

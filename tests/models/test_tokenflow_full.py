@@ -41,7 +41,9 @@ def test_full_size(name: str, tmp_path: Path) -> None:
     features = result["features"].permute(0, 3, 1, 2)
     close(features[:, :32], outputs["semantic_pre_quant"], "semantic_pre_quant")
     close(features[:, 32:], outputs["pixel_pre_quant"], "pixel_pre_quant")
-    close(result["tokens"], outputs["semantic_encoder_tokens"], "semantic_encoder_tokens")
+    tokens = outputs["semantic_encoder_tokens"]  # not normed in two of the towers: the tolerance goes with their size
+    largest = float(tokens.abs().max())
+    torch.testing.assert_close(result["tokens"], tokens, atol=2e-5 * max(1.0, largest), rtol=1e-4)
     close_image(result["image"], outputs["image_recon"], "image_recon")
     close(result["semantic"], outputs["semantic_recon"], "semantic_recon")
     tokenizer = tmm.load(tmp_path / "tokenizer")

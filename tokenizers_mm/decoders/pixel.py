@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.conv import Level, Middle, NormFactory, Resampling, Upsample
+from tokenizers_mm.layers.conv import Level, Middle, NormFactory, Resampling, Upsample, silu
 from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm
 
 
@@ -71,8 +71,10 @@ class PixelDecoder(nn.Module):
         if self.middle is not None:
             h = self.middle(h, context)
         for level in self.levels:
-            h = level(h, context)
-        h = self.conv_out(F.silu(self.norm_out(h, context)))
+            for block in level:  # type: ignore[attr-defined]
+                h = block(h, context)
+        h = silu(self.norm_out(h, context))
+        h = self.conv_out(h)
         return F.pixel_shuffle(h, self.config.head_patch)
 
 

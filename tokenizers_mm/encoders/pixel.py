@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.conv import Downsample, Level, Middle, Resampling
+from tokenizers_mm.layers.conv import Downsample, Level, Middle, Resampling, silu
 from tokenizers_mm.layers.norm import GroupNorm
 
 
@@ -66,8 +65,9 @@ class PixelEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x.contiguous())  # over channels-last tensors the CPU's group norm loses two digits
         for level in self.levels:
-            h = level(h)
-        h = F.silu(self.norm_out(self.middle(h)))
+            for block in level:  # type: ignore[attr-defined]
+                h = block(h)
+        h = silu(self.norm_out(self.middle(h)))
         if self.config.resampling == "dc":
             return self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
         return self.conv_out(h)

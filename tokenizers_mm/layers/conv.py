@@ -3,10 +3,11 @@
 Every block takes (x, context); the context reaches the norms that want it (see `layers.norm`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,11 @@ from tokenizers_mm.layers.attention import attention
 
 NormFactory = Callable[[int], nn.Module]
 Resampling = Literal["conv", "dc"]
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a value that nobody else holds: in place where no gradient is kept."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
@@ -29,8 +35,9 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x, context)))
-        h = self.conv2(F.silu(self.norm2(h, context)))
+        h = self.conv1(silu(self.norm1(x, context)))
+        h = silu(self.norm2(h, context))  # frees the one before
+        h = self.conv2(h)
         return self.shortcut(x) + h
 
 
@@ -64,7 +71,7 @@ class Downsample(nn.Module):
         else:
             self.conv = nn.Conv2d(channels, channels // 4, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.how == "conv":
             return self.conv(F.pad(x, (0, 1, 0, 1)))
         return F.pixel_unshuffle(self.conv(x), 2) + F.avg_pool2d(x, 2)
@@ -79,7 +86,7 @@ class Upsample(nn.Module):
         self.how = how
         self.conv = nn.Conv2d(channels, channels if how == "conv" else 4 * channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
         if self.how == "conv":
             return self.conv(larger)
@@ -96,12 +103,19 @@ class Level(nn.Module):
         self.attentions = nn.ModuleList(ConvAttention(b, norm) for b in widths[1:]) if attend else None
         self.resample = resample
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The blocks in order. A network that goes through them itself holds no input longer than it is needed."""
         for index, block in enumerate(self.blocks):
-            x = block(x, context)
+            yield block
             if self.attentions is not None:
-                x = self.attentions[index](x, context)
-        return x if self.resample is None else self.resample(x)
+                yield self.attentions[index]
+        if self.resample is not None:
+            yield self.resample
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        for block in self:
+            x = block(x, context)
+        return x
 
 
 class Middle(nn.Module):
