@@ -245,6 +245,13 @@ class MultimodalProcessor:
                 fail("image", "a Segment with as_features=True (this tokenizer is continuous)", "an image as ids")
         return done
 
+    def feature_dims(self) -> tuple[int, ...]:
+        """Channels of each part of an image's features."""
+        size = self.vocabulary.sizes[0] if self.vocabulary.sizes else None
+        height, width = self.tokenizer.image_size or ((size.height, size.width) if size else (0, 0))
+        with torch.no_grad():
+            return tuple(part.shape[-1] for part in self._features(torch.zeros(1, 3, height, width))[0])
+
     def _features(self, images: Any) -> list[tuple[Tensor, ...]]:
         """Features per image: one tensor [T, C] per part (a tokenizer may give several parts)."""
         features: Any = self.tokenizer.features(images)
