@@ -155,11 +155,7 @@ def fit(
             raise FloatingPointError(f"gradients are not finite at step {step}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses = (
-            [*losses[1 - config.log_every :], float(value.detach())]
-            if config.log_every > 1
-            else [float(value.detach())]
-        )
+        losses = [*losses, float(value.detach())][-config.log_every :]
         line = {"step": step + 1, "seconds": time.perf_counter() - started, "loss": sum(losses) / len(losses)}
         line |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         if (step + 1) % config.log_every == 0:
@@ -226,8 +222,8 @@ def _loss(
             return lambda batch: model(**batch.model_inputs()).loss
         return lambda batch: model(**embed(model, batch, projector)).loss
     mask = processor.text_tokenizer.convert_tokens_to_ids(config.mask_token) if config.mask_token else None
-    known = mask is not None and mask != processor.text_tokenizer.unk_token_id
-    require(known, "mask_token", "a token of the text tokenizer", config.mask_token or "nothing")
+    if mask is None or mask == processor.text_tokenizer.unk_token_id:
+        fail("mask_token", "a token of the text tokenizer", config.mask_token or "nothing")
     require(projector is None, "projector", "none for masked diffusion", config.projector)
     generator = torch.Generator().manual_seed(config.seed)
     return lambda batch: diffusion_loss(model, batch, mask, generator)

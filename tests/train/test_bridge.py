@@ -52,16 +52,22 @@ def train(folder: Path, out: Path, records: str = "ids", **options: Any) -> list
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+def table(place: Path) -> torch.Tensor:
+    """The embeddings of a saved model."""
+    model: Any = AutoModelForCausalLM.from_pretrained(place)
+    return model.get_input_embeddings().weight.detach()
+
+
 def test_a_new_model_learns_and_goes_on(folder: Path, tmp_path: Path) -> None:
     log = train(folder, tmp_path / "a", pack=120)
     assert log[-1]["loss"] < log[0]["loss"]
-    model, text = AutoModelForCausalLM.from_pretrained(tmp_path / "a"), AutoTokenizer.from_pretrained(tmp_path / "a")
+    text = AutoTokenizer.from_pretrained(tmp_path / "a")
     vocabulary = VisualVocabulary.load(tmp_path / "a")
     assert len(text) == vocabulary.text_size
-    before = model.get_input_embeddings().weight.detach().clone()
+    before = table(tmp_path / "a")
     more = {"language_model.source": tmp_path / "a", "language_model.text_tokenizer": "''", "language_model.kind": "''"}
     train(folder, tmp_path / "b", learns="new_rows", steps=5, **more)
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "b").get_input_embeddings().weight
+    after = table(tmp_path / "b")
     assert VisualVocabulary.load(tmp_path / "b") == vocabulary
     assert torch.equal(after[: vocabulary.text_size], before[: vocabulary.text_size])
     assert not torch.equal(after, before)
