@@ -52,6 +52,7 @@ void Codebook::find_mean(const Rows& codes) {
     ++used;
   }
   mean.assign(padded, 0.0f);
+  zero.assign(padded, 0.0f);
   for (int64_t j = 0; j < d && used; ++j) {
     const float value = static_cast<float>(sum[j] / static_cast<double>(used));
     mean[j] = std::isfinite(value) ? value : 0.0f;
@@ -117,7 +118,10 @@ void Codebook::prepare(const Rows& codes, int threads) {
     representable = representable && fits;
   });
   drop_repetitions(codes, norm2);
-  if (representable && largest > 0) {
+  if (usable == 1)
+    for (only = 0; std::isinf(bias[only]);) ++only;
+  representable = representable && largest > 0;
+  if (representable) {
     scale = std::ldexp(1.0f, -std::clamp(std::ilogb(largest), -120, 120));
     largest *= scale;
     for (int64_t i = 0; i < k; ++i) {
@@ -151,12 +155,12 @@ const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
       const int64_t in_panel = code % panel, place = in_panel % vectors * lanes + in_panel / vectors;
       const bool wins = code < k && !std::isinf(bias[code]);
       if (wins) {
-        codes.centre(*isa, code, mean.data(), scale, row.get());
+        centre(codes, code, which, row.get());
       } else {
         std::fill(row.get(), row.get() + padded, 0.0f);
       }
       const void* source = row.get();
-      if (which != kFloat32) {
+      if (which < kFloat32) {
         worst = std::max<double>(worst, isa->quantise[which](row.get(), padded, made->scale, words.get()).residual2);
         source = words.get();
       }
@@ -167,7 +171,8 @@ const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
         std::memcpy(&word, static_cast<const char*>(source) + 4 * step, 4);
         *out = static_cast<int32_t>(word ^ flip);
       }
-      made->bias[code / panel * panel + place] = wins ? bias[code] : -std::numeric_limits<float>::infinity();
+      const float start = which == kDifference ? 0.0f : bias[code < k ? code : 0];
+      made->bias[code / panel * panel + place] = wins ? start : -std::numeric_limits<float>::infinity();
     }
     std::lock_guard<std::mutex> lock(merge);
     made->residual = std::max(made->residual, worst);

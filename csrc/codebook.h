@@ -85,12 +85,14 @@ struct Codebook {
 
   // Everything is relative to `mean` and multiplied by `scale`, a power of two that makes the largest component about 1.
   std::vector<float> mean;
+  std::vector<float> zero;
   float scale = 1;
   double radius = 0;            // max |c|
   double max_bias = 0;          // max |c|^2 / 2
   float largest = 0;            // max |c_j|
   std::vector<float> bias;      // -|c|^2 / 2; -infinity for codes that cannot win: not finite, or a repetition
   int64_t usable = 0;           // codes that can win
+  int64_t only = -1;            // the one that can, if there is just one
   bool representable = true;    // false: float32 cannot hold the centred codes; every row is searched in double precision
 
   std::mutex mutex;             // guards all lazy state below and above
@@ -103,6 +105,10 @@ struct Codebook {
 
   void prepare(const Rows& codes, int threads);
   const Pack& pack(const Rows& codes, int rung, int threads);
+  // Row i as a rung wants it: centred and scaled, or, for the difference rung, as it is.
+  RowStats centre(const Rows& rows, int64_t i, int rung, float* out) const {
+    return rung == kDifference ? rows.centre(*isa, i, zero.data(), 1.0f, out) : rows.centre(*isa, i, mean.data(), scale, out);
+  }
   const Tree& box_tree(const Rows& codes);
   int64_t bytes() const;
 

@@ -12,7 +12,7 @@ constexpr int kBlockRows = 96;    // tokens that share one pass over the packed 
 constexpr int kMaxTreeDim = 12;
 constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in a super box
 
-enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kRungs = 3 };
+enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kDifference = 3, kRungs = 4 };
 
 // Integer scores: valid ones lie in [-2^30, 2^30], codes that must never win start here (see search.cpp for the ranges).
 constexpr float kInvalidBias = -1610612736.0f;   // -1.5 * 2^30
@@ -32,7 +32,7 @@ struct ScanArgs {
   int num_scales;
   const uint8_t* scale_of;     // by token
   int32_t* bias_table;         // scratch: num_scales panels of int32
-  int32_t* groups;             // by token: group maxima (for float32: bits mapped to an integer of the same order)
+  int32_t* groups;             // by token: group maxima (for the float rungs: bits mapped to an integer of the same order)
   int64_t group_stride;
   int64_t span;                // consecutive panels folded into one set of groups
 };

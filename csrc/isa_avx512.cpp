@@ -21,21 +21,31 @@ inline __attribute__((always_inline)) void multiply_add(__m512i& sum, __m512i co
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(token));
 }
 
+struct Gap {};  // tag of the difference rung: minus the sum of squared differences
+inline __attribute__((always_inline)) void multiply_add(__m512i& sum, __m512i codes, __m512i token, const Gap*) {
+  __m512i gap;
+  asm("vsubps %2, %1, %0" : "=v"(gap) : "v"(codes), "v"(token));
+  asm("vfnmadd231ps %1, %1, %0" : "+v"(sum) : "v"(gap));
+}
+
 inline __m512i ordered(__m512i maximum, const float*) {  // float32 bits to an integer of the same order
   return _mm512_xor_si512(maximum, _mm512_and_si512(_mm512_srai_epi32(maximum, 31), _mm512_set1_epi32(0x7fffffff)));
 }
+inline __m512i ordered(__m512i maximum, const Gap*) { return ordered(maximum, static_cast<const float*>(nullptr)); }
 template <class T>
 inline __m512i ordered(__m512i maximum, const T*) { return maximum; }
 
 inline __m512i maximum(__m512i a, __m512i b, const float*) {
   return _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
 }
+inline __m512i maximum(__m512i a, __m512i b, const Gap*) { return maximum(a, b, static_cast<const float*>(nullptr)); }
 template <class T>
 inline __m512i maximum(__m512i a, __m512i b, const T*) { return _mm512_max_epi32(a, b); }
 
 template <class T>
 constexpr bool is_float(const T*) { return false; }
 constexpr bool is_float(const float*) { return true; }
+constexpr bool is_float(const Gap*) { return true; }
 
 template <class T>
 void scan(const ScanArgs& args) {
@@ -341,8 +351,8 @@ int64_t tree_candidates(const TreeView& tree, const float* point, float* scratch
 const Isa kIsa = {"avx512_vnni",
                   kLanes,
                   kVectors,
-                  {true, true, true},
-                  {scan<uint8_t>, scan<int16_t>, scan<float>},
+                  {true, true, true, true},
+                  {scan<uint8_t>, scan<int16_t>, scan<float>, scan<Gap>},
                   centre_f32,
                   centre_f64,
                   {quantise<true>, quantise<false>},

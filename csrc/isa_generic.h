@@ -75,6 +75,14 @@ struct FloatRung {
   }
 };
 
+// Minus the sum of squared differences.
+struct DifferenceRung : FloatRung {
+  static inline __attribute__((always_inline)) V add(V sum, V code, V token) {
+    const V gap = code - token;
+    return sum - gap * gap;
+  }
+};
+
 inline float magnitude(float x) { return x < 0 ? -x : x; }
 
 template <class T>

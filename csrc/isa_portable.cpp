@@ -1,4 +1,4 @@
-// Any CPU: the float32 rung on 128-bit vectors (SSE2, NEON).
+// Any CPU: the float32 rungs on 128-bit vectors (SSE2, NEON).
 #define TMM_LANES 4
 #define TMM_MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #include "isa_generic.h"
@@ -9,8 +9,8 @@ const Isa* portable_isa() {
   static const Isa isa = {"portable",
                           kLanes,
                           kVectors,
-                          {false, false, true},
-                          {nullptr, nullptr, scan<FloatRung>},
+                          {false, false, true, true},
+                          {nullptr, nullptr, scan<FloatRung>, scan<DifferenceRung>},
                           centre<float>,
                           centre<double>,
                           {quantise<int8_t>, quantise<int16_t>},

@@ -47,7 +47,8 @@ int tmm_select_isa(const char* name) {
 }
 
 tmm_codebook* tmm_codebook_create(int64_t k, int64_t d, int dtype, int method) {
-  const bool tree_fits = method != TMM_TREE || (dtype == TMM_F32 && d <= tmm::kMaxTreeDim);
+  const bool tree_fits = (method != TMM_TREE || (dtype == TMM_F32 && d <= tmm::kMaxTreeDim)) &&
+                         (method != TMM_DIFFERENCE || dtype == TMM_F32);
   const tmm::Isa* isa = tmm::current();
   const bool rung_fits = (method != TMM_INT8 || isa->has[tmm::kInt8]) && (method != TMM_INT16 || isa->has[tmm::kInt16]);
   if (k < 1 || d < 1 || k > 0x7fffff00 || dtype < TMM_F32 || dtype > TMM_F64 || method < TMM_AUTO || method > TMM_BRUTE ||

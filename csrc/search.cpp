@@ -10,6 +10,9 @@
 // at least s* - E. First the best group is scored, which gives s*, then the others. The answer is the lexicographic minimum of
 // (distance, index): it depends on the row alone, not on the rung, the tile, the block or the thread.
 //
+// The ladder: int8, int16, float32, and last the difference rung, whose bound is relative to the score itself. A probe of some
+// rows decides whether a rung leaves more to score in double precision than the next rung costs.
+//
 // Ranges of the integer rungs: |q_x . q_c| <= 2^29 (int8: 255 * 127 * d <= 2^28, int16: Cauchy-Schwarz on kInt16Norm) and
 // s_x is kept large enough for |bias| <= 2^29, so every partial sum fits int32.
 #include <algorithm>
@@ -66,7 +69,8 @@ void store(const Query& query, int64_t row, const Best& best) {
 
 void search_in_full(const Query& query, int64_t row) {
   Best best = kNothing;
-  query.codes.score(*query.book->isa, query.z, row, 0, query.book->k, &best);
+  const int64_t only = query.book->only;
+  query.codes.score(*query.book->isa, query.z, row, only < 0 ? 0 : only, only < 0 ? query.book->k : only + 1, &best);
   store(query, row, best);
 }
 
@@ -115,10 +119,10 @@ class BlockSearch {
 
  private:
   void pack_row(int64_t row, int64_t r) {
-    const RowStats stats = query_.z.centre(isa_, row, book_.mean.data(), book_.scale, x_.get());
+    const RowStats stats = book_.centre(query_.z, row, rung_, x_.get());
     RowState& state = state_[r];
     state.norm2 = stats.norm2 * book_.scale * book_.scale;
-    state.usable = std::isfinite(stats.norm2) && stats.largest < kFarthest;
+    state.usable = std::isfinite(stats.norm2) && stats.largest < (rung_ == kDifference ? 1e18 : kFarthest);
     int32_t* out = tokens_.get() + r / kTileRows * kTileRows * pack_.steps + r % kTileRows;
     if (!state.usable) {
       for (int64_t step = 0; step < pack_.steps; ++step) out[step * kTileRows] = 0;
@@ -128,7 +132,9 @@ class BlockSearch {
     const void* source = x_.get();
     state.unit = 1;
     state.offset = 0;
-    if (rung_ == kFloat32) {
+    if (rung_ == kDifference) {
+      state.bound = 0;  // relative to the score: see bound()
+    } else if (rung_ == kFloat32) {
       // d + 1 fused steps, and the rounding of x, c and the bias, each at most a unit of 2^-24 of the sum of magnitudes.
       state.bound = (static_cast<double>(book_.d) + 10) * 0x1p-24 * 1.01 * rounding;
     } else {
@@ -164,8 +170,20 @@ class BlockSearch {
     return rounded;
   }
 
+  // The true score at a squared distance, and E at a score. The difference rung scores -|z - c|^2, whose float32 terms err
+  // relative to themselves, by d + 3 roundings of 2^-24 (and by the smallest float32 where they underflow), wherever the
+  // codes lie: it is what remains when a few far codes spoil every bound that is relative to the codebook's radius.
+  double true_score(double distance, const RowState& state) const {
+    return rung_ == kDifference ? -distance : 0.5 * (state.norm2 - distance * book_.scale * book_.scale);
+  }
+  double bound(double score, const RowState& state) const {
+    if (rung_ != kDifference) return state.bound;
+    const double d = static_cast<double>(book_.d);
+    return (d + 8) * 0x1p-24 * 1.01 * std::fabs(score) + d * 1e-44;
+  }
+
   double score_of(int32_t group, const RowState& state) const {
-    if (rung_ != kFloat32) return state.unit * static_cast<double>(group - state.offset);
+    if (rung_ < kFloat32) return state.unit * static_cast<double>(group - state.offset);
     const int32_t bits = group ^ ((group >> 31) & 0x7fffffff);
     float value;
     std::memcpy(&value, &bits, 4);
@@ -174,7 +192,7 @@ class BlockSearch {
 
   // The largest group value that is surely below `score`.
   int32_t threshold_for(double score, const RowState& state) const {
-    if (rung_ != kFloat32) {
+    if (rung_ < kFloat32) {
       const double value = std::floor(score / state.unit) + static_cast<double>(state.offset) - 1;
       return static_cast<int32_t>(std::max(value, static_cast<double>(kLowestValid)));
     }
@@ -199,8 +217,13 @@ class BlockSearch {
     int32_t top = 0;
     if (state.usable) {
       top = isa_.largest(groups, groups_per_row_);
-      found = isa_.collect(groups, groups_per_row_, threshold_for(score_of(top, state) - 2 * state.bound, state), list_.get(),
-                           kCapacity);
+      if (rung_ == kDifference && !(score_of(top, state) > -1e37)) {  // overflow
+        if (keep) search_in_full(query_, row);
+        return;
+      }
+      const double score = score_of(top, state);
+      const int32_t threshold = threshold_for(score - 2 * bound(score, state), state);
+      found = isa_.collect(groups, groups_per_row_, threshold, list_.get(), kCapacity);
     }
     const int64_t group_codes = isa_.vectors * span_;
     stats->codes += found > kCapacity ? book_.k : found * group_codes;
@@ -212,11 +235,11 @@ class BlockSearch {
     int64_t first = 0;
     while (groups[list_[first]] != top) ++first;
     score_group(row, list_[first], &best);
-    const double score = 0.5 * (state.norm2 - best.distance * book_.scale * book_.scale);
+    const double score = true_score(best.distance, state);
     // The same inequality, the other way round: it can only fail when the codebook is not the one that was packed.
-    if (!(std::fabs(score - score_of(top, state)) <= state.bound)) stats->stale = true;
+    if (!(std::fabs(score - score_of(top, state)) <= bound(score, state))) stats->stale = true;
     if (found > 1) {
-      const int32_t threshold = threshold_for(score - state.bound, state);
+      const int32_t threshold = threshold_for(score - bound(score, state), state);
       for (int64_t i = 0; i < found; ++i)
         if (i != first && groups[list_[i]] >= threshold) score_group(row, list_[i], &best);
     }
@@ -331,7 +354,7 @@ Stats search_tree(const Query& query, const Tree& tree) {
 // Cycles per multiply-add of a rung's main loop, roughly, and of scoring a candidate in double precision.
 double cycles_per_product(const Isa& isa, int rung) {
   const double lanes = isa.lanes;
-  return rung == kInt8 ? 0.25 / lanes : rung == kInt16 ? 0.5 / lanes : 1.0 / lanes;
+  return rung == kInt8 ? 0.25 / lanes : rung == kInt16 ? 0.5 / lanes : rung == kFloat32 ? 1 / lanes : 2 / lanes;
 }
 
 // Whether the next rung's slower pass costs less than what this rung leaves to score in double precision.
@@ -341,7 +364,7 @@ int better_rung(const Codebook& book, int rung, const Stats& stats) {
   const double excess = (scored - 2.0 * book.isa->vectors) * (0.5 * static_cast<double>(book.d) + 16);
   int next = rung + 1;
   while (next < kRungs && !book.isa->has[next]) ++next;
-  if (next == kRungs) return rung;
+  if (next == kRungs || (next == kDifference && book.dtype != TMM_F32)) return rung;  // it needs the values themselves
   return excess > products * (cycles_per_product(*book.isa, next) - cycles_per_product(*book.isa, rung)) ? next : rung;
 }
 

@@ -19,7 +19,7 @@ extern "C" {
 enum { TMM_OK = 0, TMM_STALE = 1, TMM_NO_MEMORY = 2, TMM_BAD_ARGUMENT = 3 };
 enum { TMM_F32 = 0, TMM_F64 = 1 };
 // AUTO lets a probe choose. The others pin one method: they exist for tests and for measuring.
-enum { TMM_AUTO = 0, TMM_INT8 = 1, TMM_INT16 = 2, TMM_FLOAT32 = 3, TMM_TREE = 4, TMM_BRUTE = 5 };
+enum { TMM_AUTO = 0, TMM_INT8 = 1, TMM_INT16 = 2, TMM_FLOAT32 = 3, TMM_DIFFERENCE = 4, TMM_TREE = 5, TMM_BRUTE = 6 };
 
 typedef struct tmm_codebook tmm_codebook;
 

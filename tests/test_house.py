@@ -12,7 +12,7 @@ import pytest
 from tests.cases import ROOT
 
 PACKAGE = ROOT / "tokenizers_mm"
-LEAVES = {"types", "_check", "config", "_files", "_images"}
+LEAVES = {"types", "_check", "config", "_files", "_images", "resolutions"}
 PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
@@ -21,7 +21,8 @@ ALLOWED = {
     "_files": set(),
     "config": {"_check"},
     "types": {"_check"},
-    "_images": {"_check"},
+    "_images": {"_check", "resolutions"},
+    "resolutions": {"_check"},
     "kernels": {"types", "_check"},
     "functional": {"kernels", "types", "_check"},
     "layers": {"functional", "types", "_check"},
@@ -120,6 +121,21 @@ def test_no_file_is_unfinished() -> None:
             if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}:
                 text = path.read_text()
                 assert not [mark for mark in marks if mark in text], path
+
+
+@pytest.mark.parametrize(
+    ("op", "native"),
+    [("nearest_code", "nearest_code"), ("nearest_code_shared", "nearest_code"), ("code_sums", "code_sums")],
+)
+def test_every_kernel_is_a_family_of_five(op: str, native: str) -> None:
+    """Declaration, native code, reference twin, test, benchmark. The shared search is one search over joined parts."""
+    from tokenizers_mm import kernels
+
+    assert callable(getattr(kernels, op))
+    assert f"tmm_{native}(" in (ROOT / "csrc" / "tokenizers_mm.h").read_text()
+    assert f"def {native}(" in (PACKAGE / "kernels" / "reference.py").read_text()
+    assert (ROOT / "tests" / "kernels" / f"test_{op}.py").is_file()
+    assert (ROOT / "benchmarks" / f"{op}.py").is_file()
 
 
 @pytest.mark.parametrize(

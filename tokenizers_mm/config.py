@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tokenizers_mm._check import fail
 
@@ -28,16 +29,16 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         if "=" not in item:
             fail("override", "key=value", item)
     try:
-        config = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, ValueError) as error:
-        fail(f"config {path}", "valid YAML with values for all keys", str(error).splitlines()[0])
-    except Exception as error:  # a YAML syntax error comes from the parser's own hierarchy
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
+        loaded = OmegaConf.load(path)
+    except YAMLError as error:
         fail(f"config {path}", "valid YAML", " ".join(str(error).split()))
-    if not isinstance(data, dict):
-        fail(f"config {path}", "a mapping", type(data).__name__)
+    if not isinstance(loaded, DictConfig):
+        fail(f"config {path}", "a mapping", "a list")
+    try:
+        config = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError, YAMLError) as error:
+        fail(f"config {path}", "values that can be read", str(error).splitlines()[0])
     return typing.cast(dict[str, Any], data)
 
 

@@ -6,6 +6,8 @@ import platform
 
 import torch
 
+from tokenizers_mm import kernels
+
 EXTRAS = {
     "train": ("accelerate", "lpips", "tqdm", "matplotlib", "tensorboard", "scikit-image", "scikit-learn"),
     "eval": ("torch-fidelity", "lpips", "matplotlib", "scikit-image", "scikit-learn"),
@@ -24,6 +26,8 @@ def report() -> list[str]:
         lines += [f"device         {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     else:
         lines.append("device         CPU (torch sees no CUDA device)")
+    live = kernels.describe()
+    lines.append(f"kernels        {live['path']} {live['isa']} ({live['reason']})")
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if _version(package) == "missing"]
         state = "complete" if not missing else f"missing {', '.join(missing)}: pip install 'tokenizers_mm[{extra}]'"

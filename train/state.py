@@ -8,16 +8,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tokenizers_mm import load
-from tokenizers_mm.config import from_mapping
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
 from tokenizers_mm.losses.captions import CaptionContrast
 from tokenizers_mm.losses.discriminators import PatchGAN
 from tokenizers_mm.losses.perceptual import load_lpips
-from tokenizers_mm.models import MODELS, ImageTokenizer
+from tokenizers_mm.models import ImageTokenizer
 
 from .config import TeacherConfig, TrainConfig
 from .objective import Objective
+from .start import build_tokenizer
 from .upkeep import CodebookUpkeep
 
 
@@ -49,7 +48,7 @@ def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
     """Build everything from the configuration, on the accelerator's device."""
     torch.manual_seed(config.seed)
     device = accelerator.device
-    tokenizer = _tokenizer(config).to(device).train()
+    tokenizer = build_tokenizer(config.model).to(device).train()
     _freeze(tokenizer, config.trainable)
     objective = _objective(config, tokenizer, device)
     learning = [p for p in tokenizer.parameters() if p.requires_grad]
@@ -76,17 +75,6 @@ def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
         CodebookUpkeep.for_tokenizer(tokenizer),
         torch.Generator().manual_seed(config.seed),
     )
-
-
-def _tokenizer(config: TrainConfig) -> ImageTokenizer[Any]:
-    if config.model.start_from:
-        return load(config.model.start_from)
-    family = MODELS[config.model.family]
-    tokenizer = family.from_config(from_mapping(family.Config, config.model.config, "config.model.config"))
-    for module in tokenizer.modules():
-        if isinstance(module, SemanticEncoder) and module.config.pretrained:
-            load_pretrained(module)
-    return tokenizer
 
 
 def _freeze(tokenizer: nn.Module, trainable: tuple[str, ...]) -> None:

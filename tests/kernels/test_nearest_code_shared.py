@@ -80,7 +80,9 @@ def test_gradients_and_errors() -> None:
     codebooks = tuple(c.double().requires_grad_() for c in codebooks)
 
     def distance(*tensors: Tensor) -> Tensor:
-        return kernels.nearest_code_shared(tensors[:2], tensors[2:], (1.0, 0.5), normalize=True, return_distance=True)[1]
+        return kernels.nearest_code_shared(tensors[:2], tensors[2:], (1.0, 0.5), normalize=True, return_distance=True)[
+            1
+        ]
 
     assert torch.autograd.gradcheck(distance, (*zs, *codebooks))
     with pytest.raises(ValueError, match=r"zs\[1\]: expected float \[\.\.\., 2\], got float64 \[5, 3\]"):

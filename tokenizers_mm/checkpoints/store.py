@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,22 @@ def build(model: type[ImageTokenizer[Any]], config: Any) -> ImageTokenizer[Any]:
 
 def fill(tokenizer: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Give a model its tensors; names and shapes must match exactly, else one error names the first offenders."""
-    expected = tokenizer.state_dict()
+    account({name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}, tensors, where)
+    tokenizer.load_state_dict(tensors, strict=True, assign=True)
+
+
+def account(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors whose names and shapes are not exactly those expected, with one sentence that names the first."""
     missing, unknown = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
     wrong = [
-        f"{n} (expected {list(expected[n].shape)}, got {list(tensors[n].shape)})"
+        f"{n} (expected {list(expected[n])}, got {list(tensors[n].shape)})"
         for n in expected
-        if n in tensors and expected[n].shape != tensors[n].shape
+        if n in tensors and tuple(tensors[n].shape) != tuple(expected[n])
     ]
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     found = [f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names]
     if found:
         fail(where, "exactly the tensors of the model", "; ".join(found))
-    tokenizer.load_state_dict(tensors, strict=True, assign=True)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def random_crop(image: Image.Image, size: int, rng: random.Random, min_fraction: float = 0.8) -> Image.Image:
     """The ADM random crop: the smaller side becomes a number in [size, ceil(size / min_fraction)], then a cut."""
     image = _scale_smaller_side(image, rng.randint(size, math.ceil(size / min_fraction)))
-    left, top = rng.randint(0, image.width - size), rng.randint(0, image.height - size)
+    top = rng.randint(0, image.height - size)  # the original draws rows first
+    left = rng.randint(0, image.width - size)
     return image.crop((left, top, left + size, top + size))
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
@@ -15,10 +14,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class SemanticEncoderConfig:
     """A timm model and how its features are read.
 
-    name: a timm model name; `options` go to `timm.create_model` (img_size, embed_dim, depth, ...).
+    name: a timm model name; `options` go to `timm.create_model` (img_size, embed_dim, depth, ...; embed_cfg, the sizes
+    of ViTamin's convolutional stem, as a mapping).
     pretrained: start from timm's published weights (needs its hub when the tokenizer is first built for training).
     mean, std: of the image in [0, 1], which is clamped first; None passes the image in [-1, 1] on as it is.
-    features: "norm" reads the tokens after the tower's last norm, "last" those of its last block.
+    features: "norm" reads the tokens after the tower's last norm, "last" those of its last block, "projected" the
+    normed ones through the tower's head (CLIP's joint space), whose width is the option num_classes.
     """
 
     name: str
@@ -26,7 +27,7 @@ class SemanticEncoderConfig:
     pretrained: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    features: Literal["norm", "last"] = "norm"
+    features: Literal["norm", "last", "projected"] = "norm"
 
 
 class SemanticEncoder(nn.Module):
@@ -41,27 +42,26 @@ class SemanticEncoder(nn.Module):
         )
         self.config = config
         try:
-            self.tower = timm.create_model(
-                config.name, pretrained=False, num_classes=0, **{"global_pool": "", **config.options}
-            )
+            options = {"global_pool": "", "num_classes": 0, **_timm_options(config.options)}
+            self.tower = timm.create_model(config.name, pretrained=False, **options)
         except RuntimeError as error:
             fail("name", "a timm model", f"{config.name!r} ({error})")
         if config.features == "last" and hasattr(self.tower, "norm"):
             self.tower.norm = nn.Identity()
-        self.dim = int(self.tower.num_features)  # type: ignore[arg-type]
-        if config.mean is not None and config.std is not None:
-            self.mean: Tensor
-            self.std: Tensor
-            self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
-            self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+        projected = config.features == "projected"
+        require(not projected or options["num_classes"] > 0, "options.num_classes", "the width of the head", 0)
+        self.dim = int(options["num_classes"] if projected else self.tower.num_features)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.config.mean is not None:
-            x = (((x + 1) / 2).clamp(0, 1) - self.mean) / self.std
+        mean, std = self.config.mean, self.config.std
+        if mean is not None and std is not None:
+            x = (((x + 1) / 2).clamp(0, 1) - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
         tokens = self.tower.forward_features(x)  # type: ignore[operator]
         if tokens.ndim == 4:  # a convolutional tower: [B, C, h, w]
             return tokens.permute(0, 2, 3, 1)
         tokens = tokens[:, getattr(self.tower, "num_prefix_tokens", 0) :]
+        if self.config.features == "projected":
+            tokens = self.tower.head(tokens)  # type: ignore[operator]
         rows = self._rows(x, tokens.shape[1])
         return tokens.unflatten(1, (rows, -1))
 
@@ -72,13 +72,26 @@ class SemanticEncoder(nn.Module):
         return rows
 
 
+def _timm_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Plain values as timm wants them: it takes the sizes of a hybrid stem as an object of its own."""
+    stem = options.get("embed_cfg")
+    if stem is None:
+        return options
+    from timm.models.vitamin import VitCfg
+
+    try:
+        return {**options, "embed_cfg": VitCfg(**stem)}
+    except TypeError as error:
+        fail("options.embed_cfg", "embed_dim, depths and stem_width", str(error))
+
+
 def load_pretrained(encoder: SemanticEncoder) -> None:
     """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
     import timm
 
-    published = timm.create_model(
-        encoder.config.name, pretrained=True, num_classes=0, **{"global_pool": "", **encoder.config.options}
-    )
+    ours = _timm_options(encoder.config.options)  # the published tower keeps its own depth and pooling
+    options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
+    published = timm.create_model(encoder.config.name, pretrained=True, **{"num_classes": 0, **options})
     state = published.state_dict()
     wanted = encoder.tower.state_dict()
     missing = [name for name in wanted if name not in state]

@@ -12,10 +12,13 @@ def cosine_distance(predicted: Float[Tensor, "*n d"], target: Float[Tensor, "*n 
 
 
 def contrastive(
-    images: Float[Tensor, "b d"], texts: Float[Tensor, "b d"], log_scale: Float[Tensor, ""]
+    images: Float[Tensor, "b d"], texts: Float[Tensor, "t d"], log_scale: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """Symmetric cross-entropy of the cosine similarities times exp(log_scale), at most 100 (CLIP, arXiv 2103.00020)."""
+    """Symmetric cross-entropy of the cosine similarities times exp(log_scale), at most 100 (CLIP, arXiv 2103.00020).
+
+    Text i belongs to image i; texts beyond the number of images are further negatives.
+    """
     scale = log_scale.exp().clamp(max=100.0)
     logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     target = torch.arange(len(logits), device=logits.device)
-    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T[: len(images)], target))

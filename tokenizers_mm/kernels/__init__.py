@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, overload
+from typing import Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ _nearest = torch.ops.tokenizers_mm.nearest_code.default
 _nearest_distance = torch.ops.tokenizers_mm.nearest_code_distance.default
 _nearest_shared = torch.ops.tokenizers_mm.nearest_code_shared.default
 _code_sums = torch.ops.tokenizers_mm.code_sums.default
+Parts: TypeAlias = tuple[Tensor, ...] | list[Tensor]
+Weights: TypeAlias = tuple[float, ...]
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -28,13 +31,11 @@ def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: Literal[False]
 def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: Literal[True]) -> tuple[Tensor, Tensor]: ...
 
 
-def nearest_code(
-    z: Tensor, codebook: Tensor, *, return_distance: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Index of the nearest code: argmin_k ||z - codebook[k]||^2, exactly that of float64, the lowest index on ties.
 
-    z [..., D] and codebook [K, D], any strides, float16, bfloat16, float32 or float64 in any mixture, taken as given (no
-    autocast). Returns int64 [...]; with `return_distance` also the squared distance [...] (float64 if an input is,
+    z [..., D] and codebook [K, D], any strides, float16, bfloat16, float32 or float64 in any mixture, taken as given
+    (no autocast). Returns int64 [...]; with `return_distance` also the squared distance [...] (float64 if an input is,
     else float32), differentiable in z and codebook. A code that holds NaN or infinity is never chosen; a query without
     a finite distance gets index 0 and a NaN distance. Raises ValueError for wrong shapes or dtypes.
     """
@@ -45,17 +46,34 @@ def nearest_code(
     return ids, distance
 
 
+@overload
 def nearest_code_shared(
-    zs: tuple[Tensor, ...] | list[Tensor],
-    codebooks: tuple[Tensor, ...] | list[Tensor],
-    weights: tuple[float, ...] = (1.0, 1.0),
+    zs: Parts,
+    codebooks: Parts,
+    weights: Weights = ...,
+    *,
+    normalize: bool = ...,
+    return_distance: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def nearest_code_shared(
+    zs: Parts, codebooks: Parts, weights: Weights = ..., *, normalize: bool = ..., return_distance: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def nearest_code_shared(
+    zs: Parts,
+    codebooks: Parts,
+    weights: Weights = (1.0, 1.0),
     *,
     normalize: bool = False,
     return_distance: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One index for several codebooks: argmin_k of sum_i weights[i] * ||zs[i] - codebooks[i][k]||^2, int64 [...].
 
-    zs[i] is [..., D_i] and codebooks[i] is [K, D_i]; weights are >= 0. `normalize` first divides every row of every part
+    zs[i] is [..., D_i] and codebooks[i] is [K, D_i]; weights are >= 0. `normalize` first divides every row of each part
     by its L2 norm (at least 1e-12), in float64. With `return_distance` also the joint distance [...], differentiable;
     it takes the memory of the looked up rows. Exactness and special values as in `nearest_code`. Source: TokenFlow
     (arXiv 2412.03069), equation 2.
@@ -65,7 +83,7 @@ def nearest_code_shared(
     for i, (z, codebook) in enumerate(zip(zs, codebooks, strict=True)):
         _check_pair(f"zs[{i}]", z, f"codebooks[{i}]", codebook)
         require(z.shape[:-1] == zs[0].shape[:-1], f"zs[{i}]", f"{list(zs[0].shape[:-1])} rows", z)
-        require(codebook.shape[0] == codebooks[0].shape[0], f"codebooks[{i}]", f"[{codebooks[0].shape[0]}, D]", codebook)
+        require(codebook.shape[0] == codebooks[0].shape[0], f"codebooks[{i}]", f"[{len(codebooks[0])}, D]", codebook)
     require(all(weight >= 0 for weight in weights), "weights", ">= 0", weights)
     ids = _nearest_shared(list(zs), list(codebooks), [float(weight) for weight in weights], normalize)
     if not return_distance:
@@ -84,7 +102,7 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
     """How often each code was used, int64 [K], and the sum of the vectors given to it, float64 [K, D].
 
     vectors [N, D], ids int64 [N] in 0 .. K - 1. Rows are added in their order in float64: the same bits on every run
-    and for any number of threads. Differentiable in vectors. Raises ValueError for wrong shapes and for ids out of range.
+    and for any number of threads. Differentiable in vectors. Raises ValueError for wrong shapes and ids out of range.
     """
     require(vectors.ndim == 2 and vectors.dtype in _FLOATS, "vectors", "float [N, D]", vectors)
     require(ids.dtype == torch.int64 and ids.shape == vectors.shape[:1], "ids", f"int64 [{vectors.shape[0]}]", ids)

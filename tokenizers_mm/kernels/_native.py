@@ -14,7 +14,7 @@ from torch import Tensor
 
 ABI_VERSION = 1
 OK, STALE, NO_MEMORY, BAD_ARGUMENT = range(4)
-METHODS = ("auto", "int8", "int16", "float32", "tree", "brute")
+METHODS = ("auto", "int8", "int16", "float32", "difference", "tree", "brute")
 
 _log = logging.getLogger(__name__)
 

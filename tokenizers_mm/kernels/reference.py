@@ -11,7 +11,7 @@ TILE_ELEMENTS = 1 << 20
 """Scores (float64) held at a time: 8 MB. No N x K matrix is ever made."""
 
 BAND = 4e-16
-"""Rounding of the float64 product form, relative to the squared norms, per D + 8 operations: twice the unit roundoff."""
+"""Rounding of the float64 product form, relative to the squared norms, per D + 8 operations: two units and more."""
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 _BACKEND = "TOKENIZERS_MM_ATTENTION"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """softmax(q k' / sqrt(d)) v for [B, heads, N, d]; `mask` is boolean, True where a query may look.
 
     TOKENIZERS_MM_ATTENTION=xformers uses its kernel on CUDA tensors without a mask, where that package is installed.
+    `dropout` is the share of attention weights that are set to 0.
     """
-    if mask is None and q.is_cuda and os.environ.get(_BACKEND) == "xformers":
+    if mask is None and dropout == 0.0 and q.is_cuda and os.environ.get(_BACKEND) == "xformers":
         import xformers.ops  # pyright: ignore[reportMissingImports]
 
         heads_last = (x.transpose(1, 2) for x in (q, k, v))
         return xformers.ops.memory_efficient_attention(*heads_last).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -45,6 +46,7 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention over [B, N, C], with one projection for q, k and v.
 
     `rotate`, when given to `forward`, turns q and k [B, heads, N, d] by their positions before the product.
+    dropout: of the attention weights and of the output, in training mode.
     """
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = True, dropout: float = 0.0) -> None:
@@ -60,7 +62,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        return self.dropout(self.proj(attention(q, k, v, mask).transpose(1, 2).flatten(2)))
+        out = attention(q, k, v, mask, self.dropout.p if self.training else 0.0)
+        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):

@@ -13,13 +13,19 @@ from tokenizers_mm.layers.attention import Block
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """Sizes of the text tower. Words are hashed into `buckets`, captions cut to `max_words`."""
+    """Sizes of the text tower. Words are hashed into `buckets`, captions cut to `max_words`.
+
+    swaps: groups of words that may stand for each other (all colours, say); `hard_negatives` altered copies of each
+    caption, one word swapped, are added to what an image must tell its caption from (arXiv 2210.01936, section 4).
+    """
 
     width: int = 128
     depth: int = 2
     heads: int = 4
     buckets: int = 4096
     max_words: int = 40
+    swaps: tuple[tuple[str, ...], ...] = ()
+    hard_negatives: int = 0
 
 
 class CaptionContrast(nn.Module):
@@ -49,7 +55,19 @@ class CaptionContrast(nn.Module):
         if len(present) < 2:
             return semantic.sum() * 0.0
         images = self.image_head(semantic[present].mean(1))
-        return contrastive(images, self.encode_text([captions[i] for i in present]), self.log_scale)
+        texts = [captions[i] for i in present]
+        altered = [self._altered(text) for text in texts for _ in range(self.config.hard_negatives)]
+        return contrastive(images, self.encode_text(texts + altered), self.log_scale)
+
+    def _altered(self, caption: str) -> str:
+        """One random word of a swap group replaced by another of its group; the caption itself where it has none."""
+        words = caption.split()
+        places = [(i, group) for i, word in enumerate(words) for group in self.config.swaps if word in group]
+        if not places:
+            return caption
+        place, group = places[int(torch.randint(len(places), ()))]
+        others = [word for word in group if word != words[place]]
+        return " ".join([*words[:place], others[int(torch.randint(len(others), ()))], *words[place + 1 :]])
 
     def _words(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         words = [re.findall(r"\w+", caption.lower())[: self.config.max_words] for caption in captions]

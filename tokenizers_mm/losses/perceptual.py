@@ -1,5 +1,6 @@
 """LPIPS (arXiv 1801.03924) as a training term, through the `lpips` package and a local file of VGG16 weights."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ class LPIPS(nn.Module):
         super().__init__()
         import lpips  # an extra: loaded when the term is used
 
-        self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False).eval()
+        with warnings.catch_warnings():  # it builds VGG16 with an argument that torchvision has renamed
+            warnings.simplefilter("ignore", UserWarning)
+            self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stays in evaluation mode: its dropout must not act in training."""

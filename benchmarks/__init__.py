@@ -1,0 +1,1 @@
+"""Programs that measure the library against its peers; each appends to results/."""

@@ -1,0 +1,118 @@
+"""What every benchmark needs: interleaved timing, peak memory, a description of the machine, a log of results."""
+
+import ctypes
+import datetime
+import importlib.metadata
+import json
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""The CPU clock, the time of all threads together, is the one to trust on a busy machine, for one thread."""
+
+
+def interleave(
+    methods: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", clock: str = "wall"
+) -> dict[str, float]:
+    """Median milliseconds of each method; every round runs all of them in a new random order, after one warm-up."""
+    now = CLOCKS[clock]
+    for method in methods.values():
+        method()
+    order, times = list(methods), {name: [] for name in methods}
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            synchronize(device)
+            start = now()
+            methods[name]()
+            synchronize(device)
+            times[name].append(1e3 * (now() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_extra_megabytes(method: Callable[[], Any], device: str = "cpu") -> float | None:
+    """Memory a call needs on top of what is there before it. None where the system does not tell."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        method()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+        method()
+        return (_status("VmHWM") - before) / 1e3
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, versions, commit and date; nothing that names the machine."""
+    info: dict[str, Any] = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    info["cpu"] = _cpu_model()
+    info["gpu"] = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    info["python"] = platform.python_version()
+    for package in ("torch", "faiss-cpu", "vector-quantize-pytorch"):
+        try:
+            info[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            info[package] = None
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    info["commit"] = commit.stdout.strip() or None
+    return info
+
+
+def _cpu_model() -> str:
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    except OSError:
+        return platform.processor()
+    return f"{fields.get('model name', '')} family {fields.get('cpu family', '')} model {fields.get('model', '')}"
+
+
+def record(benchmark: str, row: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Append one JSON line to results/BENCHMARK.jsonl."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
+        file.write(json.dumps({**row, **about}) + "\n")
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns aligned, the first to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""Published checkpoints of other code bases into our format: `tokenizers-mm convert FAMILY FILE --out DIR`.
+
+    convert(family, file, out, config=None, **options) -> Path      # what the command line calls
+    FAMILIES[family](tensors, where, config, **options) -> ImageTokenizer
+
+A converter of a family (one file per family beside this one, built on `upstream`) gets the tensors by their published
+names, `where` to begin an error with, and optionally the dimensions of an unpublished size in the form of the reference
+cases' config.json. It returns a tokenizer that holds the weights, with source, licence and notice in `provenance`.
+Its options are keyword-only parameters; numbers and booleans may come as text.
+"""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.checkpoints import dualvitok, mar, tokenflow, upstream
+from tokenizers_mm.models import ImageTokenizer
+
+Converter = Callable[..., ImageTokenizer]
+
+FAMILIES: dict[str, Converter] = {
+    "dualvitok": dualvitok.convert,
+    "mar": mar.convert,
+    "tokenflow": tokenflow.convert,
+}
+
+
+def convert(
+    family: str,
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """Read a published checkpoint strictly and write it to `out` in our format; the path of `out`.
+
+    Every key is accounted for: one ValueError names the first that are missing, unknown or of another shape. `out` is
+    written whole or not at all.
+    """
+    require(family in FAMILIES, "family", f"one of {sorted(FAMILIES)}", family)
+    out = Path(out)
+    require(not out.exists() or out.is_dir(), "out", "a directory or a new name", f"the file {out}")
+    converter = FAMILIES[family]
+    options = _checked(converter, options)
+    tokenizer = converter(upstream.read(file), str(file), config, **options)
+    tokenizer.provenance = dataclasses.replace(tokenizer.provenance, sha256=upstream.sha256(file))
+    tokenizer.save(out)
+    return out
+
+
+def _checked(converter: Converter, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options a converter knows, text turned into the type of its default."""
+    parameters = inspect.signature(converter).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for name in options:
+        require(name in known, "option", f"one of {sorted(known)}" if known else "none for this family", name)
+    return {name: _parsed(name, value, known[name]) for name, value in options.items()}
+
+
+def _parsed(name: str, value: Any, default: Any) -> Any:
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return float(value) if isinstance(default, float) else int(value)
+    except ValueError:
+        fail(name, "a number", repr(value))
