@@ -194,7 +194,7 @@ def write_understanding(path: Path, scenes: list[Scene], answers: list[list[tupl
         "| scene | colour | shape | description |",
         "|---|---|---|---|",
     ]
-    for scene, row in zip(scenes[:SHOWN], answers, strict=False):
+    for scene, row in zip(scenes[:SHOWN], answers[:SHOWN], strict=True):
         lines.append("| " + " | ".join([scene.caption, *(answer for answer, _ in row)]) + " |")
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
