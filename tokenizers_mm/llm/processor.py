@@ -178,7 +178,7 @@ class MultimodalProcessor:
         """Slots of images from 0; text from the length of the longest image on. pieces: prefix, the row's, the end."""
         images = [False, *(not isinstance(segment.content, str) for segment in row), False]
         parts, text = [], self.longest
-        for piece, image in zip(pieces, images, strict=False):
+        for piece, image in zip(pieces, images[: len(pieces)], strict=True):
             parts.append(torch.arange(len(piece)) + (0 if image else text))
             text += 0 if image else len(piece)
         return torch.cat(parts)
