@@ -2,6 +2,8 @@
 
 import sys
 
+from tokenizers_mm.config import from_mapping, read_yaml
+
 from .config import read_config
 from .loop import run
 
@@ -12,7 +14,12 @@ def main(arguments: list[str]) -> int:
         print("usage: tokenizers-mm train CONFIG [key=value ...]", file=sys.stderr)
         return 0 if arguments else 2
     try:
-        run(read_config(arguments[0], arguments[1:]))
+        if "language_model" in read_yaml(arguments[0], arguments[1:]):
+            from .bridge import BridgeConfig, run_bridge  # needs transformers
+
+            run_bridge(from_mapping(BridgeConfig, read_yaml(arguments[0], arguments[1:]), "config"))
+        else:
+            run(read_config(arguments[0], arguments[1:]))
     except ValueError as error:
         print(f"tokenizers-mm train: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """The demo's second half: a small language model learns to tell what it sees in scenes and to draw from captions."""
 
+import itertools
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,15 +50,19 @@ def bridge_demo(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> di
     model = make_model(tokenizer, processor)
     scenes = [make_scene(index) for index in range(NUM_SCENES)]
     codes = encode_scenes(tokenizer, scenes, side)
-    rng = random.Random(0)
+    rng, turn = random.Random(0), itertools.count()
 
     def next_batch() -> Batch:
+        """The directions take turns, so that a few words of an answer weigh as much as the many codes of a picture."""
+        row = drawing_row if next(turn) % 2 else telling_row
         chosen = [rng.randrange(NUM_SCENES) for _ in range(BATCH)]
-        rows = [training_row(scenes[i], codes[i], rng) for i in chosen]
+        rows = [row(scenes[i], codes[i], rng) for i in chosen]
         return pad_rows(processor.rows(rows), processor.pad)
 
     options = OptimizerConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine", warmup=40, clip=1.0)
-    last = fit(model, next_batch, FitConfig(options, steps=100_000, max_seconds=seconds), print)
+    fitting = FitConfig(options, steps=100_000, max_seconds=seconds)
+    last = fit(list(model.train().parameters()), lambda: model(**next_batch().model_inputs()).loss, fitting, print)
+    model.eval()
     model.save_pretrained(out / "language_model")
     processor.save(out / "language_model")
 
@@ -133,15 +138,19 @@ def encode_scenes(tokenizer: ImageTokenizer[Any], scenes: list[Scene], side: int
     return found
 
 
-def training_row(scene: Scene, codes: ImageCodes, rng: random.Random) -> list[Any]:
-    """One direction or the other: draw from the caption, or answer about the picture."""
-    if rng.random() < 0.5:
-        return [Segment(f"{DRAW} {scene.caption}", learn=False), codes]
+def drawing_row(scene: Scene, codes: ImageCodes, rng: random.Random) -> list[Any]:
+    """A caption and its picture; one time in ten the picture alone, which guidance needs."""
+    return [codes] if rng.random() < 0.1 else [Segment(f"{DRAW} {scene.caption}", learn=False), codes]
+
+
+def telling_row(scene: Scene, codes: ImageCodes, rng: random.Random) -> list[Any]:
+    """A picture and two questions about it, in any order; now and then its description."""
     largest = scene.objects[0]
-    turns = [(COLOUR, largest.colour), (SHAPE, largest.shape), (TELL, scene.caption)]
+    turns = [(COLOUR, largest.colour), (SHAPE, largest.shape)]
+    turns += [(TELL, scene.caption)] if rng.random() < 0.3 else []
     rng.shuffle(turns)
     pairs = [(Segment(question, learn=False), answer) for question, answer in turns]
-    return [codes, *(part for pair in pairs for part in pair)]
+    return [Segment(codes, learn=False), *(part for pair in pairs for part in pair)]
 
 
 def understand(
@@ -185,7 +194,7 @@ def write_understanding(path: Path, scenes: list[Scene], answers: list[list[tupl
         "| scene | colour | shape | description |",
         "|---|---|---|---|",
     ]
-    for scene, row in zip(scenes[:SHOWN], answers, strict=False):
+    for scene, row in zip(scenes[:SHOWN], answers[:SHOWN], strict=True):
         lines.append("| " + " | ".join([scene.caption, *(answer for answer, _ in row)]) + " |")
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -188,6 +188,8 @@ def test_errors_of_extend() -> None:
     prompts, grammar = MultimodalProcessor(one_scale(), text, vocabulary)(["a"], end=False), Grammar(vocabulary)
     with pytest.raises(ValueError, match=r"model: expected at least 297 rows \(call extend\), got 287"):
         generate(model, prompts, grammar)
+    with pytest.raises(ValueError, match=r"model: expected evaluation mode \(model.eval\(\)\), got training mode"):
+        generate(extend(tiny_model("llama")[0], vocabulary).train(), prompts, grammar)
     with pytest.raises(ValueError, match=r"codebooks\['pixel'\]: expected \[8, D\], got float32 \[7, 4\]"):
         extend(tiny_model("llama")[0], vocabulary, codebooks={"pixel": torch.zeros(7, 4)})
     with pytest.raises(ValueError, match=r"codebooks: expected streams \['pixel'\], got \['other'\]"):

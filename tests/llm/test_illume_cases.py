@@ -242,11 +242,15 @@ def test_features_in_the_sequence() -> None:
     semantic, pixel = tensors["h_semantics"][0].split(cut[0]), tensors["h_pixels"][0].split(cut[1])
     parts = {size: (semantic[i][None], pixel[i][None]) for i, size in enumerate(images)}
 
-    class Features(FakeTokenizer):
-        def features(self, images_or_codes: Any) -> Any:
-            return parts[images_or_codes.shape[-2:]]
+    def stream_features(x: Tensor) -> dict[str, Tensor]:
+        """By stream, on its grid, as DualViTok's own."""
+        size = (x.shape[2], x.shape[3])
+        return {
+            name: part.unflatten(1, tuple(images[size][i]))
+            for i, (name, part) in enumerate(zip("sp", parts[size], strict=True))
+        }
 
-    tokenizer = Features(
+    tokenizer = FakeTokenizer(
         {
             "semantic": (4, lambda h, w: (tuple(images[h, w][0]),)),
             "pixel": (4, lambda h, w: (tuple(images[h, w][1]),)),
@@ -272,7 +276,7 @@ def test_features_in_the_sequence() -> None:
             if old in key
         }
     )
-    processor = MultimodalProcessor(tokenizer, text, known)
+    processor = MultimodalProcessor(tokenizer, text, known, features=stream_features)
     model = SimpleNamespace(get_input_embeddings=lambda: embedding)
     for index, name in enumerate(("image0", "image1")):
         image = Segment(tensors[name][0].clamp(-1, 1), as_features=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def test_it_trains_asks_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert sheet.width > 100
     assert len((tmp_path / "understanding.md").read_text().splitlines()) == 4 + 4
     folder = tmp_path / "language_model"
-    model, text = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    text = AutoTokenizer.from_pretrained(folder)
     vocabulary = VisualVocabulary.load(folder)
     assert len(text) == vocabulary.text_size
     assert len(model.get_input_embeddings().weight) == vocabulary.size  # pyright: ignore[reportArgumentType]

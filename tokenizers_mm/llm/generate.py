@@ -87,6 +87,7 @@ def generate(
     """
     settings = settings or GenerationSettings()
     check_rows(model, grammar.vocabulary)
+    require(not model.training, "model", "evaluation mode (model.eval())", "training mode")
     unknown = sorted(set(settings.streams) - {code.stream for code in grammar.vocabulary.codes})
     require(not unknown, "streams", f"names among {[code.stream for code in grammar.vocabulary.codes]}", unknown)
     guided = settings.guidance != 1.0

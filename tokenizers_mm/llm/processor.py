@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,8 @@ class MultimodalProcessor:
     is not in the vocabulary ("refuse", or bring it to the one nearest in shape by "crop", "pad" or "resize").
     positions: what `position_ids` count: "order", all tokens; "slots", in an image its slots from 0, and text from the
     length of the longest image on (so that with learned position embeddings a place in an image is always the same).
+    features: what images are shown as where a Segment asks for features: a function of images that gives [B, T, C] or
+    [B, h, w, C], or several of them by name or in a tuple (DualViTok's `stream_features`); by default the tokenizer's.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MultimodalProcessor:
         vocabulary: VisualVocabulary,
         fit: Fit = "refuse",
         positions: Literal["order", "slots"] = "order",
+        features: Callable[[Any], Any] | None = None,
     ) -> None:
         require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
         have = text_ids(text_tokenizer)
@@ -60,7 +63,7 @@ class MultimodalProcessor:
         )
         self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
         self.fit: Fit = fit
-        self.slots = positions == "slots"
+        self.slots, self.features = positions == "slots", features or tokenizer.features
         self.longest = max([vocabulary.plan(s.height, s.width).length for s in vocabulary.sizes], default=0)
         self.parser = Parser(vocabulary)
         self.prefix, self.eos, self.pad = _special_ids(text_tokenizer)
@@ -175,7 +178,7 @@ class MultimodalProcessor:
         """Slots of images from 0; text from the length of the longest image on. pieces: prefix, the row's, the end."""
         images = [False, *(not isinstance(segment.content, str) for segment in row), False]
         parts, text = [], self.longest
-        for piece, image in zip(pieces, images, strict=False):
+        for piece, image in zip(pieces, images[: len(pieces)], strict=True):
             parts.append(torch.arange(len(piece)) + (0 if image else text))
             text += 0 if image else len(piece)
         return torch.cat(parts)
@@ -245,11 +248,19 @@ class MultimodalProcessor:
                 fail("image", "a Segment with as_features=True (this tokenizer is continuous)", "an image as ids")
         return done
 
+    def feature_dims(self) -> tuple[int, ...]:
+        """Channels of each part of an image's features."""
+        size = self.vocabulary.sizes[0] if self.vocabulary.sizes else None
+        height, width = self.tokenizer.image_size or ((size.height, size.width) if size else (0, 0))
+        with torch.no_grad():
+            return tuple(part.shape[-1] for part in self._features(torch.zeros(1, 3, height, width))[0])
+
     def _features(self, images: Any) -> list[tuple[Tensor, ...]]:
         """Features per image: one tensor [T, C] per part (a tokenizer may give several parts)."""
-        features: Any = self.tokenizer.features(images)
-        parts = (features,) if isinstance(features, Tensor) else tuple(features)
-        return [tuple(part[i].detach() for part in parts) for i in range(parts[0].shape[0])]
+        found = self.features(images)
+        found = found.values() if isinstance(found, Mapping) else found
+        parts = [part.detach() for part in ((found,) if isinstance(found, Tensor) else found)]
+        return [tuple(part[i].reshape(-1, part.shape[-1]) for part in parts) for i in range(parts[0].shape[0])]
 
     def _picture(self, content: Any) -> Tensor:
         if isinstance(content, Tensor):

@@ -65,4 +65,5 @@ def embed(model: Any, batch: Batch, projector: FeatureProjector) -> dict[str, Te
         fail("features", f"{places} vectors, one for each place", f"{projected.shape[0]}")
     embeddings = model.get_input_embeddings()(batch.input_ids)
     embeddings = embeddings.masked_scatter(batch.is_feature[..., None], projected.to(embeddings.dtype))
-    return {"inputs_embeds": embeddings, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    inputs = {"inputs_embeds": embeddings, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    return {**inputs, "position_ids": batch.position_ids}

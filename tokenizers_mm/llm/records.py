@@ -10,7 +10,6 @@ and may also say `"learn": false` (its tokens are no labels) and, for images, `"
 features). Other keys of a line, such as an id, are left alone.
 """
 
-import itertools
 import json
 import os
 import random
@@ -33,11 +32,12 @@ class Records:
     def __init__(self, path: str | os.PathLike[str], tokenizer: ImageTokenizer) -> None:
         self.path, self.tokenizer = Path(path), tokenizer
         require(self.path.is_file(), "records", "a JSONL file", str(path))
+        self._starts: list[int] = []
+        start = 0
         with self.path.open("rb") as file:
-            lengths = [len(line) for line in file]
-        starts = [0, *itertools.accumulate(lengths)]
-        with self.path.open("rb") as file:
-            self._starts = [start for start, line in zip(starts, file, strict=False) if line.strip()]
+            for line in file:
+                self._starts += [start] if line.strip() else []
+                start += len(line)
         require(len(self._starts) > 0, f"records {self.path}", "at least one row", "none")
 
     def __len__(self) -> int:
