@@ -197,7 +197,8 @@ def measure(case: str, kind: str, threads: int, options: argparse.Namespace) -> 
         rows.append([name, f"{value:.2f}", f"{value / base:.2f}", f"{memory[name] or 0:.1f}"])
     print(f"\n{case} N={n} K={k} D={d} {kind}, {threads} thread(s), {wrong} mismatches\n{harness.table(rows)}")
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
-    return {"case": case, "n": n, "k": k, "d": d, "data": kind, "threads": threads, "device": options.device, "clock": options.clock,
+    return {"case": case, "n": n, "k": k, "d": d, "data": kind, "threads": threads, "device": options.device,
+            "clock": options.clock,
             "milliseconds": times, "peak_extra_megabytes": memory, "mismatches": wrong, "notes": notes}  # fmt: skip
 
 

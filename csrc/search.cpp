@@ -10,6 +10,9 @@
 // at least s* - E. First the best group is scored, which gives s*, then the others. The answer is the lexicographic minimum of
 // (distance, index): it depends on the row alone, not on the rung, the tile, the block or the thread.
 //
+// The ladder: int8, int16, float32, and last the difference rung, whose bound is relative to the score itself. A probe of some
+// rows decides whether a rung leaves more to score in double precision than the next rung costs.
+//
 // Ranges of the integer rungs: |q_x . q_c| <= 2^29 (int8: 255 * 127 * d <= 2^28, int16: Cauchy-Schwarz on kInt16Norm) and
 // s_x is kept large enough for |bias| <= 2^29, so every partial sum fits int32.
 #include <algorithm>
@@ -218,8 +221,9 @@ class BlockSearch {
         if (keep) search_in_full(query_, row);
         return;
       }
-      found = isa_.collect(groups, groups_per_row_, threshold_for(score_of(top, state) - 2 * bound(score_of(top, state), state), state), list_.get(),
-                           kCapacity);
+      const double score = score_of(top, state);
+      const int32_t threshold = threshold_for(score - 2 * bound(score, state), state);
+      found = isa_.collect(groups, groups_per_row_, threshold, list_.get(), kCapacity);
     }
     const int64_t group_codes = isa_.vectors * span_;
     stats->codes += found > kCapacity ? book_.k : found * group_codes;

@@ -40,9 +40,12 @@ class Case:
         return self.tensors("outputs")
 
 
-def case(name: str) -> Case:
-    """The case FAMILY/CASE, or a skip that says what is missing."""
-    for place in (OWN, SHARED):
+def case(name: str, whole: bool = False) -> Case:
+    """The case FAMILY/CASE, or a skip that says what is missing.
+
+    whole: all of its tensors where they can be had, else what this checkout carries of it.
+    """
+    for place in (SHARED, OWN) if whole else (OWN, SHARED):
         if (place / name).is_dir():
             return Case(name, place / name)
     pytest.skip(f"reference case {name} is not in this checkout, and there is no shared/fixtures beside it")

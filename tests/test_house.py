@@ -12,7 +12,7 @@ import pytest
 from tests.cases import ROOT
 
 PACKAGE = ROOT / "tokenizers_mm"
-LEAVES = {"types", "_check", "config", "_files", "_images"}
+LEAVES = {"types", "_check", "config", "_files", "_images", "resolutions"}
 PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
@@ -21,7 +21,8 @@ ALLOWED = {
     "_files": set(),
     "config": {"_check"},
     "types": {"_check"},
-    "_images": {"_check"},
+    "_images": {"_check", "resolutions"},
+    "resolutions": {"_check"},
     "kernels": {"types", "_check"},
     "functional": {"kernels", "types", "_check"},
     "layers": {"functional", "types", "_check"},

@@ -11,9 +11,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.resolutions import contained_size, covering_size
 
 MAX_PIXELS = 256 * 1024 * 1024
 """Larger pictures are refused before they are decoded."""
+
+GREY = (127, 127, 127)
 
 Fit = Literal["refuse", "crop", "pad", "resize"]
 """What to do with a picture of a size that the tokenizer does not take."""
@@ -59,19 +62,60 @@ def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Im
     if how == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     if how == "pad":
-        return _pad(image, height, width).resize((width, height), Image.Resampling.BICUBIC)
+        down = max(image.height, round(image.width * height / width))
+        across = max(image.width, round(image.height * width / height))
+        return pad_around(image, down, across).resize((width, height), Image.Resampling.BICUBIC)
     if how == "resize":
         return image.resize((width, height), Image.Resampling.BICUBIC)
     fail("fit", "'refuse', 'crop', 'pad' or 'resize'", how)
 
 
-def _pad(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Grey (127) around a picture, so that its sides are as height to width."""
-    across = max(image.width, round(image.height * width / height))
-    down = max(image.height, round(image.width * height / width))
-    canvas = Image.new("RGB", (across, down), (127, 127, 127))
-    canvas.paste(image, ((across - image.width) // 2, (down - image.height) // 2))
+def fit_multiple(image: Image.Image, multiple: int, how: Fit) -> Image.Image:
+    """Bring the sides of a picture to multiples: cut the middle, add grey around, or scale (bicubic) to the nearest."""
+    height, width = image.height, image.width
+    if height % multiple == 0 and width % multiple == 0:
+        return image
+    if how == "crop":
+        down = height // multiple * multiple, width // multiple * multiple
+        require(min(down) > 0, "image", f"at least {multiple} pixels on each side", f"{height} x {width}")
+        return cut_middle(image, *down)
+    if how == "pad":
+        return pad_around(image, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
+    rows, columns = (max(1, round(side / multiple)) * multiple for side in (height, width))
+    return fit_image(image, rows, columns, how)
+
+
+def cut_middle(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of a picture, no larger than it, without resampling; takes back what `pad_around` added."""
+    require(image.height >= height and image.width >= width, "image", f"at least {height} x {width}", image.size[::-1])
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def pad_around(image: Image.Image, height: int, width: int, colour: tuple[int, int, int] = GREY) -> Image.Image:
+    """A picture in the middle of a larger canvas, without resampling."""
+    require(image.height <= height and image.width <= width, "image", f"at most {height} x {width}", image.size[::-1])
+    canvas = Image.new("RGB", (width, height), colour)
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas
+
+
+def cover_and_cut(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale (Lanczos) until the size is covered, then cut the middle: how training pictures meet an anchor size."""
+    rows, columns = covering_size((image.height, image.width), (height, width))
+    return cut_middle(image.resize((columns, rows), Image.Resampling.LANCZOS), height, width)
+
+
+def contain_and_pad(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale (Lanczos) to fit inside the size, white around it: how pictures to be edited meet an anchor size."""
+    rows, columns = contained_size((image.height, image.width), (height, width))
+    return pad_around(image.resize((columns, rows), Image.Resampling.LANCZOS), height, width, (255, 255, 255))
+
+
+def undo_contain_and_pad(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Cut the padding of a picture that was height x width before `contain_and_pad`, and scale back to that size."""
+    rows, columns = contained_size((height, width), (image.height, image.width))
+    return cut_middle(image, rows, columns).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def open_images(images: Any) -> list[Image.Image]:

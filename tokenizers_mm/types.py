@@ -41,7 +41,8 @@ class ImageCodes:
     streams: tuple[Stream, ...]
 
     def __post_init__(self) -> None:
-        check_ids(self.ids, self.streams)
+        if not torch.compiler.is_compiling():  # values cannot be looked at inside a graph
+            check_ids(self.ids, self.streams)
 
     def stream(self, name: str) -> Tensor:
         """The ids of one stream, int64 [B, n]."""
@@ -55,6 +56,10 @@ class ImageCodes:
     def to(self, device: torch.device | str) -> "ImageCodes":
         """The same codes with the ids on another device."""
         return ImageCodes(self.ids.to(device), self.height, self.width, self.streams)
+
+    def unbind(self) -> list["ImageCodes"]:
+        """The same codes as batches of one image each."""
+        return [ImageCodes(ids[None], self.height, self.width, self.streams) for ids in self.ids]
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -72,6 +77,10 @@ class ImageLatents:
     def to(self, device: torch.device | str) -> "ImageLatents":
         """The same latents on another device."""
         return ImageLatents(self.values.to(device), self.height, self.width, self.grid)
+
+    def unbind(self) -> list["ImageLatents"]:
+        """The same latents as batches of one image each."""
+        return [ImageLatents(values[None], self.height, self.width, self.grid) for values in self.values]
 
     def __len__(self) -> int:
         return self.values.shape[0]

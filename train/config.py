@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from tokenizers_mm.config import from_mapping, read_yaml
 from tokenizers_mm.data.sources import DataConfig
+from tokenizers_mm.functional.noise import NoiseKind
 from tokenizers_mm.losses.captions import CaptionConfig
 from tokenizers_mm.losses.discriminators import PatchGANConfig
 from tokenizers_mm.models import MODELS
@@ -46,14 +47,15 @@ class TeacherConfig:
 class LossConfig:
     """Terms and their weights. A term with weight 0 is not computed.
 
-    pixel: "l1" or "l2". semantic: "none", "teacher" (distillation) or "captions" (contrast). gan: the generator's and
-    discriminator's losses. gan_start: the step from which both act; adaptive: scale the generator's term by gradient
-    norms. lpips_weights: a file of VGG16 weights, or "" for torch.hub's cache.
+    pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same from the tokenizer's own frozen
+    tower) or "captions" (contrast). gan: the generator's and discriminator's losses. gan_start: the step from which
+    both act; adaptive: scale the generator's term by gradient norms. lpips_weights: a file of VGG16 weights, or "" for
+    torch.hub's cache.
     """
 
     weights: TermWeights = field(default_factory=TermWeights)
     pixel: Literal["l1", "l2"] = "l2"
-    semantic: Literal["none", "teacher", "captions"] = "none"
+    semantic: Literal["none", "teacher", "target", "captions"] = "none"
     teacher: TeacherConfig | None = None
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     gan: Literal["hinge", "non_saturating"] = "hinge"
@@ -79,6 +81,18 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class NoiseConfig:
+    """Wrong pixel codes on purpose, for tokenizers with a pixel stream (see `functional.noise`).
+
+    sample_rate: share of the samples that are disturbed. position_rate: share of the positions in them.
+    """
+
+    sample_rate: float = 0.1
+    position_rate: float = 0.1
+    kind: NoiseKind = "random"
+
+
+@dataclass(frozen=True)
 class UpkeepConfig:
     """Revival of codes that are not used.
 
@@ -93,11 +107,12 @@ class UpkeepConfig:
 class TrainConfig:
     """A run.
 
-    out: its folder. steps: optimizer steps. max_seconds: end (and finish the schedule) earlier when this much time has
-    passed, 0 for never. accumulate: micro-batches per step. precision: of autocast. ema: decay of the average of
-    weights that is saved, 0 for none. scale_drop: chance that one scale but the first is left out of a step. trainable:
-    prefixes of the parameters that learn; none means all. log_every, sample_every, save_every: in steps, 0 for never;
-    keep: checkpoints. resume: "auto" goes on from the newest checkpoint in `out`, "never" starts anew.
+    out: its folder. steps: optimizer steps. max_seconds: end (and finish the schedule) earlier when this much time
+    has passed, 0 for never. noise: disturb the pixel codes. accumulate: micro-batches per step. precision: of
+    autocast. ema: decay of the average of weights that is saved, 0 for none. scale_drop: chance that one scale but
+    the first is left out of a step. trainable: prefixes of the parameters that learn; none means all. log_every,
+    sample_every, save_every: in steps, 0 for never; keep: checkpoints. resume: "auto" goes on from the newest
+    checkpoint in `out`, "never" starts anew.
     """
 
     out: str
@@ -106,6 +121,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     upkeep: UpkeepConfig = field(default_factory=UpkeepConfig)
+    noise: NoiseConfig | None = None
     steps: int = 1000
     max_seconds: float = 0.0
     batch_size: int = 8

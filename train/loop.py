@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from tokenizers_mm.data.sources import Batch, Mixture, Positions, make_loader
+from tokenizers_mm.data.buckets import AnySize, BucketBatches
+from tokenizers_mm.data.sources import Batch, Mixture, Positions, list_images, make_loader
 
 from .checkpoint import resume, save_checkpoint
 from .config import TrainConfig
@@ -51,13 +52,23 @@ def run(config: TrainConfig) -> TrainState:
 
 def _batches(state: TrainState) -> Iterator[Batch]:
     """Micro-batches from where the run stands."""
-    config, accelerator = state.config, state.accelerator
-    size = state.tokenizer.image_size
-    if size is None:
-        raise ValueError("config.model: expected a tokenizer with an image size, got one that takes any")
-    dataset = Mixture(config.data, size, config.seed)
+    config, data, accelerator = state.config, state.config.data, state.accelerator
     start = state.step * config.accumulate
-    positions = Positions(config.batch_size, start, accelerator.process_index, accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    size = state.tokenizer.image_size or data.image_size
+    if data.buckets is None:
+        if size is None:
+            raise ValueError("config.data: expected image_size or buckets for a tokenizer of any size, got neither")
+        state.tokenizer.check_size(*size)
+        dataset, positions = Mixture(data, size, config.seed), Positions(config.batch_size, start, rank, world)
+    else:
+        if size is not None:
+            raise ValueError(f"config.data.buckets: expected a tokenizer of any size and no image_size, got {size}")
+        if any(source.kind != "folder" for source in data.sources):
+            raise ValueError("config.data.buckets: expected folders as sources, got another kind")
+        files = [file for source in data.sources for file in list_images(source.path)]
+        dataset = AnySize(files, data.buckets, data.workers)
+        positions = BucketBatches(dataset.sizes, config.batch_size, config.seed, start, rank, world)
     return iter(make_loader(dataset, positions))
 
 

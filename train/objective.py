@@ -48,7 +48,9 @@ class Objective:
         if self.config.semantic == "captions":
             assert self.captions is not None
             return self.captions(semantic, batch.captions)
-        if output.target is not None:
+        if self.config.semantic == "target":
+            if output.target is None:
+                raise ValueError("config.loss.semantic: expected 'teacher' or 'captions' for this model, got 'target'")
             return cosine_distance(semantic, output.target.float())
         assert self.teacher is not None
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """One training step, to be read aloud."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.decoders.pixel import PixelDecoder
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.adversarial import adaptive_weight, hinge_discriminator, logistic_discriminator
+from tokenizers_mm.functional.noise import inject_noise
 from tokenizers_mm.types import Quantized
 
 from .ranks import average_gradients
@@ -26,7 +27,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     config, accelerator = state.config, state.accelerator
     rate = learning_rate(config.optimizer, state.step, progress)
     gan = state.discriminator is not None and state.step >= config.loss.gan_start
-    keep = _scales_to_keep(state)
+    disturbance = _disturbance(state)
     report: dict[str, float] = {}
     fakes: list[tuple[Tensor, Tensor]] = []
     quantized: dict[str, Quantized] = {}
@@ -35,7 +36,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     for batch in batches:
         x = batch.images.to(accelerator.device)
         with accelerator.autocast():
-            output = state.tokenizer(x) if keep is None else state.tokenizer(x, keep)
+            output = state.tokenizer(x, **disturbance)
             terms = state.objective.terms(x, output, batch)
             if gan:
                 terms["generator"] = _generator_term(state, output.image, terms)
@@ -68,6 +69,21 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     state.step += 1
     report["lr"] = rate
     return report
+
+
+def _disturbance(state: TrainState) -> dict[str, Any]:
+    """What makes training harder than use, as options of the forward pass: scale drop, wrong pixel codes."""
+    keep, noise = _scales_to_keep(state), state.config.noise
+    options: dict[str, Any] = {} if keep is None else {"keep": keep}
+    if noise is not None:
+
+        def perturb(vectors: Tensor) -> Tensor:
+            u_sample = torch.rand(len(vectors), generator=state.generator).to(vectors.device)
+            u_position = torch.rand(vectors.shape[:3], generator=state.generator).to(vectors.device)
+            return inject_noise(vectors, u_sample, u_position, noise.sample_rate, noise.position_rate, noise.kind)
+
+        options["perturb"] = perturb
+    return options
 
 
 def _scales_to_keep(state: TrainState) -> list[int] | None:

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenizers_mm.functional.usage import count_ids
+from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import Quantized
 
@@ -19,15 +20,18 @@ class CodebookUpkeep:
     Counts are exact over all ranks; every rank revives the same codes with the same vectors.
     """
 
-    def __init__(self, quantizers: Mapping[str, Quantizer]) -> None:
+    def __init__(self, sizes: Mapping[str, int], quantizers: Mapping[str, Quantizer]) -> None:
+        """sizes: codes of every stream that is counted. quantizers: by stream, those with codes that can be moved."""
         self.quantizers = dict(quantizers)
-        self.counts = {name: torch.zeros(q.codebook_size, dtype=torch.int64) for name, q in self.quantizers.items()}
+        self.counts = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: nn.Module) -> "CodebookUpkeep":
-        """Of a tokenizer with one quantizer; codebooks that learn otherwise are left alone."""
+    def for_tokenizer(cls, tokenizer: ImageTokenizer[Any]) -> "CodebookUpkeep":
+        """Of any tokenizer: all streams are counted; codebooks that learn otherwise (SimVQ) are not revived."""
+        smallest = tokenizer.image_size or (tokenizer.size_multiple, tokenizer.size_multiple)
+        sizes = {stream.name: stream.codebook_size for stream in tokenizer.streams(*smallest)}
         quantizer = getattr(tokenizer, "quantizer", None)
-        return cls({"shared": quantizer} if isinstance(quantizer, Quantizer) else {})
+        return cls(sizes, {"shared": quantizer} if isinstance(quantizer, Quantizer) else {})
 
     def count(self, quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
         """Add a batch; returns its counts by stream, over all ranks."""

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.checkpoints import mar, tokenflow, upstream
+from tokenizers_mm.checkpoints import dualvitok, mar, tokenflow, upstream
 from tokenizers_mm.models import ImageTokenizer
 
 Converter = Callable[..., ImageTokenizer]
 
-FAMILIES: dict[str, Converter] = {"tokenflow": tokenflow.convert, "mar": mar.convert}
+FAMILIES: dict[str, Converter] = {
+    "dualvitok": dualvitok.convert,
+    "mar": mar.convert,
+    "tokenflow": tokenflow.convert,
+}
 
 
 def convert(

@@ -13,10 +13,13 @@ import hashlib
 import os
 import pickle
 import re
+import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,8 @@ from tokenizers_mm.checkpoints.store import account, first_few, read_safetensors
 
 WRAPPERS = ("ema", "model_ema", "model", "state_dict")
 """Keys under which training programs keep the weights; the first one present is read."""
+
+_NO_CONFIGURATION = sys.stdlib_module_names | {"torch", "numpy", "__main__"}
 
 Shape = tuple[int, ...]
 Rule = tuple[str, "str | tuple[str | None, ...]"]
@@ -50,7 +55,8 @@ class Link:
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their published names; `.safetensors`, or a file of `torch.save`.
 
-    Pickles are read with weights_only; beside tensors they may hold an argparse Namespace. Of a training program's
+    Pickles are read with weights_only; beside tensors they may hold an argparse Namespace, and the configuration
+    objects of a training program, which are read as plain mappings: no code of theirs is imported or run. Of such a
     file the first of `ema`, `model_ema`, `model` and `state_dict` is taken; a bare state dict is read as it is.
     ValueError for a file that is missing, truncated, unsafe or without tensors.
     """
@@ -59,11 +65,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_stand_ins(file)]):
             data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         fail(str(file), "a file of torch.save with nothing but weights", _first_line(error))
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         fail(str(file), "a whole file of torch.save", f"{type(error).__name__}: {_first_line(error)}")
     for key in WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
@@ -126,6 +132,15 @@ def give(links: Sequence[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]
             if name is not None:
                 theirs[name] = part.reshape(item.their_shape)
     return theirs
+
+
+def _stand_ins(file: Path) -> list[Any]:
+    """Plain mappings under the names of unknown classes that a pickle asks for; none for names of Python, torch and
+    numpy, which a configuration has no use for, so that a file that asks for those is refused."""
+    if not zipfile.is_zipfile(file):
+        return []
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return [(OrderedDict, name) for name in names if name.partition(".")[0] not in _NO_CONFIGURATION]
 
 
 def _joined(item: Link, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import image_to_tensor, read_image
+from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
 from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.transforms import random_crop, random_flip, random_patch
@@ -46,10 +47,16 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training samples: a mixture of sources, and the worker processes that decode them (0: in the main process)."""
+    """Training samples: a mixture of sources, and the worker processes that decode them (0: in the main process).
+
+    For a tokenizer that takes any size, one of two says which: image_size (height, width) for all samples, or buckets
+    of sizes by the pictures' own shapes, for folders of images.
+    """
 
     sources: tuple[SourceConfig, ...] = field(default_factory=lambda: (SourceConfig("photographs"),))
     workers: int = 0
+    image_size: tuple[int, int] | None = None
+    buckets: BucketConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Mixture(Dataset[dict[str, Any]]):
 
     def __init__(self, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
         require(len(config.sources) > 0, "data.sources", "at least one source", "none")
-        self.config, self.image_size, self.seed = config, image_size, seed
+        self.config, self.image_size, self.seed, self.workers = config, image_size, seed, config.workers
         self.files = [list_images(s.path) if s.kind == "folder" else [] for s in config.sources]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -122,7 +129,9 @@ class Mixture(Dataset[dict[str, Any]]):
                 image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
             hue, saturation, value = image.convert("HSV").split()
             turn = round(128 * source.colour * rng.uniform(-1, 1))
-            image = Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), saturation, value)).convert("RGB")
+            image = Image.merge("HSV", (hue.point([(h + turn) % 256 for h in range(256)]), saturation, value)).convert(
+                "RGB"
+            )
         return image_to_tensor(image)
 
 
@@ -140,9 +149,9 @@ class Positions(Sampler[list[int]]):
             step += 1
 
 
-def make_loader(dataset: Mixture, positions: Positions) -> "DataLoader[Any]":
+def make_loader(dataset: Mixture | AnySize, positions: Positions | BucketBatches) -> "DataLoader[Any]":
     """Batches decoded in worker processes, in the order of the positions."""
-    workers = dataset.config.workers
+    workers = dataset.workers
     return DataLoader(
         dataset,
         batch_sampler=positions,

@@ -63,6 +63,8 @@ class PixelDecoder(nn.Module):
         return self.conv_out.weight  # type: ignore[return-value]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        z = z.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
+        context = None if context is None else context.contiguous()
         h = self.conv_in(z)
         if self.config.resampling == "dc":
             h = h + z.repeat_interleave(h.shape[1] // z.shape[1], dim=1)

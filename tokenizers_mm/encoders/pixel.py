@@ -64,7 +64,7 @@ class PixelEncoder(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(x.contiguous())  # over channels-last tensors the CPU's group norm loses two digits
         for level in self.levels:
             h = level(h)
         h = F.silu(self.norm_out(self.middle(h)))

@@ -3,35 +3,42 @@
 import numpy as np
 from PIL import Image
 
-from tokenizers_mm.data.scenes import COLOURS, GROUNDS, SHAPES, Scene, SceneObject
+from tokenizers_mm.data.scenes import COLOURS, SHAPES, Scene, SceneObject
 
 SMALLEST = 0.02
-"""Share of the picture below which a patch of one colour is no object."""
+"""Share of the picture below which a patch is no object."""
+
+APART = 48.0
+"""Distance from the ground, in 8-bit RGB, from which a pixel is part of an object; the colours are 66 apart or more."""
 
 
 def judge_scene(picture: Image.Image) -> tuple[str, str] | None:
     """(shape, colour) of the largest object, or None where there is none.
 
-    The ground is the one nearest to the border's median. Every pixel takes the nearest of the colours and that ground;
-    the largest connected patch of a colour is the object; its shape is the one that, drawn into the patch's box,
-    overlaps the patch most.
+    The ground is the median of the border; objects are the connected patches of pixels apart from it. The colour of the
+    largest is the one nearest to the median of its inner half, the pixels farthest from the ground. Its shape is the
+    one that, drawn into its box, overlaps it most; its edge lies half-way between its colour and the ground.
     """
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = _nearest(np.median(border, 0), list(GROUNDS.values()))
-    palette = np.array([*COLOURS.values(), list(GROUNDS.values())[ground]], dtype=np.float64)
-    nearest = np.square(pixels[:, :, None] - palette).sum(-1).argmin(-1)
-    patches = [(patch, index) for index in range(len(COLOURS)) for patch in _patches(nearest == index)]
-    if not patches:
-        return None
-    patch, colour = max(patches, key=lambda item: item[0].sum())
+    ground = np.median(border, 0)
+    apart = np.sqrt(np.square(pixels - ground).sum(-1))
+    patch = _largest(apart > APART)
     if patch.mean() < SMALLEST:
         return None
-    return max(SHAPES, key=lambda shape: _overlap(patch, shape)), tuple(COLOURS)[colour]
+    inner = np.median(pixels[patch & (apart >= np.median(apart[patch]))], 0)
+    palette = np.array(list(COLOURS.values()), dtype=np.float64)
+    colour = tuple(COLOURS)[int(np.square(palette - inner).sum(-1).argmin())]
+    nearer = np.square(pixels - inner).sum(-1) < np.square(pixels - ground).sum(-1)
+    patch = _largest(nearer & patch)
+    if not patch.any():
+        return None
+    return max(SHAPES, key=lambda shape: _overlap(patch, shape)), colour
 
 
-def _nearest(colour: np.ndarray, palette: list[tuple[int, int, int]]) -> int:
-    return int(np.square(np.array(palette, dtype=np.float64) - colour).sum(-1).argmin())
+def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask; the mask itself where it is empty."""
+    return max(_patches(mask), key=lambda patch: int(patch.sum()), default=mask)
 
 
 def _patches(mask: np.ndarray) -> list[np.ndarray]:

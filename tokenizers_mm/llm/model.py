@@ -132,3 +132,29 @@ def check_rows(model: Any, vocabulary: VisualVocabulary) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocabulary.size:
         fail("model", f"at least {vocabulary.size} rows (call extend)", f"{rows}")
+
+
+def add_lora(model: Any, vocabulary: VisualVocabulary, rank: int = 16, alpha: int = 32, dropout: float = 0.0) -> Any:
+    """Low-rank adapters on all linear layers (Hu et al., arXiv 2106.09685) through peft; the visual rows learn too.
+
+    Returns the adapted model; its `merge_and_unload()` gives a plain model again.
+    """
+    from peft import LoraConfig, get_peft_model  # an optional package: loaded when asked for
+
+    visual = sorted({m.ids[0] for m in vocabulary.markers if len(m.ids) == 1})
+    for code in vocabulary.codes:
+        visual += range(code.start, code.start + code.size)
+    tables = {id(model.get_input_embeddings()): model.get_input_embeddings()}
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        tables[id(head)] = head
+    names = [name for name, module in model.named_modules() if id(module) in tables]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        trainable_token_indices={name.split(".")[-1]: visual for name in names},
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

@@ -38,8 +38,8 @@ class MultimodalProcessor:
 
     tokenizer: the image tokenizer. text_tokenizer: of the language model. fit: what to do with a picture of a size that
     is not in the vocabulary ("refuse", or bring it to the one nearest in shape by "crop", "pad" or "resize").
-    positions: what `position_ids` count: "order", all tokens; "slots", in an image its slots from 0, and text from the length of
-    the longest image on (so that with learned position embeddings a place in an image is always the same row).
+    positions: what `position_ids` count: "order", all tokens; "slots", in an image its slots from 0, and text from the
+    length of the longest image on (so that with learned position embeddings a place in an image is always the same).
     """
 
     def __init__(

@@ -3,9 +3,20 @@
 from typing import Any
 
 from tokenizers_mm.models.base import ImageTokenizer, Provenance
+from tokenizers_mm.models.dualvitok import DualViTok, DualViTokConfig
 from tokenizers_mm.models.mar import MAR, MARConfig
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 
-MODELS: dict[str, type[ImageTokenizer[Any]]] = {"tokenflow": TokenFlow, "mar": MAR}
+MODELS: dict[str, type[ImageTokenizer[Any]]] = {"dualvitok": DualViTok, "mar": MAR, "tokenflow": TokenFlow}
 
-__all__ = ["MAR", "MODELS", "ImageTokenizer", "MARConfig", "Provenance", "TokenFlow", "TokenFlowConfig"]
+__all__ = [
+    "MAR",
+    "MODELS",
+    "DualViTok",
+    "DualViTokConfig",
+    "ImageTokenizer",
+    "MARConfig",
+    "Provenance",
+    "TokenFlow",
+    "TokenFlowConfig",
+]

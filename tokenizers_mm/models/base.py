@@ -3,14 +3,22 @@
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit, check_images, fit_image, image_to_tensor, open_images, tensor_to_images
+from tokenizers_mm._images import (
+    Fit,
+    check_images,
+    fit_image,
+    fit_multiple,
+    image_to_tensor,
+    open_images,
+    tensor_to_images,
+)
 from tokenizers_mm.models import saving
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream
 
@@ -19,6 +27,9 @@ Codes = TypeVar("Codes", ImageCodes, ImageLatents)
 
 ImageInput = Any
 """A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
+
+BATCH_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 21}
+"""Of a batch that `encode_each` forms, by kind of device: a CPU's caches end sooner than a GPU's hunger."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +88,69 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     def features(self, images_or_codes: Any) -> Tensor:
         """[B, T, C]: what a language model reads for understanding."""
 
-    @torch.no_grad()
-    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes:
-        """Images of one size to codes (latents for a continuous tokenizer).
+    @overload
+    def encode(self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse") -> Codes: ...
 
-        images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s).
+    @overload
+    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Any: ...
+
+    @torch.no_grad()
+    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes | list[Codes]:
+        """Images to codes (latents for a continuous tokenizer).
+
+        images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s). Those of one size come back as one batch;
+        pictures of several sizes, where the tokenizer takes them, as the list that `encode_each` returns.
         fit: for PIL images and paths of another size than the tokenizer takes: "refuse" (an error), "crop", "pad" or
-        "resize".
+        "resize" (see `fit_picture`).
         """
-        return self.encode_tensor(self.prepare(images, fit))
+        if isinstance(images, Tensor):
+            return self.encode_tensor(self.prepare(images))
+        pictures = [self.fit_picture(picture, fit) for picture in open_images(images)]
+        if len({picture.size for picture in pictures}) == 1:
+            return self.encode_tensor(self.prepare(pictures))
+        return self.encode_each(pictures)
+
+    @torch.no_grad()
+    def encode_each(self, images: ImageInput, fit: Fit = "refuse") -> list[Codes]:
+        """Codes of every picture by itself, in order; pictures of one size go through the networks together.
+
+        A batch holds up to `BATCH_PIXELS` pixels, which is where larger batches stop being faster.
+        """
+        pictures = [self.fit_picture(picture, fit) for picture in open_images(images)]
+        members: dict[tuple[int, int], list[int]] = {}
+        for index, picture in enumerate(pictures):
+            members.setdefault(picture.size, []).append(index)
+        found: dict[int, Codes] = {}
+        limit = BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cuda"])
+        for (width, height), indices in members.items():
+            count = max(1, limit // (width * height))
+            for part in (indices[start : start + count] for start in range(0, len(indices), count)):
+                batch: Any = self.encode_tensor(self.prepare([pictures[index] for index in part]))
+                found.update(zip(part, batch.unbind(), strict=True))
+        return [found[index] for index in range(len(pictures))]
 
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
-        """Images as a checked float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device."""
+        """Images of one size as a checked float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device."""
         if not isinstance(images, Tensor):
-            opened = open_images(images)
-            if fit != "refuse" and self.image_size is not None:
-                opened = [fit_image(image, *self.image_size, fit) for image in opened]
-            sizes = sorted({(image.height, image.width) for image in opened})
+            pictures = [self.fit_picture(picture, fit) for picture in open_images(images)]
+            sizes = sorted({(picture.height, picture.width) for picture in pictures})
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
-            images = torch.stack([image_to_tensor(image) for image in opened])
+            images = torch.stack([image_to_tensor(picture) for picture in pictures])
         check_images(images)
         self.check_size(*images.shape[-2:])
         return images.to(self.device, self.dtype)
+
+    def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
+        """A picture brought to a size that `encode` takes; with "refuse", as it is, for `check_size` to judge.
+
+        Where one size is taken, "crop" and "pad" scale the picture until it covers or fits that size. Where any
+        multiple is taken, nothing is scaled: "crop" cuts the middle, "pad" adds grey. "resize" scales in both cases.
+        """
+        if fit == "refuse":
+            return picture
+        if self.image_size is not None:
+            return fit_image(picture, *self.image_size, fit)
+        return fit_multiple(picture, self.size_multiple, fit)
 
     def check_size(self, height: int, width: int) -> None:
         """Refuse a size that `encode` does not take."""

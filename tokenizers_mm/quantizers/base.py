@@ -1,14 +1,14 @@
 """What every quantizer offers: features [..., D] to ids and vectors, and ids back to vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenizers_mm.types import Quantized
+from tokenizers_mm.types import Quantized, VQTerms
 
 Self = TypeVar("Self", bound="Quantizer")
 
@@ -48,3 +48,15 @@ def in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, first.float() if narrow else first, *rest, **options)
 
     return run
+
+
+def mean_terms(parts: Sequence[Quantized]) -> VQTerms | None:
+    """Terms averaged over the scales or stages used: equal weight for each, not for each id."""
+    terms = [part.terms for part in parts if part.terms is not None]
+    if not terms:
+        return None
+    return VQTerms(
+        codebook=torch.stack([t.codebook for t in terms]).mean(),
+        commitment=torch.stack([t.commitment for t in terms]).mean(),
+        entropy=torch.stack([t.entropy for t in terms]).mean(),
+    )

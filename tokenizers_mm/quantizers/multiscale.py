@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.functional.multiscale import Grid, area_down, bicubic_up
-from tokenizers_mm.quantizers.base import Quantizer, in_float32
-from tokenizers_mm.types import Quantized, VQTerms
+from tokenizers_mm.quantizers.base import Quantizer, in_float32, mean_terms
+from tokenizers_mm.types import Quantized
 
 
 class MultiScaleQuantizer(Quantizer):
@@ -39,7 +39,7 @@ class MultiScaleQuantizer(Quantizer):
             parts.append(part)
         ids = torch.cat([part.ids.flatten(1) for part in parts], dim=1)
         queries = [part.queries.flatten(1, 2) for part in parts if part.queries is not None]
-        return Quantized(total, ids, _mean_terms(parts), torch.cat(queries, dim=1) if queries else None)
+        return Quantized(total, ids, mean_terms(parts), torch.cat(queries, dim=1) if queries else None)
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors [B, h, w, D] of ids [B, L]; L may end after any whole scale."""
@@ -59,15 +59,3 @@ class MultiScaleQuantizer(Quantizer):
 
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         self.quantizer.set_codes(ids, vectors)
-
-
-def _mean_terms(parts: Sequence[Quantized]) -> VQTerms | None:
-    """Terms averaged over the scales used: equal weight per scale, not per id."""
-    terms = [part.terms for part in parts if part.terms is not None]
-    if not terms:
-        return None
-    return VQTerms(
-        codebook=torch.stack([t.codebook for t in terms]).mean(),
-        commitment=torch.stack([t.commitment for t in terms]).mean(),
-        entropy=torch.stack([t.entropy for t in terms]).mean(),
-    )

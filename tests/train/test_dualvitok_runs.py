@@ -1,0 +1,79 @@
+"""The published recipes as configurations, and a small run of each kind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenizers_mm as tmm
+from tests.cases import ROOT
+from tests.models.test_dualvitok import tiny_config
+from tokenizers_mm.checkpoints.dualvitok import PUBLISHED, read_config
+from tokenizers_mm.config import from_mapping, to_mapping
+from tokenizers_mm.data.buckets import BucketConfig
+from tokenizers_mm.data.sources import DataConfig, SourceConfig
+from tokenizers_mm.losses.discriminators import PatchGANConfig
+from tokenizers_mm.models import DualViTokConfig
+from train.config import LossConfig, ModelConfig, NoiseConfig, TrainConfig
+from train.config import read_config as read_run
+from train.log import read_log
+from train.loop import run
+from train.weights import TermWeights
+
+
+@pytest.mark.parametrize("name", ["dualvitok_fix256", "dualvitok_anyres_max512"])
+def test_published_recipes(name: str) -> None:
+    config = read_run(str(ROOT / "configs" / f"{name}.yaml"), [])
+    assert from_mapping(DualViTokConfig, config.model.config) == read_config(PUBLISHED)
+    assert config.loss.weights == TermWeights(1.0, 1.0, 1.0, 1.0, 0.25, 0.0, 0.5)
+    assert (config.loss.pixel, config.loss.gan, config.loss.gan_start) == ("l2", "hinge", 20000)
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.clip) == (1e-4, (0.9, 0.95), 1.0)
+    assert config.batch_size * config.accumulate * 8 == 256
+    fixed = name.endswith("fix256")
+    assert config.noise == (NoiseConfig(0.1, 0.1, "random") if fixed else None)
+    assert config.data.image_size == ((256, 256) if fixed else None)
+    assert config.data.buckets == (None if fixed else BucketConfig(32**2, 512**2))
+
+
+def tiny_run(out: Path, data: DataConfig) -> TrainConfig:
+    weights = TermWeights(pixel=1.0, semantic=1.0, codebook=1.0, commitment=0.25, generator=0.5)
+    loss = LossConfig(weights, semantic="target", gan_start=1, discriminator=PatchGANConfig(4, 2))
+    model = ModelConfig("dualvitok", to_mapping(tiny_config()))
+    return TrainConfig(
+        str(out), model, data, loss, noise=NoiseConfig(0.5, 0.5), steps=3, batch_size=2, log_every=1, save_every=0
+    )
+
+
+def test_a_run_with_buckets(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index, (height, width) in enumerate([(64, 130), (130, 64), (100, 100)]):
+        noise = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(pictures / f"{index}.png")
+    folder = (SourceConfig("folder", str(pictures)),)
+    state = run(tiny_run(tmp_path / "out", DataConfig(folder, buckets=BucketConfig())))
+    lines = read_log(tmp_path / "out" / "log.jsonl")
+    assert {"pixel", "semantic", "commitment", "usage_semantic", "usage_pixel"} <= lines[0].keys()
+    assert {"generator", "discriminator"} <= lines[-1].keys()
+    frozen = [name for name, p in state.tokenizer.named_parameters() if not p.requires_grad]
+    assert all(name.startswith("semantic_encoder.tower.") for name in frozen)
+    assert tmm.load(tmp_path / "out" / "tokenizer").encode(torch.zeros(1, 3, 32, 48)).ids.shape == (1, 7)
+
+
+def test_a_run_of_one_size(tmp_path: Path) -> None:
+    run(tiny_run(tmp_path / "out", DataConfig((SourceConfig("scenes"),), image_size=(64, 64))))
+    assert len(read_log(tmp_path / "out" / "log.jsonl")) == 3
+
+
+def test_sizes_that_contradict_get_one_sentence(tmp_path: Path) -> None:
+    scenes = (SourceConfig("scenes"),)
+    for data, message in [
+        (DataConfig(scenes), "expected image_size or buckets for a tokenizer of any size, got neither"),
+        (DataConfig(scenes, image_size=(60, 64)), "multiples of 16, got 60 x 64"),
+        (DataConfig(scenes, image_size=(64, 64), buckets=BucketConfig()), r"no image_size, got \(64, 64\)"),
+        (DataConfig(scenes, buckets=BucketConfig()), "expected folders as sources"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tiny_run(tmp_path / "out", data))

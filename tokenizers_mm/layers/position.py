@@ -1,0 +1,45 @@
+"""Positions of tokens on a grid: rotary embedding over two axes (RoFormer, arXiv 2104.09864; Qwen2-VL, arXiv
+2409.12191, section 2.1)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Rotate = Callable[[Tensor], Tensor]
+
+
+def grid_positions(rows: int, columns: int, block: int = 1, device: torch.device | None = None) -> Tensor:
+    """Row and column of every cell, [rows * columns, 2].
+
+    In raster order for block 1; else square blocks of that side follow each other in raster order, and so do the cells
+    inside each block.
+    """
+    row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
+    column = torch.arange(columns, device=device)[None].expand(rows, columns)
+    return block_order(torch.stack([row, column], -1), block)
+
+
+def block_order(x: Tensor, block: int) -> Tensor:
+    """Cells [..., rows, columns, C] as a list [..., rows * columns, C], blocks of block x block cells kept together."""
+    if block == 1:
+        return x.flatten(-3, -2)
+    blocks = x.unflatten(-2, (-1, block)).unflatten(-4, (-1, block)).transpose(-4, -3)
+    return blocks.flatten(-5, -2)
+
+
+def rotary_2d(positions: Tensor, dim: int, theta: float = 10000.0) -> Rotate:
+    """A function that turns heads [B, heads, N, dim] by their positions [N, 2]: half the frequencies for each axis.
+
+    Channel i is paired with channel i + dim / 2. The turning is done in float32, the dtype is kept.
+    """
+    frequencies = theta ** -(torch.arange(0, dim // 2, 2, device=positions.device, dtype=torch.float32) / (dim // 2))
+    angles = (positions.float()[:, :, None] * frequencies).flatten(1)
+    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+
+    def rotate(x: Tensor) -> Tensor:
+        wide = x.float()
+        first, second = wide.chunk(2, dim=-1)
+        return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+    return rotate

@@ -1,0 +1,126 @@
+"""Interleaved records on disk: JSONL, one row per line, read at any place and mixed by weight.
+
+A line is `{"content": [PART, ...]}`; a part is one of
+
+    {"text": "a red circle"}
+    {"image": "pictures/0.png"}                                  a path, from the folder of the file
+    {"codes": {"height": 64, "width": 64, "ids": [3, 17, ...]}}  an image that went through the tokenizer already
+
+and may also say `"learn": false` (its tokens are no labels) and, for images, `"features": true` (shown as continuous
+features). Other keys of a line, such as an id, are left alone.
+"""
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import atomic_path
+from tokenizers_mm.llm.batch import Segment
+from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.types import ImageCodes
+
+
+class Records:
+    """The rows of a file, by number; only the places of the lines are held in memory."""
+
+    def __init__(self, path: str | os.PathLike[str], tokenizer: ImageTokenizer) -> None:
+        self.path, self.tokenizer = Path(path), tokenizer
+        require(self.path.is_file(), "records", "a JSONL file", str(path))
+        with self.path.open("rb") as file:
+            lengths = [len(line) for line in file]
+        starts = [0, *itertools.accumulate(lengths)]
+        with self.path.open("rb") as file:
+            self._starts = [start for start, line in zip(starts, file, strict=False) if line.strip()]
+        require(len(self._starts) > 0, f"records {self.path}", "at least one row", "none")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> list[Segment]:
+        """The segments of one row; ValueError says which row is wrong and how."""
+        return [self._segment(part, index) for part in self.content(index)]
+
+    def content(self, index: int) -> list[dict[str, Any]]:
+        """The parts of one row as they are written."""
+        name = f"{self.path} row {index}"
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            line = file.readline()
+        try:
+            record = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            fail(name, "valid JSON", str(error))
+        parts = record.get("content") if isinstance(record, dict) else None
+        if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+            fail(name, "a list of parts under 'content'", line[:40].decode(errors="replace"))
+        return parts
+
+    def _segment(self, part: dict[str, Any], index: int) -> Segment:
+        name = f"{self.path} row {index}"
+        kinds = [key for key in ("text", "image", "codes") if key in part]
+        unknown = sorted(set(part) - {"text", "image", "codes", "learn", "features"})
+        require(len(kinds) == 1 and not unknown, name, "parts with one of text, image, codes", sorted(part))
+        learn, features = part.get("learn", True), part.get("features", False)
+        require(isinstance(learn, bool) and isinstance(features, bool), name, "learn and features true or false", part)
+        if kinds == ["text"]:
+            require(isinstance(part["text"], str), name, "a text", part["text"])
+            return Segment(part["text"], learn)
+        if kinds == ["image"]:
+            require(isinstance(part["image"], str), name, "the path of an image", part["image"])
+            return Segment(self.path.parent / part["image"], learn, features)
+        return Segment(self._codes(part["codes"], name), learn, features)
+
+    def _codes(self, codes: Any, name: str) -> ImageCodes:
+        right = isinstance(codes, dict) and set(codes) == {"height", "width", "ids"} and isinstance(codes["ids"], list)
+        if not right or not all(type(value) is int for value in (codes["height"], codes["width"], *codes["ids"])):
+            fail(name, "codes with height, width and ids, whole numbers", str(codes)[:60])
+        try:
+            streams = self.tokenizer.streams(codes["height"], codes["width"])
+            return ImageCodes(torch.tensor([codes["ids"]], dtype=torch.int64), codes["height"], codes["width"], streams)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+class RecordMixture:
+    """Rows from several files by weight. A position decides everything, so training can go on at any step."""
+
+    def __init__(self, sources: Sequence[tuple[Records, float]], seed: int = 0) -> None:
+        require(len(sources) > 0, "sources", "at least one file of records", "none")
+        weights = [weight for _, weight in sources]
+        require(min(weights) >= 0 and sum(weights) > 0, "weights", "numbers from 0 on, not all 0", weights)
+        self.sources, self.weights, self.seed = [records for records, _ in sources], weights, seed
+
+    def __getitem__(self, position: int) -> list[Segment]:
+        """The row of a position, from 0 without an end."""
+        rng = random.Random(f"{self.seed} {position}")
+        records = rng.choices(self.sources, self.weights)[0]
+        return records[rng.randrange(len(records))]
+
+
+def pretokenize(records: Records, path: str | os.PathLike[str]) -> int:
+    """Write the same rows with codes in place of images; returns how many images there were.
+
+    Images that are to be shown as features stay images; give the new file the folder of the old one for their paths.
+    """
+    done = 0
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for index in range(len(records)):
+            content, segments = records.content(index), records[index]
+            for part, segment in zip(content, segments, strict=True):
+                if "image" not in part or segment.as_features:
+                    continue
+                codes = records.tokenizer.encode(segment.content)
+                if not isinstance(codes, ImageCodes):
+                    fail("tokenizer", "one with ids", "a continuous one")
+                del part["image"]
+                part["codes"] = {"height": codes.height, "width": codes.width, "ids": codes.ids[0].tolist()}
+                done += 1
+            file.write(json.dumps({"content": content}, ensure_ascii=False) + "\n")
+    return done

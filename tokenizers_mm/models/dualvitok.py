@@ -1,0 +1,174 @@
+"""DualViTok (ILLUME+, arXiv 2504.01934): semantic and pixel ids in two streams, at any resolution.
+
+The path of an image: a frozen tower and a head -> semantic features on a coarse grid; a convolutional encoder -> pixel
+features on a finer one; one SimVQ codebook for each. The semantic codes, enlarged to the pixel grid and joined with the
+pixel codes, make the image; alone they give back the tower's features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tokenizers_mm._check import require
+from tokenizers_mm._images import Fit, fit_image
+from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
+from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanticEncoder
+from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
+from tokenizers_mm.functional.multiscale import bicubic_up
+from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
+from tokenizers_mm.models.base import ImageInput, ImageTokenizer
+from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
+from tokenizers_mm.resolutions import Resolutions
+from tokenizers_mm.types import ImageCodes, Quantized, Reconstruction, Stream
+
+
+@dataclass(frozen=True)
+class DualViTokConfig:
+    """All that defines a DualViTok model.
+
+    pixel_decoder.context_channels: the channels of both codebooks together; every norm reads the joined codes.
+    resolutions: sizes, grids and counts; its cells must be those of the tower and of the pixel encoder.
+    """
+
+    semantic_encoder: DualSemanticConfig
+    semantic_quantizer: SimVQConfig
+    semantic_decoder: RotaryTransformerConfig
+    pixel_encoder: PixelEncoderConfig
+    pixel_quantizer: SimVQConfig
+    pixel_decoder: PixelDecoderConfig
+    resolutions: Resolutions = field(default_factory=Resolutions)
+
+
+class DualViTok(ImageTokenizer[ImageCodes]):
+    """The composed tokenizer; `from_config` builds the parts."""
+
+    family = "dualvitok"
+    Config = DualViTokConfig
+
+    def __init__(
+        self,
+        config: DualViTokConfig,
+        semantic_encoder: DualSemanticEncoder,
+        pixel_encoder: PixelEncoder,
+        semantic_quantizer: SimVQ,
+        pixel_quantizer: SimVQ,
+        semantic_decoder: RotaryTransformer,
+        pixel_decoder: PixelDecoder,
+    ) -> None:
+        super().__init__()
+        self.config, self.resolutions = config, config.resolutions
+        self.semantic_encoder, self.pixel_encoder = semantic_encoder, pixel_encoder
+        self.semantic_quantizer, self.pixel_quantizer = semantic_quantizer, pixel_quantizer
+        self.semantic_decoder, self.pixel_decoder = semantic_decoder, pixel_decoder
+        dim = semantic_quantizer.dim + pixel_quantizer.dim
+        self.pixel_head = nn.Linear(config.pixel_encoder.out_channels, pixel_quantizer.dim)
+        self.pixel_embed = nn.Linear(dim, config.pixel_decoder.in_channels)
+        cells = (pixel_encoder.factor, semantic_encoder.tower.cell)
+        stated = (self.resolutions.pixel_cell, self.resolutions.semantic_cell)
+        require(stated == cells, "resolutions", f"cells of {cells[0]} and {cells[1]} pixels", stated)
+        context = config.pixel_decoder.context_channels
+        require(context == dim, "pixel_decoder.context_channels", f"{dim}, as in both codebooks", context)
+
+    @classmethod
+    def from_config(cls, config: DualViTokConfig) -> "DualViTok":
+        semantic_dim, target_dim = config.semantic_quantizer.dim, config.semantic_encoder.tower.out_dim
+        return cls(
+            config,
+            DualSemanticEncoder(config.semantic_encoder, semantic_dim),
+            PixelEncoder(config.pixel_encoder),
+            SimVQ(config.semantic_quantizer),
+            SimVQ(config.pixel_quantizer),
+            RotaryTransformer(semantic_dim, target_dim, config.semantic_decoder),
+            PixelDecoder(config.pixel_decoder),
+        )
+
+    @property
+    def image_size(self) -> None:
+        return None
+
+    @property
+    def size_multiple(self) -> int:
+        return self.resolutions.pixel_cell
+
+    def streams(self, height: int, width: int) -> tuple[Stream, ...]:
+        self.check_size(height, width)
+        return (
+            Stream("semantic", self.semantic_quantizer.codebook_size, (self.resolutions.semantic_grid(height, width),)),
+            Stream("pixel", self.pixel_quantizer.codebook_size, (self.resolutions.pixel_grid(height, width),)),
+        )
+
+    def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
+        """As the base class says; "resize" also keeps the area in the bounds of `config.resolutions`."""
+        if fit == "resize":
+            return fit_image(picture, *self.resolutions.smart_size(picture.height, picture.width), fit)
+        return super().fit_picture(picture, fit)
+
+    def encode_features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Before quantization: semantic [B, h', w', D], pixel [B, h, w, E], and the target [B, h', w', C]."""
+        semantic, target = self.semantic_encoder(x, self.resolutions.tower_size(*x.shape[-2:]))
+        return semantic, self.pixel_head(self.pixel_encoder(x).permute(0, 2, 3, 1)), target
+
+    def quantize(self, semantic: Tensor, pixel: Tensor) -> dict[str, Quantized]:
+        """Both streams, by name."""
+        return {"semantic": self.semantic_quantizer.quantize(semantic), "pixel": self.pixel_quantizer.quantize(pixel)}
+
+    def merge(self, semantic: Tensor, pixel: Tensor) -> Tensor:
+        """Semantic [B, h', w', D] and pixel vectors [B, h, w, E] joined on the pixel grid, [B, h, w, D + E]."""
+        rows, columns = pixel.shape[1:3]
+        return torch.cat([bicubic_up(semantic.float(), (rows, columns)).to(pixel.dtype), pixel], dim=-1)
+
+    def decode_pixels(self, vectors: Tensor) -> Tensor:
+        """Image [B, 3, H, W] from joined vectors [B, h, w, D + E]."""
+        vectors = vectors.to(self.dtype)
+        return self.pixel_decoder(self.pixel_embed(vectors).permute(0, 3, 1, 2), vectors.permute(0, 3, 1, 2))
+
+    def decode_semantic(self, vectors: Tensor) -> Tensor:
+        """Features [B, h' * w', C] in the tower's space from semantic vectors [B, h', w', D]."""
+        return self.semantic_decoder(vectors.to(self.dtype)).flatten(1, 2)
+
+    def forward(self, x: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Reconstruction:
+        """Reconstruct x [B, 3, H, W]; `perturb` may disturb the pixel vectors [B, h, w, E] before they are joined."""
+        semantic, pixel, target = self.encode_features(x)
+        quantized = self.quantize(semantic, pixel)
+        semantic, pixel = quantized["semantic"].vectors, quantized["pixel"].vectors
+        image = self.decode_pixels(self.merge(semantic, pixel if perturb is None else perturb(pixel)))
+        return Reconstruction(image, self.decode_semantic(semantic), target.flatten(1, 2), quantized)
+
+    def encode_tensor(self, x: Tensor) -> ImageCodes:
+        semantic, pixel, _ = self.encode_features(x)
+        quantized = self.quantize(semantic, pixel)
+        height, width = x.shape[-2:]
+        ids = torch.cat([part.ids.flatten(1) for part in quantized.values()], dim=1)
+        return ImageCodes(ids, height, width, self.streams(height, width))
+
+    def stream_vectors(self, codes: ImageCodes) -> tuple[Tensor, Tensor]:
+        """The codes of each stream on its own grid: semantic [B, h', w', D] and pixel [B, h, w, E]."""
+        semantic, pixel = codes.streams
+        return (
+            self.semantic_quantizer.look_up(codes.stream("semantic").unflatten(1, semantic.grids[0])),
+            self.pixel_quantizer.look_up(codes.stream("pixel").unflatten(1, pixel.grids[0])),
+        )
+
+    def vectors(self, codes: ImageCodes) -> Tensor:
+        return self.merge(*self.stream_vectors(codes)).to(self.dtype)
+
+    def decode(self, codes: ImageCodes) -> Tensor:
+        return self.decode_pixels(self.vectors(codes))
+
+    @torch.no_grad()
+    def features(self, images_or_codes: object) -> Tensor:
+        """[B, h * w, D + E]: the joined codes of both streams on the pixel grid."""
+        if isinstance(images_or_codes, ImageCodes):
+            return self.vectors(images_or_codes).flatten(1, 2)
+        return self.vectors(self.encode_tensor(self.prepare(images_or_codes))).flatten(1, 2)
+
+    @torch.no_grad()
+    def stream_features(self, images: ImageInput) -> dict[str, Tensor]:
+        """What the language model of the paper reads, by stream, before any quantizer: "semantic" [B, h', w', C], the
+        tower's tokens as they are, and "pixel" [B, h, w, channels of the pixel encoder]."""
+        x = self.prepare(images)
+        semantic = self.semantic_encoder.tower(x, self.resolutions.tower_size(*x.shape[-2:]))
+        return {"semantic": semantic, "pixel": self.pixel_encoder(x).permute(0, 2, 3, 1)}

@@ -1,0 +1,56 @@
+"""Finite scalar quantization (arXiv 2309.15505): no codebook is stored, none can collapse."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_mm._check import require
+from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids, round_to_levels
+from tokenizers_mm.quantizers.base import Quantizer, in_float32
+from tokenizers_mm.types import Quantized, VQTerms
+
+
+@dataclass(frozen=True)
+class FSQConfig:
+    """levels of each channel that is rounded (their product is the number of codes); dim channels in and out, with
+    linear maps between the two."""
+
+    levels: tuple[int, ...]
+    dim: int
+
+
+class FSQ(Quantizer):
+    """z [..., dim] -> ids of [..., prod(levels)] and vectors; its terms are zero."""
+
+    def __init__(self, config: FSQConfig) -> None:
+        super().__init__()
+        require(len(config.levels) > 0 and min(config.levels) > 1, "levels", "numbers above 1", config.levels)
+        self.config = config
+        self.codebook_size, self.dim = math.prod(config.levels), config.dim
+        self.project_in = nn.Linear(config.dim, len(config.levels))
+        self.project_out = nn.Linear(len(config.levels), config.dim)
+
+    @in_float32
+    def quantize(self, z: Tensor) -> Quantized:
+        levels = self.config.levels
+        whole = round_to_levels(_linear(self.project_in, z), levels)
+        zero = z.new_zeros(())
+        terms = VQTerms(zero, zero, zero) if self.training else None
+        return Quantized(self._expand(whole), levels_to_ids(whole, levels), terms, queries=z.detach())
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        return self._expand(ids_to_levels(ids, self.config.levels))
+
+    def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
+        raise ValueError("FSQ: expected no revival of codes (it has no codebook), got a request for it")
+
+    def _expand(self, whole: Tensor) -> Tensor:
+        """Whole numbers scaled to [-1, 1] and mapped to `dim` channels."""
+        return _linear(self.project_out, whole / (torch.tensor(self.config.levels, device=whole.device) // 2))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear map in the dtype of x, whatever the dtype of its weights."""
+    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
