@@ -36,7 +36,9 @@ def build() -> ContinuousLM:
         denoiser=TokenDenoiserConfig(condition_dim=WIDTH, width=64, depth=2),
     )
     tokenizer = MAR.from_config(config)
-    torch.nn.init.normal_(tokenizer.denoiser.out.weight, std=0.05)  # zero at the start
+    denoiser = tokenizer.denoiser
+    for layer in (denoiser.out, denoiser.modulation):  # zero at the start, which would hide a difference
+        torch.nn.init.normal_(layer.weight, std=0.05)
     qwen = transformers.Qwen2Config(
         hidden_size=192,
         intermediate_size=768,

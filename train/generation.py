@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -62,7 +62,7 @@ class AutoencoderStage:
 class GenerationConfig:
     """A run.
 
-    start_from: a saved MAR tokenizer to go on from, "" for a new one of `model`. drop: share of captions dropped.
+    start_from: the folder of a run whose networks to go on from, "" for new ones. drop: share of captions dropped.
     posterior: sample latents in training (MAR) or take the mean (Harmon). ema: decay of the saved average.
     max_seconds: of MAR's stage, 0 for no limit. precision: of autocast in it. save_every: steps between saves of the
     averaged tokenizer, 0 for the end only. scenes: how many held-out scene captions are drawn at the end, to be looked
@@ -129,7 +129,7 @@ def run(config: GenerationConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     folder = Path(config.out)
     tokenizer = _tokenizer(config).to(config.device)
-    model = Generator(tokenizer, CaptionEmbedding(tokenizer.feature_dim, config.captions).to(config.device))
+    model = Generator(tokenizer, _captions(config, tokenizer.feature_dim).to(config.device))
     batches = _batches(config)
     log = _Log(folder)
     if config.autoencoder.steps:
@@ -137,9 +137,7 @@ def run(config: GenerationConfig) -> dict[str, Any]:
     tokenizer.autoencoder.requires_grad_(False).eval()
     averaged, seconds = _train(config, model, batches, log)
     log.curves()
-    averaged.tokenizer.save(folder / "tokenizer")
-    with atomic_path(folder / "captions.safetensors") as path:
-        save_file({n: t.detach().cpu().contiguous() for n, t in averaged.captions.state_dict().items()}, path)
+    _save(averaged, folder)
     summary = {"seconds": round(seconds, 1), **_look(config, averaged, folder)}
     with atomic_path(folder / "summary.json") as path:
         path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -197,7 +195,7 @@ def _train(
         average.update_parameters(model)
         log.add(step, config.log_every, {"noise": terms.noise, "bound": terms.bound})
         if config.save_every and (step + 1) % config.save_every == 0:
-            average.module.tokenizer.save(Path(config.out) / "tokenizer")  # type: ignore[union-attr]
+            _save(average.module, Path(config.out))  # type: ignore[arg-type]
     return average.module.eval(), time.perf_counter() - started  # type: ignore[return-value]
 
 
@@ -265,7 +263,7 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: flo
 
 
 def _tokenizer(config: GenerationConfig) -> MAR:
-    tokenizer = load(config.start_from) if config.start_from else MAR.from_config(config.model)
+    tokenizer = load(Path(config.start_from) / "tokenizer") if config.start_from else MAR.from_config(config.model)
     if not isinstance(tokenizer, MAR):
         raise ValueError(f"config.start_from: expected a MAR tokenizer, got {tokenizer.family}")
     if config.autoencoder.kl16:
@@ -275,6 +273,26 @@ def _tokenizer(config: GenerationConfig) -> MAR:
         except RuntimeError as error:
             raise ValueError(f"config.autoencoder.kl16: expected the sizes of config.model, got {error}") from None
     return tokenizer
+
+
+def _captions(config: GenerationConfig, width: int) -> CaptionEmbedding:
+    captions = CaptionEmbedding(width, config.captions)
+    if config.start_from:
+        path = Path(config.start_from) / "captions.safetensors"
+        if not path.is_file():
+            raise ValueError(f"config.start_from: expected the folder of a run, got none with {path}")
+        try:
+            captions.load_state_dict(load_file(path))
+        except RuntimeError as error:
+            raise ValueError(f"config.captions: expected the sizes of {path}, got {error}") from None
+    return captions
+
+
+def _save(model: Generator, folder: Path) -> None:
+    """The tokenizer in our format, and the captions' embedding beside it."""
+    model.tokenizer.save(folder / "tokenizer")
+    with atomic_path(folder / "captions.safetensors") as path:
+        save_file({n: t.detach().cpu().contiguous() for n, t in model.captions.state_dict().items()}, path)
 
 
 def _batches(config: GenerationConfig) -> Iterator[Batch]:
@@ -296,7 +314,9 @@ class _Log:
         (folder / "log.jsonl").unlink(missing_ok=True)
 
     def add(self, step: int, every: int, values: dict[str, Tensor]) -> None:
-        """Take the values of a step."""
+        """Take the values of a step; a new stage forgets what the last one has not written."""
+        if self._sums.keys() != values.keys():
+            self._sums, self._count = {}, 0
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         self._count += 1
@@ -311,8 +331,9 @@ class _Log:
         self._sums, self._count = {}, 0
 
     def curves(self) -> None:
-        """Draw all curves."""
-        plot_curves(self._curves, self.folder / "curves.png")
+        """Draw all curves, if there are any."""
+        if self._curves:
+            plot_curves(self._curves, self.folder / "curves.png")
 
 
 def main(arguments: list[str]) -> int:

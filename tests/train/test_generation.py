@@ -52,6 +52,14 @@ def test_a_short_run(tmp_path: Path, precision: str) -> None:
     assert isinstance(tokenizer, MAR)
     values = tokenizer.encode(torch.rand(4, 3, 32, 32) * 2 - 1).values
     assert 0.1 < float(values.std()) < 10  # the measured scale
+    further = [*overrides, f"start_from={tmp_path / 'run'}", "autoencoder.steps=0", "steps=1", "scenes=0"]
+    further = [item for item in further if not item.startswith(("out=", "log_every"))] + [f"out={tmp_path / 'more'}"]
+    run(from_mapping(GenerationConfig, read_yaml(ROOT / "configs" / "mar_scenes.yaml", further)))
+    again = tmm.load(tmp_path / "more" / "tokenizer")
+    assert again.config == tokenizer.config
+    assert torch.equal(
+        again.encode(torch.zeros(1, 3, 32, 32)).values, tokenizer.encode(torch.zeros(1, 3, 32, 32)).values
+    )
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
