@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.mar_cases import tiny_config as tiny_mar_config
 from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.cli import main
-from tokenizers_mm.models import TokenFlow
+from tokenizers_mm.models import MAR, TokenFlow
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,19 @@ def test_info_encode_decode_eval(saved: Path, tmp_path: Path, capsys: pytest.Cap
     assert "weights" in data["rfid_missing"]
     assert main(["doctor"]) == 0
     assert "kernels        native" in capsys.readouterr().out
+
+
+def test_latents_go_the_same_way(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = MAR.from_config(tiny_mar_config()).eval()
+    tokenizer.save(tmp_path / "mar")
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "a.png")
+    out = str(tmp_path / "z.safetensors")
+    assert main(["encode", str(tmp_path / "a.png"), "--tokenizer", str(tmp_path / "mar"), "--out", out]) == 0
+    assert main(["decode", out, "--tokenizer", str(tmp_path / "mar"), "--out-dir", str(tmp_path / "o")]) == 0
+    again = Image.open(tmp_path / "o" / "00000.png")
+    expected = tokenizer.to_pil(tokenizer.decode(tokenizer.encode(tmp_path / "a.png")))[0]
+    assert again.tobytes() == expected.tobytes()
 
 
 def test_bad_input_is_one_sentence_and_code_2(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

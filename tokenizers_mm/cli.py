@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tokenizers_mm._check import fail
 from tokenizers_mm._images import tensor_to_images
-from tokenizers_mm.types import ImageCodes
+from tokenizers_mm.types import ImageCodes, ImageLatents
 
 PROGRAM = "tokenizers_mm.train"
 """The training program is not part of the library; the wheel installs it beside it."""
@@ -128,11 +130,14 @@ def _encode(options: argparse.Namespace) -> None:
     codes = tokenizer.encode(options.images, fit=options.fit)
     facts = {"height": str(codes.height), "width": str(codes.width), "family": tokenizer.family}
     tensors = {"ids": codes.ids} if isinstance(codes, ImageCodes) else {"latents": codes.values}
+    if isinstance(codes, ImageLatents):
+        facts |= {"rows": str(codes.grid[0]), "columns": str(codes.grid[1])}
     with atomic_path(options.out) as temporary:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=facts)
     print(f"{options.out}: {len(codes)} x {next(iter(tensors.values())).shape[1]}")
 
 
+@torch.no_grad()
 def _decode(options: argparse.Namespace) -> None:
     from safetensors import SafetensorError, safe_open
 
@@ -146,10 +151,17 @@ def _decode(options: argparse.Namespace) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         fail("ids", "a whole file that `encode` wrote", f"{options.ids} ({error})")
-    if "ids" not in tensors or not {"height", "width"} <= facts.keys():
-        fail("ids", "a file that `encode` wrote with ids in it", str(options.ids))
+    if not {"ids", "latents"} & tensors.keys() or not {"height", "width"} <= facts.keys():
+        fail("ids", "a file that `encode` wrote", str(options.ids))
     tokenizer = _load(options)
-    images = tokenizer.decode_ids(tensors["ids"], int(facts["height"]), int(facts["width"]))
+    height, width = int(facts["height"]), int(facts["width"])
+    if "ids" in tensors:
+        images = tokenizer.decode_ids(tensors["ids"], height, width)
+    elif tokenizer.streams(height, width) or not {"rows", "columns"} <= facts.keys():
+        fail("ids", f"ids, which a {tokenizer.family} tokenizer decodes", f"latents in {options.ids}")
+    else:
+        grid = int(facts["rows"]), int(facts["columns"])
+        images = tokenizer.decode(ImageLatents(tensors["latents"], height, width, grid).to(tokenizer.device))
     for index, image in enumerate(tensor_to_images(images)):
         save_picture(image, options.out_dir / f"{index:05d}.png")
     print(f"{options.out_dir}: {len(images)} images")
