@@ -11,7 +11,7 @@ from tests.cases import case
 from tests.dualvitok_weights import by_rule
 
 pytest.importorskip("lpips", reason="the perceptual term needs the lpips package")
-from tokenizers_mm.losses.perceptual import LPIPS  # noqa: E402
+from tokenizers_mm.losses.perceptual import LPIPS
 
 DEPTH = 5  # feature maps that are compared
 

@@ -27,7 +27,7 @@ from tokenizers_mm.functional.alignment import cosine_distance
 from tokenizers_mm.losses.discriminators import PatchGAN, PatchGANConfig
 
 pytest.importorskip("lpips", reason="the perceptual term needs the lpips package")
-from tokenizers_mm.losses.perceptual import LPIPS  # noqa: E402
+from tokenizers_mm.losses.perceptual import LPIPS
 
 
 @pytest.fixture(scope="module")

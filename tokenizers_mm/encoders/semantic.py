@@ -18,8 +18,8 @@ class SemanticEncoderConfig:
     of ViTamin's convolutional stem, as a mapping).
     pretrained: start from timm's published weights (needs its hub when the tokenizer is first built for training).
     mean, std: of the image in [0, 1], which is clamped first; None passes the image in [-1, 1] on as it is.
-    features: "norm" reads the tokens after the tower's last norm, "last" those of its last block, "projected" the normed
-    ones through the tower's head (CLIP's joint space), whose width is the option num_classes.
+    features: "norm" reads the tokens after the tower's last norm, "last" those of its last block, "projected" the
+    normed ones through the tower's head (CLIP's joint space), whose width is the option num_classes.
     """
 
     name: str
