@@ -1,6 +1,7 @@
 """`tokenizers-mm VERB`: exit code 0 on success, 2 for bad usage or input (one sentence), 1 for a failure of ours."""
 
 import argparse
+import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--inception", help="weights file for rFID (default: torch.hub's cache)")
     command.add_argument("--out", type=Path, required=True)
 
+    command = verb("convert", _convert, "A published checkpoint into our format.")
+    command.add_argument("family", metavar="FAMILY", help="tokenflow, dualvitok or mar")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pt, .pth, .bin, .ckpt or .safetensors")
+    command.add_argument("options", nargs="*", metavar="key=value", help="what the file cannot say, see the family")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--config", type=Path, help="JSON: the dimensions of an unpublished size")
+
     verbs.add_parser("train", help="Train: CONFIG [key=value ...].", add_help=False)
+    command = verb("export", _export, "Encode and decode as graphs, compared with the model.")
+    _tokenizer_option(command)
+    command.add_argument("--format", choices=("torch", "onnx"), required=True)
+    command.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="where any size is taken")
+    command.add_argument("--batch-size", type=int, default=1)
+    command.add_argument("--out", type=Path, required=True)
+
     verb("doctor", _doctor, "Versions, device, kernels, and what is missing.")
     command = verb("demo", _demo, "Train a small tokenizer on real photographs and look at it (minutes, CPU).")
     command.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -151,6 +166,29 @@ def _eval(options: argparse.Namespace) -> None:
     for message in report["skipped"]:
         print(f"skipped: {message}", file=sys.stderr)
     print(f"{options.out}: {report['images']} images, PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from tokenizers_mm.checkpoints.convert import convert
+
+    config = None
+    if options.config is not None:
+        try:
+            config = json.loads(options.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            fail("config", "a JSON file", f"{options.config} ({error})")
+    bad = [item for item in options.options if "=" not in item]
+    if bad:
+        fail("option", "key=value", bad[0])
+    extra = dict(item.split("=", 1) for item in options.options)
+    print(convert(options.family, options.checkpoint, options.out, config, **extra))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from tokenizers_mm.export.graph import export
+
+    size = tuple(options.size) if options.size else None
+    print(export(_load(options), options.format, options.out, size, options.batch_size))
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -41,7 +41,8 @@ class ImageCodes:
     streams: tuple[Stream, ...]
 
     def __post_init__(self) -> None:
-        check_ids(self.ids, self.streams)
+        if not torch.compiler.is_compiling():  # values cannot be looked at inside a graph
+            check_ids(self.ids, self.streams)
 
     def stream(self, name: str) -> Tensor:
         """The ids of one stream, int64 [B, n]."""

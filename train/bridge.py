@@ -17,7 +17,10 @@ from .schedule import learning_rate
 
 @dataclass(frozen=True)
 class FitConfig:
-    """steps: optimizer steps at most. max_seconds: end (and finish the schedule) earlier, 0 for never."""
+    """steps: optimizer steps at most. max_seconds: end (and finish the schedule) earlier, 0 for never.
+
+    log_every: steps between reports, over which the loss is averaged.
+    """
 
     optimizer: OptimizerConfig
     steps: int = 1000
@@ -37,7 +40,8 @@ def fit(
     options = config.optimizer
     optimizer = torch.optim.AdamW(parameters, options.lr, options.betas, weight_decay=options.weight_decay)
     model.train()
-    started, losses, line = time.perf_counter(), [], {}
+    started, line = time.perf_counter(), {}
+    losses: list[float] = []
     for step in range(config.steps):
         seconds = time.perf_counter() - started
         if config.max_seconds and seconds >= config.max_seconds:
@@ -52,16 +56,10 @@ def fit(
             raise FloatingPointError(f"gradients are not finite at step {step}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+        losses = [*losses[1 - config.log_every :], float(loss.detach())]
+        line = {"step": step + 1, "seconds": time.perf_counter() - started, "loss": sum(losses) / len(losses)}
+        line |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         if (step + 1) % config.log_every == 0:
-            line = {
-                "step": step + 1,
-                "seconds": round(time.perf_counter() - started, 1),
-                "loss": sum(losses) / len(losses),
-                "grad_norm": norm,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
             report(line)
-            losses = []
     model.eval()
     return line

@@ -107,12 +107,12 @@ class UpkeepConfig:
 class TrainConfig:
     """A run.
 
-    out: its folder. steps: optimizer steps. max_seconds: end (and finish the schedule) earlier when this much time has
-    passed, 0 for never. noise: disturb the pixel codes. accumulate: micro-batches per step. precision: of autocast.
-    ema: decay of the average of weights that is saved, 0 for none. scale_drop: chance that one scale but the first is
-    left out of a step. trainable: prefixes of the parameters that learn; none means all. log_every, sample_every,
-    save_every: in steps, 0 for never; keep: checkpoints. resume: "auto" goes on from the newest checkpoint in `out`,
-    "never" starts anew.
+    out: its folder. steps: optimizer steps. max_seconds: end (and finish the schedule) earlier when this much time
+    has passed, 0 for never. noise: disturb the pixel codes. accumulate: micro-batches per step. precision: of
+    autocast. ema: decay of the average of weights that is saved, 0 for none. scale_drop: chance that one scale but
+    the first is left out of a step. trainable: prefixes of the parameters that learn; none means all. log_every,
+    sample_every, save_every: in steps, 0 for never; keep: checkpoints. resume: "auto" goes on from the newest
+    checkpoint in `out`, "never" starts anew.
     """
 
     out: str

@@ -27,7 +27,7 @@ from .log import read_log
 from .loop import run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NUM_CROPS, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 96, 3200, 960
+NUM_CROPS, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 96, 6400, 960
 
 
 def demo(out: Path, quick: bool = False) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def bridge_demo(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> di
         return pad_rows(processor.rows(rows), processor.pad)
 
     options = OptimizerConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine", warmup=40, clip=1.0)
-    last = fit(model, next_batch, FitConfig(options, steps=100000, max_seconds=seconds), print)
+    last = fit(model, next_batch, FitConfig(options, steps=100_000, max_seconds=seconds), print)
     model.save_pretrained(out / "language_model")
     processor.save(out / "language_model")
 

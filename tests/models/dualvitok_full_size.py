@@ -43,7 +43,7 @@ def main(step: str, *arguments: str) -> None:
         folder = Path(arguments[0])
         save_file(dualvitok_weights(Case(folder.name, folder)), arguments[1])
     elif step == "convert":
-        convert("dualvitok", *arguments)
+        convert("dualvitok", arguments[0], arguments[1])
     else:
         encode(*arguments)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tokenizers_mm as tmm
 from tokenizers_mm.checkpoints.convert import convert
+from tokenizers_mm.models import TokenFlow
 
 
 def peak() -> int:
@@ -45,7 +46,7 @@ def main(checkpoint: str, directory: str, inputs: str, outputs: str, result: str
     started = time.perf_counter()
     decoded = tokenizer.decode_ids(expected)
     report["decode"], report["decode_s"] = peak(), round(time.perf_counter() - started, 1)  # type: ignore[assignment]
-    assert isinstance(tokenizer, tmm.MODELS["tokenflow"])
+    assert isinstance(tokenizer, TokenFlow)
     semantic = tokenizer.decode_semantic(tokenizer.quantizer.look_up(expected))
     tensors = {"ids": codes.ids, "image": decoded, "semantic": semantic, "features": tokenizer.encode_features(image)}
     tensors["tokens"] = tokenizer.semantic_encoder(image).flatten(1, 2)

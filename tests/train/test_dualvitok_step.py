@@ -1,8 +1,8 @@
 """One training step against the original's: terms, gradients, the discriminator's statistics, before and with the GAN.
 
-Tolerances: gradients 1e-3 of the largest entry (the cases' README). In one case a unit of the discriminator stands
-1e-6 from the kink of its leaky ReLU, less than float32 can tell, and the original fell on the other side: with that one
-unit turned over our gradient meets the original's within 8e-7; as it is, it is that of float64 within 4e-6, and the
+Tolerances: gradients 1e-3 of the largest entry (the cases' README). In one case a unit of the discriminator stands 1e-6
+from the kink of its leaky ReLU, less than float32 can tell, and the original fell on the other side: with that one unit
+turned over our gradient meets the original's within 8e-7; as it is, it is that of float64 within 4e-6, and the
 original's is off by up to 5e-3.
 """
 

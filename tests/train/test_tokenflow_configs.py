@@ -48,7 +48,7 @@ def reduced(name: str, **edits: Any) -> dict[str, Any]:
     """The same run with small networks and without downloads; images, scales, terms and recipe stay."""
     data = read_yaml(path(name))
     model = data["model"]["config"]
-    small = {"embed_dim": 48, "depth": 1, "num_heads": 2}
+    small: dict[str, Any] = {"embed_dim": 48, "depth": 1, "num_heads": 2}
     if "vitamin" in model["semantic_encoder"]["name"]:
         small["embed_cfg"] = {"embed_dim": [16, 24, 48], "depths": [1, 1, 1], "stem_width": 16}
     towers = [model["semantic_encoder"], *([data["loss"]["teacher"]] if "teacher" in data["loss"] else [])]

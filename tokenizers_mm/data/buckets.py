@@ -48,7 +48,7 @@ class Draw(NamedTuple):
 
 
 def bucket_size(height: int, width: int, config: BucketConfig) -> Size:
-    """The size that a picture is cut to: its smart size (see `Resolutions`), sides rounded down to the coarse grid."""
+    """The size that a picture is cut to: its smart size (see `Resolutions`), sides rounded down to the grid."""
     rules = Resolutions(pixel_cell=config.cell)
     rows, columns = rules.smart_size(height, width, config.min_pixels, config.max_pixels)
     down = [side // config.step * config.step or side for side in (rows, columns)]

@@ -129,7 +129,9 @@ class Mixture(Dataset[dict[str, Any]]):
                 image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
             hue, saturation, value = image.convert("HSV").split()
             turn = round(128 * source.colour * rng.uniform(-1, 1))
-            image = Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), saturation, value)).convert("RGB")
+            image = Image.merge("HSV", (hue.point([(h + turn) % 256 for h in range(256)]), saturation, value)).convert(
+                "RGB"
+            )
         return image_to_tensor(image)
 
 

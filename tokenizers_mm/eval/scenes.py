@@ -31,6 +31,8 @@ def judge_scene(picture: Image.Image) -> tuple[str, str] | None:
     colour = tuple(COLOURS)[int(np.square(palette - inner).sum(-1).argmin())]
     nearer = np.square(pixels - inner).sum(-1) < np.square(pixels - ground).sum(-1)
     patch = _largest(nearer & patch)
+    if not patch.any():
+        return None
     return max(SHAPES, key=lambda shape: _overlap(patch, shape)), colour
 
 

@@ -3,11 +3,12 @@
 import contextvars
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tokenizers_mm.kernels import _native, reference
+from tokenizers_mm.kernels import _cuda, _native, reference
 from tokenizers_mm.kernels._packed import Cache, PackedCodebook, joint_rows, plain_rows
 
 MODES = ("auto", "native", "reference")
@@ -30,15 +31,26 @@ mode: contextvars.ContextVar[str] = contextvars.ContextVar("tokenizers_mm_kernel
 
 
 def _library(device: torch.device) -> _native.CpuLibrary | None:
-    """The library to use for tensors on this device; None: plain torch."""
-    wanted = mode.get()
-    if wanted == "reference":
+    """The CPU library to use for tensors on this device; None: the twin that `_twin` gives."""
+    if device.type != "cpu" or mode.get() == "reference":
         return None
-    if device.type == "cpu":
-        return _native.cpu() if wanted == "native" else _native.cpu_or_none()
-    if wanted == "native":
-        raise _native.NativeUnavailableError(f"no native kernels for {device.type} tensors are installed")
-    return None
+    return _native.cpu() if mode.get() == "native" else _native.cpu_or_none()
+
+
+def _twin(device: torch.device) -> ModuleType:
+    """The module with `nearest_code` and `code_sums` for tensors that the CPU library does not take: the CUDA library's
+    or plain torch."""
+    if device.type == "cuda" and mode.get() != "reference":
+        reason = _cuda.why_unavailable(device)
+        if reason is None:
+            return _cuda
+    elif device.type == "cpu" or mode.get() != "native":
+        return reference
+    else:
+        reason = f"there are no native kernels for {device.type} tensors"
+    if mode.get() == "native":
+        raise _native.NativeUnavailableError(reason)
+    return reference
 
 
 def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
@@ -81,7 +93,7 @@ def _nearest(z: Tensor, codebook: Tensor, want_distance: bool) -> tuple[Tensor, 
     dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else _common_dtype((z, codebook))
     shape = z.shape[:-1]
     if library is None:
-        ids, found = reference.nearest_code(z.reshape(-1, z.shape[-1]), codebook)
+        ids, found = _twin(z.device).nearest_code(z.reshape(-1, z.shape[-1]), codebook)
         return ids.view(shape), found.to(dtype).view(shape) if want_distance else None
     ids = torch.empty(shape, dtype=torch.int64)
     distance = torch.empty(shape, dtype=dtype) if want_distance else None
@@ -136,7 +148,8 @@ def _nearest_shared(zs: list[Tensor], codebooks: list[Tensor], weights: list[flo
     library = _library(parts[0].device)
     if library is None:
         joint = joint_codebook()
-        found = [reference.nearest_code(block, joint)[0] for block in blocks()]
+        twin = _twin(joint.device)
+        found = [twin.nearest_code(block, joint)[0] for block in blocks()]
         return torch.cat(found).view(shape) if found else parts[0].new_empty(shape, dtype=torch.int64)
     ids = torch.empty(shape, dtype=torch.int64)
 
@@ -153,7 +166,7 @@ def _code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Te
     if library is None:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_codes:
             _bad_ids(num_codes)
-        counts, sums = reference.code_sums(vectors, ids, num_codes)
+        counts, sums = _twin(vectors.device).code_sums(vectors, ids, num_codes)
         return sums, counts
     rows = vectors.to(_common_dtype((vectors,))).contiguous()
     ids = ids.contiguous()

@@ -1,4 +1,4 @@
-"""Residual quantization: each quantizer takes what the ones before it left over (arXiv 2107.03312, 3.3)."""
+"""Residual quantization: each takes what the ones before it left over (SoundStream, arXiv 2107.03312, 3.3)."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,35 @@
+"""Our operators in terms of ONNX: what the exporter puts where it meets one of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnxscript
+import torch
+
+_OP = onnxscript.opset18
+
+
+def _nearest(z: Any, codebook: Any) -> Any:
+    """argmin of |c|^2 - 2 z.c, the lowest index on ties."""
+    norms = _OP.ReduceSum(_OP.Mul(codebook, codebook), _OP.Constant(value_ints=[1]), keepdims=0)
+    products = _OP.MatMul(z, _OP.Transpose(codebook, perm=[1, 0]))
+    two = _OP.CastLike(_OP.Constant(value_float=2.0), z)
+    return _OP.ArgMin(_OP.Sub(norms, _OP.Mul(two, products)), axis=-1, keepdims=0)
+
+
+def _nearest_shared(zs: Sequence[Any], codebooks: Sequence[Any], weights: Sequence[float], normalize: bool) -> Any:
+    """The same over parts laid side by side, each scaled by the root of its weight."""
+    scaled_z, scaled_codes = [], []
+    for z, codebook, weight in zip(zs, codebooks, weights, strict=True):
+        if normalize:
+            z, codebook = (_OP.LpNormalization(x, axis=-1, p=2) for x in (z, codebook))
+        root = _OP.CastLike(_OP.Constant(value_float=float(weight) ** 0.5), z)
+        scaled_z.append(_OP.Mul(z, root))
+        scaled_codes.append(_OP.Mul(codebook, root))
+    return _nearest(_OP.Concat(*scaled_z, axis=-1), _OP.Concat(*scaled_codes, axis=-1))
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.tokenizers_mm.nearest_code.default: _nearest,
+    torch.ops.tokenizers_mm.nearest_code_shared.default: _nearest_shared,
+}
