@@ -67,7 +67,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with decoupled decay, for the tokenizer and for the discriminator alike.
+    """Adam with decoupled decay.
 
     schedule: of the learning rate over the run, after `warmup` steps. clip: the largest norm of all gradients together.
     """
@@ -108,11 +108,11 @@ class TrainConfig:
     """A run.
 
     out: its folder. steps: optimizer steps. max_seconds: end (and finish the schedule) earlier when this much time
-    has passed, 0 for never. noise: disturb the pixel codes. accumulate: micro-batches per step. precision: of
-    autocast. ema: decay of the average of weights that is saved, 0 for none. scale_drop: chance that one scale but
-    the first is left out of a step. trainable: prefixes of the parameters that learn; none means all. log_every,
-    sample_every, save_every: in steps, 0 for never; keep: checkpoints. resume: "auto" goes on from the newest
-    checkpoint in `out`, "never" starts anew.
+    has passed, 0 for never. discriminator_optimizer: the discriminator's own, where it is not to go as the tokenizer's.
+    noise: disturb the pixel codes. accumulate: micro-batches per step. precision: of autocast. ema: decay of the
+    average of weights that is saved, 0 for none. scale_drop: chance that one scale but the first is left out of a step.
+    trainable: prefixes of the parameters that learn; none means all. log_every, sample_every, save_every: in steps, 0
+    for never; keep: checkpoints. resume: "auto" goes on from the newest checkpoint in `out`, "never" starts anew.
     """
 
     out: str
@@ -120,6 +120,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig | None = None
     upkeep: UpkeepConfig = field(default_factory=UpkeepConfig)
     noise: NoiseConfig | None = None
     steps: int = 1000

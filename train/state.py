@@ -14,7 +14,7 @@ from tokenizers_mm.losses.discriminators import PatchGAN
 from tokenizers_mm.losses.perceptual import load_lpips
 from tokenizers_mm.models import ImageTokenizer
 
-from .config import TeacherConfig, TrainConfig
+from .config import OptimizerConfig, TeacherConfig, TrainConfig
 from .objective import Objective
 from .start import build_tokenizer
 from .upkeep import CodebookUpkeep
@@ -54,11 +54,12 @@ def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
     learning = [p for p in tokenizer.parameters() if p.requires_grad]
     if objective.captions is not None:
         learning += list(objective.captions.parameters())
-    optimizer = _adam(learning, config)
+    optimizer = _adam(learning, config.optimizer)
     discriminator = discriminator_optimizer = None
     if config.loss.weights.generator:
         discriminator = PatchGAN(config.loss.discriminator).to(device)
-        discriminator_optimizer = _adam(list(discriminator.parameters()), config)
+        own = config.discriminator_optimizer or config.optimizer
+        discriminator_optimizer = _adam(list(discriminator.parameters()), own)
     ema = None
     if config.ema:
         ema = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
@@ -112,6 +113,5 @@ def _teacher(config: TeacherConfig) -> SemanticEncoder:
     return teacher.requires_grad_(False).eval()
 
 
-def _adam(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    options = config.optimizer
+def _adam(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)

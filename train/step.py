@@ -47,7 +47,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
         fakes.append((x, output.image.detach()))
         _add(report, terms | {"loss": loss, "psnr": psnr(output.image.detach().float(), x).mean()}, 1 / len(batches))
 
-    report["grad_norm"] = _step(state, state.optimizer, rate)
+    report["grad_norm"] = _step(state, state.optimizer, rate, config.optimizer.clip)
 
     # The discriminator: real against reconstructed.
     if gan and state.discriminator is not None and state.discriminator_optimizer is not None:
@@ -58,7 +58,10 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
                 loss = config.loss.weights.generator * discriminate(real_logits, fake_logits)
                 accelerator.backward(loss / len(fakes))
             _add(report, {"discriminator": loss}, 1 / len(fakes))
-        report["discriminator_grad_norm"] = _step(state, state.discriminator_optimizer, rate)
+        own = config.discriminator_optimizer  # its schedule begins with its first step
+        its_rate = learning_rate(own, state.step - config.loss.gan_start, progress) if own else rate
+        its_clip = (own or config.optimizer).clip
+        report["discriminator_grad_norm"] = _step(state, state.discriminator_optimizer, its_rate, its_clip)
 
     # Upkeep: unused codes, the moving average, the count of steps.
     upkeep = config.upkeep
@@ -110,7 +113,7 @@ def _generator_term(state: TrainState, image: Tensor, terms: dict[str, Tensor]) 
     return term * adaptive_weight(reconstruction, term, cast(PixelDecoder, state.tokenizer.pixel_decoder).last_layer)
 
 
-def _step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float) -> float:
+def _step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
     """Average over the ranks, clip, step, clear; returns the norm before clipping. Refuses gradients not finite."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -119,7 +122,7 @@ def _step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float) -> f
     scaler = getattr(state.accelerator, "scaler", None)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(parameters, state.config.optimizer.clip))
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()

@@ -1,5 +1,6 @@
 """The published recipes as configurations, and a small run of each kind."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers_mm.data.buckets import BucketConfig
 from tokenizers_mm.data.sources import DataConfig, SourceConfig
 from tokenizers_mm.losses.discriminators import PatchGANConfig
 from tokenizers_mm.models import DualViTokConfig
-from train.config import LossConfig, ModelConfig, NoiseConfig, TrainConfig
+from train.config import LossConfig, ModelConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from train.config import read_config as read_run
 from train.log import read_log
 from train.loop import run
@@ -62,9 +63,15 @@ def test_a_run_with_buckets(tmp_path: Path) -> None:
     assert tmm.load(tmp_path / "out" / "tokenizer").encode(torch.zeros(1, 3, 32, 48)).ids.shape == (1, 7)
 
 
-def test_a_run_of_one_size(tmp_path: Path) -> None:
-    run(tiny_run(tmp_path / "out", DataConfig((SourceConfig("scenes"),), image_size=(64, 64))))
-    assert len(read_log(tmp_path / "out" / "log.jsonl")) == 3
+def test_a_run_of_one_size_with_a_schedule_of_its_own_for_the_discriminator(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "out", DataConfig((SourceConfig("scenes"),), image_size=(64, 64)))
+    own = OptimizerConfig(lr=0.01, betas=(0.5, 0.9), warmup=4)
+    state = run(dataclasses.replace(config, discriminator_optimizer=own))
+    assert [line["lr"] for line in read_log(tmp_path / "out" / "log.jsonl")] == [1e-4] * 3
+    assert state.discriminator_optimizer is not None
+    (group,) = state.discriminator_optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.01 * 2 / 4)  # its second step, of four to warm up
+    assert group["betas"] == (0.5, 0.9)
 
 
 def test_sizes_that_contradict_get_one_sentence(tmp_path: Path) -> None:

@@ -29,11 +29,10 @@ class BucketConfig:
     step: int = 64
 
     def __post_init__(self) -> None:
+        low, high = self.min_pixels, self.max_pixels
+        require(0 < low <= high, "buckets.min_pixels", f"1 to {high}", low)
         require(
-            0 < self.min_pixels <= self.max_pixels, "buckets.min_pixels", f"1 to {self.max_pixels}", self.min_pixels
-        )
-        require(
-            self.cell > 0 and self.step > 0 and self.step % self.cell == 0,
+            0 < self.cell <= self.step and self.step % self.cell == 0,
             "buckets.step",
             f"a multiple of {self.cell}",
             self.step,
