@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
+from tokenizers_mm.functional import sampling as choice
 from tokenizers_mm.functional.multiscale import Grid, bicubic_up
 
 IGNORE = -100
@@ -143,18 +144,13 @@ def guided(logits: Tensor, weight: float) -> Tensor:
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits [..., K] with -inf outside the top_k largest, and then outside the smallest set of probability top_p.
 
-    The set leaves out the ids whose probabilities, added up from the least likely, stay within 1 - top_p; one id always
-    stays. 0 switches a filter off.
+    0 switches a filter off, as in the original's lists of sampling steps; one id always stays.
     """
-    if top_k > 0:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p > 0:
-        ascending, order = logits.sort(dim=-1)
-        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        drop[..., -1] = False
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
-    return logits
+    rows = logits.flatten(0, -2)
+    values, index = choice.filter_logits(rows, 1.0, top_k, top_p or 1.0)
+    if index is None:
+        return logits
+    return torch.full_like(rows, -torch.inf).scatter(-1, index, values).view_as(logits)
 
 
 @dataclass(frozen=True)
@@ -260,5 +256,4 @@ def _both(prompt: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor]) -> tup
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """One id per position, [B, n], from logits [B, n, K]."""
-    probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+    return choice.draw(logits.softmax(-1).flatten(0, 1), generator).view(logits.shape[:2])
