@@ -6,7 +6,7 @@ from typing import Any
 import onnxscript
 import torch
 
-_OP = onnxscript.opset18
+_OP: Any = onnxscript.opset18  # its operators take values of a graph that is being traced, which its types do not say
 
 
 def _nearest(z: Any, codebook: Any) -> Any:
