@@ -1,6 +1,7 @@
 // Building the box tree: median splits on the widest dimension until a leaf holds at most kLeaf codes. Consecutive leaves are
 // neighbours in space, so kLeaf of them make a super box.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -11,6 +12,7 @@ namespace tmm {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kFineLeaf = 128;  // grid steps across most leaves, at least: then few codes are within the grid's error
 
 // One code during the build: its values travel with it, so that every pass over a range is sequential.
 struct Item {
@@ -56,6 +58,97 @@ void clear_bounds(float* bounds, int dim) {
   std::fill(bounds + dim * kLeaf, bounds + 2 * dim * kLeaf, -kInfinity);
 }
 
+// Rounds a code to the grid; false: not inside it.
+bool to_grid(const GridTree& grid, const float* value, int dim, int32_t* q) {
+  for (int j = 0; j < dim; ++j) {
+    const float scaled = (value[j] - grid.origin[j]) * grid.unit;
+    if (!(std::fabs(scaled) <= kGridReach)) return false;
+    q[j] = static_cast<int32_t>(std::nearbyint(scaled)) + kGridCentre;
+  }
+  return true;
+}
+
+// Origin in the middle of the codes, which take up half of the grid.
+void place_grid(const std::vector<Item>& items, int dim, GridTree* grid) {
+  float extent = 0;
+  for (int j = 0; j < dim; ++j) {
+    float low = kInfinity, high = -kInfinity;
+    for (const Item& item : items) {
+      low = std::min(low, item.value[j]);
+      high = std::max(high, item.value[j]);
+    }
+    const float half = 0.5f * high - 0.5f * low;
+    grid->origin[j] = low + half;
+    extent = std::max(extent, half);
+  }
+  const float unit = 8190.0f / extent;
+  grid->unit = unit < 1e30f && unit > 1e-30f ? unit : 0.0f;
+  grid->slack = 2.04f * std::sqrt(static_cast<float>(dim)) * 1.0001f;
+}
+
+void widen(int32_t* bounds, int pairs, int lane, const int32_t* words) {
+  for (int p = 0; p < pairs; ++p)
+    for (int shift : {0, 16}) {
+      const int32_t value = words[p] >> shift & 0xffff, mask = 0xffff << shift;
+      int32_t& low = bounds[p * kLeaf + lane];
+      int32_t& high = bounds[(pairs + p) * kLeaf + lane];
+      if (value < (low >> shift & 0xffff)) low = (low & ~mask) | value << shift;
+      if (value > (high >> shift & 0xffff)) high = (high & ~mask) | value << shift;
+    }
+}
+
+double squared_diagonal(const int32_t* bounds, int pairs, int lane) {
+  double sum = 0;
+  for (int p = 0; p < pairs; ++p)
+    for (int shift : {0, 16}) {
+      const double side = (bounds[(pairs + p) * kLeaf + lane] >> shift & 0xffff) - (bounds[p * kLeaf + lane] >> shift & 0xffff);
+      sum += side * side;
+    }
+  return sum;
+}
+
+// The tree over the items in their order, on the grid. Slots past the end repeat the last code, boxes past the end the last box.
+void build_grid(const std::vector<Item>& items, int dim, Tree* tree) {
+  GridTree& grid = tree->grid;
+  place_grid(items, dim, &grid);
+  if (grid.unit == 0) return;
+  const int pairs = (dim + 1) / 2;
+  const int64_t count = static_cast<int64_t>(items.size()), supers = tree->view.supers;
+  const int64_t blocks = (supers + kLeaf - 1) / kLeaf, box = 2 * pairs * kLeaf, slots = supers * kLeaf * kLeaf;
+  tree->grid_super_bounds.reset(blocks * box);
+  tree->grid_leaf_bounds.reset(supers * box);
+  tree->grid_leaf_codes.reset(supers * kLeaf * pairs * kLeaf);
+  for (Buffer<int32_t>* bounds : {&tree->grid_super_bounds, &tree->grid_leaf_bounds})
+    for (int64_t b = 0; b < (bounds == &tree->grid_leaf_bounds ? supers : blocks); ++b) {
+      std::fill_n(bounds->get() + b * box, pairs * kLeaf, 0x7fff7fff);
+      std::fill_n(bounds->get() + b * box + pairs * kLeaf, pairs * kLeaf, 0);
+    }
+  int64_t coarse = 0;
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t leaf = slot / kLeaf, super = leaf / kLeaf;
+    int32_t q[kMaxTreeDim + 1] = {}, words[(kMaxTreeDim + 1) / 2];
+    if (!to_grid(grid, items[std::min(slot, count - 1)].value, dim, q)) {
+      grid.unit = 0;
+      return;
+    }
+    for (int p = 0; p < pairs; ++p) {
+      words[p] = q[2 * p] | q[2 * p + 1] << 16;
+      tree->grid_leaf_codes[(leaf * pairs + p) * kLeaf + slot % kLeaf] = words[p];
+    }
+    int32_t* leaf_bounds = &tree->grid_leaf_bounds[super * box];
+    widen(leaf_bounds, pairs, static_cast<int>(leaf % kLeaf), words);
+    for (int64_t b = super; b < (super + 1 == supers ? blocks * kLeaf : super + 1); ++b)
+      widen(&tree->grid_super_bounds[b / kLeaf * box], pairs, static_cast<int>(b % kLeaf), words);
+    if (slot % kLeaf == kLeaf - 1 && squared_diagonal(leaf_bounds, pairs, static_cast<int>(leaf % kLeaf)) < kFineLeaf * kFineLeaf)
+      ++coarse;
+  }
+  if (2 * coarse > supers * kLeaf) grid.unit = 0;
+  grid.supers = supers;
+  grid.super_bounds = tree->grid_super_bounds.get();
+  grid.leaf_bounds = tree->grid_leaf_bounds.get();
+  grid.leaf_codes = tree->grid_leaf_codes.get();
+}
+
 }  // namespace
 
 void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree) {
@@ -81,7 +174,7 @@ void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree) {
   for (int64_t b = 0; b < blocks; ++b) clear_bounds(&tree->super_bounds[b * box], dim);
   for (int64_t s = 0; s < supers; ++s) clear_bounds(&tree->leaf_bounds[s * box], dim);
   std::fill(tree->leaf_codes.get(), tree->leaf_codes.get() + supers * kLeaf * dim * kLeaf, kInfinity);
-  std::fill(tree->index.get(), tree->index.get() + supers * kLeaf * kLeaf, -1);
+  std::fill(tree->index.get(), tree->index.get() + supers * kLeaf * kLeaf, items.back().code);
   for (int64_t slot = 0; slot < count; ++slot) {
     const int64_t leaf = slot / kLeaf, super = leaf / kLeaf;
     tree->index[slot] = items[slot].code;
@@ -99,6 +192,7 @@ void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree) {
   // A float32 sum of dim squared differences errs by at most (dim + 2) units of 2^-24, relative.
   tree->view = {dim, supers, tree->super_bounds.get(), tree->leaf_bounds.get(), tree->leaf_codes.get(),
                 1.0f + static_cast<float>(dim + 4) * 0x1p-22f};
+  if (codebook.isa->grid_candidates) build_grid(items, dim, tree);
 }
 
 }  // namespace tmm

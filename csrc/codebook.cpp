@@ -195,7 +195,11 @@ int64_t Codebook::bytes() const {
   int64_t total = static_cast<int64_t>((mean.capacity() + bias.capacity()) * sizeof(float));
   for (const auto& pack : packs)
     if (pack) total += pack->codes.bytes() + pack->bias.bytes();
-  if (tree) total += tree->super_bounds.bytes() + tree->leaf_bounds.bytes() + tree->leaf_codes.bytes() + tree->index.bytes();
+  if (tree) {
+    for (const auto* part : {&tree->super_bounds, &tree->leaf_bounds, &tree->leaf_codes}) total += part->bytes();
+    for (const auto* part : {&tree->grid_super_bounds, &tree->grid_leaf_bounds, &tree->grid_leaf_codes, &tree->index})
+      total += part->bytes();
+  }
   return total;
 }
 

@@ -69,7 +69,9 @@ struct Pack {
 
 struct Tree {
   TreeView view{};
+  GridTree grid{};
   Buffer<float> super_bounds, leaf_bounds, leaf_codes;
+  Buffer<int32_t> grid_super_bounds, grid_leaf_bounds, grid_leaf_codes;
   Buffer<int32_t> index;  // slot -> code
 };
 

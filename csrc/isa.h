@@ -11,6 +11,11 @@ constexpr int kTileRows = 6;      // tokens in a register tile
 constexpr int kBlockRows = 96;    // tokens that share one pass over the packed codebook
 constexpr int kMaxTreeDim = 12;
 constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in a super box
+constexpr int kTreeBatch = 32;       // tokens searched together in a grid tree
+constexpr int kTreeLeaves = 1024;    // leaves in reach of a token there,
+constexpr int kTreeCandidates = 32;  // and codes: more, and the token is searched in the float32 tree
+constexpr int32_t kGridCentre = 16384;
+constexpr float kGridReach = 16382.0f;  // |value| of a coordinate on the grid, so that q is in [2, 32766]
 
 enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kDifference = 3, kRungs = 4 };
 
@@ -62,6 +67,18 @@ struct TreeView {
   float slack;                // 1 + twice the relative error of a float32 distance or bound
 };
 
+// The same tree with codes and bounds rounded to 16-bit integers, two dimensions to a word: [ceil(dim / 2)][kLeaf] words in place
+// of [dim][kLeaf] floats. What is missing from the last leaf or super box repeats a neighbour. See tree_avx512.cpp.
+struct GridTree {
+  float origin[16];  // q = round((value - origin) * unit) + kGridCentre
+  float unit;        // 0: the grid is too coarse for these codes
+  float slack;       // 2 e
+  int64_t supers;
+  const int32_t* super_bounds;
+  const int32_t* leaf_bounds;
+  const int32_t* leaf_codes;
+};
+
 struct Isa {
   const char* name;
   int lanes;
@@ -84,10 +101,19 @@ struct Isa {
   // tell (overflow, underflow, not a number).
   // scratch: floats for 2 * (supers + 2 * kLeaf) + (supers + 1) * kLeaf + capacity + kLeaf; out: capacity + kLeaf.
   int64_t (*tree_candidates)(const TreeView&, const float* z, float* scratch, int32_t* out, int64_t capacity);
+  // The same for `rows` <= kTreeBatch tokens in the grid tree: found[row] slots at slots[row * kTreeCandidates], or -1 where the
+  // grid cannot tell. scratch: grid_scratch() words, aligned to 64 bytes. Null where there is none.
+  void (*grid_candidates)(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
 };
+
+static inline int64_t grid_scratch(int64_t supers) {
+  const int64_t blocks = (supers + kLeaf - 1) / kLeaf;
+  return ((kTreeBatch + 1) * blocks + 1) * kLeaf + (kTreeLeaves + 2 * kLeaf) * (kLeaf + 1);
+}
 
 const Isa* avx512_isa();    // null where the compiler does not know it
 const Isa* avx2_isa();
 const Isa* portable_isa();
+void grid_candidates_avx512(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
 
 }  // namespace tmm

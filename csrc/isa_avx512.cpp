@@ -360,7 +360,8 @@ const Isa kIsa = {"avx512_vnni",
                   collect,
                   score<float>,
                   score<double>,
-                  tree_candidates};
+                  tree_candidates,
+                  grid_candidates_avx512};
 
 }  // namespace
 
