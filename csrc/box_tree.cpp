@@ -107,7 +107,7 @@ double squared_diagonal(const int32_t* bounds, int pairs, int lane) {
   return sum;
 }
 
-// The tree over the items in their order, on the grid. Slots past the end repeat the last code, boxes past the end the last box.
+// The tree over the items in their order, on the grid. Slots past the end repeat the last code.
 void build_grid(const std::vector<Item>& items, int dim, Tree* tree) {
   GridTree& grid = tree->grid;
   place_grid(items, dim, &grid);
@@ -137,11 +137,13 @@ void build_grid(const std::vector<Item>& items, int dim, Tree* tree) {
     }
     int32_t* leaf_bounds = &tree->grid_leaf_bounds[super * box];
     widen(leaf_bounds, pairs, static_cast<int>(leaf % kLeaf), words);
-    for (int64_t b = super; b < (super + 1 == supers ? blocks * kLeaf : super + 1); ++b)
-      widen(&tree->grid_super_bounds[b / kLeaf * box], pairs, static_cast<int>(b % kLeaf), words);
+    widen(&tree->grid_super_bounds[super / kLeaf * box], pairs, static_cast<int>(super % kLeaf), words);
     if (slot % kLeaf == kLeaf - 1 && squared_diagonal(leaf_bounds, pairs, static_cast<int>(leaf % kLeaf)) < kFineLeaf * kFineLeaf)
       ++coarse;
   }
+  for (int64_t b = supers; b < blocks * kLeaf; ++b)
+    for (int p = 0; p < 2 * pairs; ++p)
+      tree->grid_super_bounds[b / kLeaf * box + p * kLeaf + b % kLeaf] = static_cast<int32_t>(kNoBox * 0x10001u);
   if (2 * coarse > supers * kLeaf) grid.unit = 0;
   grid.supers = supers;
   grid.super_bounds = tree->grid_super_bounds.get();

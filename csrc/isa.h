@@ -12,10 +12,12 @@ constexpr int kBlockRows = 96;    // tokens that share one pass over the packed 
 constexpr int kMaxTreeDim = 12;
 constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in a super box
 constexpr int kTreeBatch = 32;       // tokens searched together in a grid tree
-constexpr int kTreeLeaves = 1024;    // leaves in reach of a token there,
-constexpr int kTreeCandidates = 32;  // and codes: more, and the token is searched in the float32 tree
+constexpr int kTreeLeaves = 8192;    // leaves in reach of all of them,
+constexpr int kTreeCandidates = 32;  // and codes of one: more, and a token is searched in the float32 tree
 constexpr int32_t kGridCentre = 16384;
 constexpr float kGridReach = 16382.0f;  // |value| of a coordinate on the grid, so that q is in [2, 32766]
+constexpr int32_t kNoBox = 49151;       // both bounds of a missing box: out of reach by 16385 or more, also as 16 signed bits
+constexpr float kFarthestReach = 2.6e8f;  // less than the square of that
 
 enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kDifference = 3, kRungs = 4 };
 
@@ -68,7 +70,7 @@ struct TreeView {
 };
 
 // The same tree with codes and bounds rounded to 16-bit integers, two dimensions to a word: [ceil(dim / 2)][kLeaf] words in place
-// of [dim][kLeaf] floats. What is missing from the last leaf or super box repeats a neighbour. See tree_avx512.cpp.
+// of [dim][kLeaf] floats. Slots past the last code repeat it; super boxes past the last one are out of reach. See tree_avx512.cpp.
 struct GridTree {
   float origin[16];  // q = round((value - origin) * unit) + kGridCentre
   float unit;        // 0: the grid is too coarse for these codes
@@ -108,7 +110,7 @@ struct Isa {
 
 static inline int64_t grid_scratch(int64_t supers) {
   const int64_t blocks = (supers + kLeaf - 1) / kLeaf;
-  return ((kTreeBatch + 1) * blocks + 1) * kLeaf + (kTreeLeaves + 2 * kLeaf) * (kLeaf + 1);
+  return (kTreeBatch * blocks + 1) * kLeaf + (kTreeLeaves + 2 * kLeaf) * (kLeaf + 2);
 }
 
 const Isa* avx512_isa();    // null where the compiler does not know it
