@@ -32,6 +32,7 @@ struct ScanArgs {
   const void* codes;
   int64_t panels;
   int64_t steps;
+  int64_t wide;                // int8 rung: this many of the steps, the first, hold 2 int16 values
   const float* bias;           // -|c|^2 / 2 by panel, vector, lane
   const int32_t* tokens;
   int64_t tiles;
