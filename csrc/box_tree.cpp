@@ -15,13 +15,15 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kFineLeaf = 128;  // grid steps across most leaves, at least: then few codes are within the grid's error
 
 // One code during the build: its values travel with it, so that every pass over a range is sequential.
+template <int kWidth>
 struct Item {
-  float value[kMaxTreeDim];
+  float value[kWidth];
   int32_t code;
 };
 
+template <int kWidth>
 struct Builder {
-  std::vector<Item>& items;
+  std::vector<Item<kWidth>>& items;
   int dim;
 
   int widest(int64_t first, int64_t last) const {
@@ -45,7 +47,7 @@ struct Builder {
     const int64_t unit = count > kLeaf * kLeaf ? kLeaf * kLeaf : kLeaf;
     const int64_t middle = first + std::max<int64_t>(unit, count / 2 / unit * unit);
     const int axis = widest(first, last);
-    std::nth_element(items.begin() + first, items.begin() + middle, items.begin() + last, [axis](const Item& a, const Item& b) {
+    std::nth_element(items.begin() + first, items.begin() + middle, items.begin() + last, [axis](const Item<kWidth>& a, const Item<kWidth>& b) {
       return a.value[axis] < b.value[axis] || (a.value[axis] == b.value[axis] && a.code < b.code);
     });
     split(first, middle);
@@ -69,11 +71,12 @@ bool to_grid(const GridTree& grid, const float* value, int dim, int32_t* q) {
 }
 
 // Origin in the middle of the codes, which take up half of the grid.
-void place_grid(const std::vector<Item>& items, int dim, GridTree* grid) {
+template <int kWidth>
+void place_grid(const std::vector<Item<kWidth>>& items, int dim, GridTree* grid) {
   float extent = 0;
   for (int j = 0; j < dim; ++j) {
     float low = kInfinity, high = -kInfinity;
-    for (const Item& item : items) {
+    for (const Item<kWidth>& item : items) {
       low = std::min(low, item.value[j]);
       high = std::max(high, item.value[j]);
     }
@@ -108,7 +111,8 @@ double squared_diagonal(const int32_t* bounds, int pairs, int lane) {
 }
 
 // The tree over the items in their order, on the grid. Slots past the end repeat the last code.
-void build_grid(const std::vector<Item>& items, int dim, Tree* tree) {
+template <int kWidth>
+void build_grid(const std::vector<Item<kWidth>>& items, int dim, Tree* tree) {
   GridTree& grid = tree->grid;
   place_grid(items, dim, &grid);
   if (grid.unit == 0) return;
@@ -151,21 +155,20 @@ void build_grid(const std::vector<Item>& items, int dim, Tree* tree) {
   grid.leaf_codes = tree->grid_leaf_codes.get();
 }
 
-}  // namespace
-
-void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree) {
+template <int kWidth>
+void build(const Codebook& codebook, const Rows& codes, Tree* tree) {
   const int dim = static_cast<int>(codebook.d);
-  std::vector<Item> items;
+  std::vector<Item<kWidth>> items;
   items.reserve(codebook.usable);
   for (int64_t i = 0; i < codebook.k; ++i) {
     if (codebook.bias[i] == -kInfinity) continue;
-    Item item{};
+    Item<kWidth> item{};
     for (int j = 0; j < dim; ++j) item.value[j] = codes.f32(i)[j];
     item.code = static_cast<int32_t>(i);
     items.push_back(item);
   }
   const int64_t count = static_cast<int64_t>(items.size());
-  Builder{items, dim}.split(0, count);
+  Builder<kWidth>{items, dim}.split(0, count);
 
   const int64_t leaves = (count + kLeaf - 1) / kLeaf, supers = (leaves + kLeaf - 1) / kLeaf;
   const int64_t blocks = (supers + kLeaf - 1) / kLeaf, box = 2 * dim * kLeaf;
@@ -195,6 +198,12 @@ void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree) {
   tree->view = {dim, supers, tree->super_bounds.get(), tree->leaf_bounds.get(), tree->leaf_codes.get(),
                 1.0f + static_cast<float>(dim + 4) * 0x1p-22f};
   if (codebook.isa->grid_candidates) build_grid(items, dim, tree);
+}
+
+}  // namespace
+
+void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree) {
+  codebook.d <= 8 ? build<8>(codebook, codes, tree) : build<kMaxTreeDim>(codebook, codes, tree);
 }
 
 }  // namespace tmm

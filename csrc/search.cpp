@@ -17,64 +17,20 @@
 // bits, see kMaxWide; int16: Cauchy-Schwarz on kInt16Norm) and
 // s_x is kept large enough for |bias| <= 2^29, so every partial sum fits int32.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "codebook.h"
-#include "pool.h"
+#include "search.h"
 
 namespace tmm {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kCapacity = 4096;       // candidate groups kept for a row; more, and the row is searched in full
 constexpr int64_t kProbeRows = 48;
 constexpr int64_t kGroupBudget = 1 << 20;  // group maxima of a block, in int32: more, and groups of more codes are scored
 constexpr int64_t kAllGroups = 6 << 20;    // and of all threads together
 constexpr int64_t kMaxInt8Dim = 8192;
 constexpr double kFarthest = 1e15;        // rows farther out than this many codebook radii are searched in full
-
-struct Query {
-  Codebook* book;
-  Rows codes, z;
-  int64_t n;
-  int64_t* ids;
-  void* distance;
-  int threads;
-};
-
-constexpr Best kNothing = {kInfinity, 0};
-
-struct Stats {
-  int64_t rows = 0, codes = 0;  // rows searched; codes scored in double precision for them
-  bool stale = false;
-  void add(const Stats& other) {
-    rows += other.rows;
-    codes += other.codes;
-    stale = stale || other.stale;
-  }
-};
-
-// No finite distance: index 0 and NaN.
-void store(const Query& query, int64_t row, const Best& best) {
-  query.ids[row] = best.index;
-  if (!query.distance) return;
-  const double d = best.distance < kInfinity ? best.distance : std::numeric_limits<double>::quiet_NaN();
-  if (query.z.dtype == TMM_F64) {
-    static_cast<double*>(query.distance)[row] = d;
-  } else {
-    static_cast<float*>(query.distance)[row] = static_cast<float>(d);
-  }
-}
-
-void search_in_full(const Query& query, int64_t row) {
-  Best best = kNothing;
-  const int64_t only = query.book->only;
-  query.codes.score(*query.book->isa, query.z, row, only < 0 ? 0 : only, only < 0 ? query.book->k : only + 1, &best);
-  store(query, row, best);
-}
 
 // What is known of a row after packing it: score = unit * (integer - offset), or the float32 itself.
 struct RowState {
@@ -271,35 +227,6 @@ class BlockSearch {
   int num_scales_ = 0;
 };
 
-// Calls body(first, last, worker-local object) over blocks of rows.
-template <class Make, class Body>
-Stats over_blocks(const Query& query, int64_t block, Make make, Body body) {
-  std::atomic<int64_t> next{0};
-  std::mutex merge;
-  Stats total;
-  bool no_memory = false;
-  auto work = [&](int) {
-    Stats mine;
-    bool failed = false;
-    try {
-      auto local = make();
-      for (;;) {
-        const int64_t first = next.fetch_add(block);
-        if (first >= query.n || mine.stale) break;
-        mine.add(body(*local, first, std::min(query.n, first + block)));
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-    std::lock_guard<std::mutex> lock(merge);
-    total.add(mine);
-    no_memory = no_memory || failed;
-  };
-  run_parallel(static_cast<int>(std::min<int64_t>(query.threads, (query.n + block - 1) / block)), work);
-  if (no_memory) throw std::bad_alloc();
-  return total;
-}
-
 int64_t block_rows(int64_t n, int threads) {
   const int64_t share = (n + threads - 1) / threads;
   return std::min<int64_t>(kBlockRows, (share + kTileRows - 1) / kTileRows * kTileRows);
@@ -321,73 +248,6 @@ Stats search_all_in_full(const Query& query) {
         search_in_full(query, first);
         return Stats{};
       });
-}
-
-// One thread's search of blocks of rows in the box tree.
-class TreeSearch {
- public:
-  TreeSearch(const Query& query, const Tree& tree) : query_(query), tree_(tree), isa_(*query.book->isa) {
-    const int64_t supers = (tree.view.supers + kLeaf - 1) / kLeaf * kLeaf;
-    bounds_.reset(2 * (supers + kLeaf) + (tree.view.supers + 1) * kLeaf + kCapacity + kLeaf);
-    slots_.reset(kCapacity + kLeaf);
-    if (tree.grid.unit > 0) grid_scratch_.reset(grid_scratch(tree.view.supers));
-  }
-
-  Stats run(int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row += kTreeBatch) {
-      const int64_t rows = std::min<int64_t>(kTreeBatch, last - row);
-      int32_t found[kTreeBatch], slots[kTreeBatch * kTreeCandidates];
-      std::fill_n(found, rows, -1);
-      if (tree_.grid.unit > 0)
-        isa_.grid_candidates(tree_.grid, tree_.view.dim, query_.z.f32(row), rows, grid_scratch_.get(), slots, found);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (found[r] > 0) {
-          choose(row + r, slots + r * kTreeCandidates, found[r]);
-        } else {
-          search_row(row + r);
-        }
-      }
-    }
-    Stats stats;
-    stats.rows = last - first;
-    return stats;
-  }
-
- private:
-  void choose(int64_t row, const int32_t* slots, int64_t count) {
-    if (count == 1 && !query_.distance) {
-      query_.ids[row] = tree_.index[slots[0]];
-      return;
-    }
-    Best best = kNothing;
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t code = tree_.index[slots[i]];
-      query_.codes.score(isa_, query_.z, row, code, code + 1, &best);
-    }
-    store(query_, row, best);
-  }
-
-  void search_row(int64_t row) {
-    const int64_t found = isa_.tree_candidates(tree_.view, query_.z.f32(row), bounds_.get(), slots_.get(), kCapacity);
-    if (found <= 0 || found > kCapacity) {
-      search_in_full(query_, row);
-    } else {
-      choose(row, slots_.get(), found);
-    }
-  }
-
-  const Query& query_;
-  const Tree& tree_;
-  const Isa& isa_;
-  Buffer<float> bounds_;
-  Buffer<int32_t> slots_, grid_scratch_;
-};
-
-Stats search_tree(const Query& query, const Tree& tree) {
-  return over_blocks(
-      query, std::min<int64_t>(256, (query.n + query.threads - 1) / query.threads),
-      [&] { return std::make_unique<TreeSearch>(query, tree); },
-      [](TreeSearch& search, int64_t first, int64_t last) { return search.run(first, last); });
 }
 
 // Cycles per multiply-add of a rung's main loop, roughly, and of scoring a candidate in double precision.

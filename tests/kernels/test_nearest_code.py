@@ -175,7 +175,7 @@ def test_every_method_of_every_instruction_set(name: str, method: str, isa: str)
 @pytest.mark.parametrize("strong", [3.0, 30.0, 3000.0])
 @pytest.mark.parametrize("d", [31, 32, 70, 130])
 def test_int8_with_strong_dimensions(d: int, strong: float) -> None:
-    """A few dimensions are kept in 16 bits; with tokens that are strong elsewhere, and some off the codebook's scale."""
+    """A few dimensions are kept in 16 bits; some tokens are strong elsewhere, or off the codebook's scale."""
     z, c = gauss(150, 700, d, d)
     scale = torch.where(torch.arange(d) % 33 == 5, strong, 1.0)
     z, c = z * scale, c * scale + 7 * scale
