@@ -47,9 +47,10 @@ struct Builder {
     const int64_t unit = count > kLeaf * kLeaf ? kLeaf * kLeaf : kLeaf;
     const int64_t middle = first + std::max<int64_t>(unit, count / 2 / unit * unit);
     const int axis = widest(first, last);
-    std::nth_element(items.begin() + first, items.begin() + middle, items.begin() + last, [axis](const Item<kWidth>& a, const Item<kWidth>& b) {
+    const auto before = [axis](const Item<kWidth>& a, const Item<kWidth>& b) {
       return a.value[axis] < b.value[axis] || (a.value[axis] == b.value[axis] && a.code < b.code);
-    });
+    };
+    std::nth_element(items.begin() + first, items.begin() + middle, items.begin() + last, before);
     split(first, middle);
     split(middle, last);
   }

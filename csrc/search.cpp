@@ -69,8 +69,8 @@ class BlockSearch {
     if (count % kTileRows) std::memset(tokens_.get(), 0, sizeof(int32_t) * tiles * kTileRows * pack_.steps);
     for (int64_t r = 0; r < count; ++r) pack_row(row_of(r), r);
     if (num_scales_ == 0) scales_[num_scales_++] = 1.0f;
-    isa_.scan[rung_]({pack_.codes.get(), book_.panels, pack_.steps, pack_.wide / 2, pack_.bias.get(), tokens_.get(), tiles, scales_, num_scales_,
-                      scale_of_, bias_table_.get(), groups_.get(), groups_per_row_, span_});
+    isa_.scan[rung_]({pack_.codes.get(), book_.panels, pack_.steps, pack_.wide / 2, pack_.bias.get(), tokens_.get(), tiles, scales_,
+                      num_scales_, scale_of_, bias_table_.get(), groups_.get(), groups_per_row_, span_});
     Stats stats;
     for (int64_t r = 0; r < count; ++r) select(row_of(r), r, keep, &stats);
     stats.rows = count;
