@@ -66,7 +66,7 @@ bool to_grid(const GridTree& grid, const float* value, int dim, int32_t* q) {
   for (int j = 0; j < dim; ++j) {
     const float scaled = (value[j] - grid.origin[j]) * grid.unit;
     if (!(std::fabs(scaled) <= kGridReach)) return false;
-    q[j] = static_cast<int32_t>(std::nearbyint(scaled)) + kGridCentre;
+    q[j] = static_cast<int32_t>(scaled + (kGridCentre + 0.5f));  // to nearest, within 2^-9; much faster than a library call here
   }
   return true;
 }
@@ -90,26 +90,32 @@ void place_grid(const std::vector<Item<kWidth>>& items, int dim, GridTree* grid)
   grid->slack = 2.04f * std::sqrt(static_cast<float>(dim)) * 1.0001f;
 }
 
-void widen(int32_t* bounds, int pairs, int lane, const int32_t* words) {
-  for (int p = 0; p < pairs; ++p)
-    for (int shift : {0, 16}) {
-      const int32_t value = words[p] >> shift & 0xffff, mask = 0xffff << shift;
-      int32_t& low = bounds[p * kLeaf + lane];
-      int32_t& high = bounds[(pairs + p) * kLeaf + lane];
-      if (value < (low >> shift & 0xffff)) low = (low & ~mask) | value << shift;
-      if (value > (high >> shift & 0xffff)) high = (high & ~mask) | value << shift;
-    }
-}
+// The smallest and the largest coordinates of a leaf or a super box.
+struct GridBox {
+  int32_t low[kMaxTreeDim], high[kMaxTreeDim];
 
-double squared_diagonal(const int32_t* bounds, int pairs, int lane) {
-  double sum = 0;
-  for (int p = 0; p < pairs; ++p)
-    for (int shift : {0, 16}) {
-      const double side = (bounds[(pairs + p) * kLeaf + lane] >> shift & 0xffff) - (bounds[p * kLeaf + lane] >> shift & 0xffff);
-      sum += side * side;
+  void clear() {
+    std::fill_n(low, kMaxTreeDim, 0x7fff);
+    std::fill_n(high, kMaxTreeDim, 0);
+  }
+  void widen(const int32_t* from, const int32_t* to) {
+    for (int j = 0; j < kMaxTreeDim; ++j) {
+      low[j] = std::min(low[j], from[j]);
+      high[j] = std::max(high[j], to[j]);
     }
-  return sum;
-}
+  }
+  double squared_diagonal() const {
+    double sum = 0;
+    for (int j = 0; j < kMaxTreeDim; ++j) sum += static_cast<double>(high[j] - low[j]) * (high[j] - low[j]);
+    return sum;
+  }
+  void store(int32_t* bounds, int pairs, int64_t lane) const {
+    for (int p = 0; p < pairs; ++p) {
+      bounds[p * kLeaf + lane] = low[2 * p] | low[2 * p + 1] << 16;
+      bounds[(pairs + p) * kLeaf + lane] = high[2 * p] | high[2 * p + 1] << 16;
+    }
+  }
+};
 
 // The tree over the items in their order, on the grid. Slots past the end repeat the last code.
 template <int kWidth>
@@ -123,28 +129,24 @@ void build_grid(const std::vector<Item<kWidth>>& items, int dim, Tree* tree) {
   tree->grid_super_bounds.reset(blocks * box);
   tree->grid_leaf_bounds.reset(supers * box);
   tree->grid_leaf_codes.reset(supers * kLeaf * pairs * kLeaf);
-  for (Buffer<int32_t>* bounds : {&tree->grid_super_bounds, &tree->grid_leaf_bounds})
-    for (int64_t b = 0; b < (bounds == &tree->grid_leaf_bounds ? supers : blocks); ++b) {
-      std::fill_n(bounds->get() + b * box, pairs * kLeaf, 0x7fff7fff);
-      std::fill_n(bounds->get() + b * box + pairs * kLeaf, pairs * kLeaf, 0);
-    }
   int64_t coarse = 0;
+  GridBox leaf_box, super_box;
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t leaf = slot / kLeaf, super = leaf / kLeaf;
-    int32_t q[kMaxTreeDim + 1] = {}, words[(kMaxTreeDim + 1) / 2];
+    int32_t q[kMaxTreeDim] = {};
     if (!to_grid(grid, items[std::min(slot, count - 1)].value, dim, q)) {
       grid.unit = 0;
       return;
     }
-    for (int p = 0; p < pairs; ++p) {
-      words[p] = q[2 * p] | q[2 * p + 1] << 16;
-      tree->grid_leaf_codes[(leaf * pairs + p) * kLeaf + slot % kLeaf] = words[p];
-    }
-    int32_t* leaf_bounds = &tree->grid_leaf_bounds[super * box];
-    widen(leaf_bounds, pairs, static_cast<int>(leaf % kLeaf), words);
-    widen(&tree->grid_super_bounds[super / kLeaf * box], pairs, static_cast<int>(super % kLeaf), words);
-    if (slot % kLeaf == kLeaf - 1 && squared_diagonal(leaf_bounds, pairs, static_cast<int>(leaf % kLeaf)) < kFineLeaf * kFineLeaf)
-      ++coarse;
+    for (int p = 0; p < pairs; ++p) tree->grid_leaf_codes[(leaf * pairs + p) * kLeaf + slot % kLeaf] = q[2 * p] | q[2 * p + 1] << 16;
+    if (slot % kLeaf == 0) leaf_box.clear();
+    leaf_box.widen(q, q);
+    if (slot % kLeaf != kLeaf - 1) continue;
+    if (leaf_box.squared_diagonal() < kFineLeaf * kFineLeaf) ++coarse;
+    leaf_box.store(&tree->grid_leaf_bounds[super * box], pairs, leaf % kLeaf);
+    if (leaf % kLeaf == 0) super_box.clear();
+    super_box.widen(leaf_box.low, leaf_box.high);
+    if (leaf % kLeaf == kLeaf - 1) super_box.store(&tree->grid_super_bounds[super / kLeaf * box], pairs, super % kLeaf);
   }
   for (int64_t b = supers; b < blocks * kLeaf; ++b)
     for (int p = 0; p < 2 * pairs; ++p)
