@@ -136,20 +136,85 @@ void Codebook::prepare(const Rows& codes, int threads) {
   prepared = true;
 }
 
+void Pack::reorder(const float* x, float* out) const {
+  float* rest = narrow(out);
+  std::fill(out, rest + narrow_padded(), 0.0f);
+  for (int64_t i = 0; i < wide; ++i) out[i] = x[order[i]];
+  for (int64_t i = wide; i < static_cast<int64_t>(order.size()); ++i) rest[i - wide] = x[order[i]];
+}
+
+float Pack::mixed_scale(float* ordered) const {
+  float wide_top = 0, top = 0;
+  for (int64_t i = 0; i < wide; ++i) wide_top = std::max(wide_top, std::fabs(ordered[i]));
+  const float* rest = narrow(ordered);
+  for (int64_t i = 0; i < narrow_padded(); ++i) top = std::max(top, std::fabs(rest[i]));
+  return std::max(top / 127.0f, wide_top / kWideLevels);
+}
+
+QuantStats Pack::quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const {
+  const QuantStats a = isa.quantise[kInt16](ordered, narrow(ordered) - ordered, scale, words);
+  const QuantStats b = isa.quantise[kInt8](narrow(ordered), narrow_padded(), scale, words + wide / 2);
+  return {a.residual2 + b.residual2, b.sum};  // only 8-bit codes are stored plus 128
+}
+
+// A few dimensions much larger than the others would set the step of 8-bit values for all of them, and with it the bound. Those
+// are kept in 16 bits with the same step, at twice the cost each; up to one dimension in 16, and where it makes the step much finer.
+void Codebook::choose_wide(const Rows& codes, Pack* pack) const {
+  const int64_t most = std::min(kMaxWide, d / 32 * 2), stride = (k + kMeanSample - 1) / kMeanSample;
+  if (most < 2) return;
+  std::vector<float> top(d, 0.0f), row(padded);
+  for (int64_t i = 0; i < k; i += stride) {
+    if (std::isinf(bias[i])) continue;
+    centre(codes, i, kInt8, row.data());
+    for (int64_t j = 0; j < d; ++j) top[j] = std::max(top[j], std::fabs(row[j]));
+  }
+  std::vector<int32_t> order(d);
+  for (int64_t j = 0; j < d; ++j) order[j] = static_cast<int32_t>(j);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return top[a] > top[b]; });
+  if (top[order[most]] > 0.6f * top[order[0]]) return;
+  int64_t wide = 2;
+  while (wide < most && top[order[wide]] > 1.25f * top[order[most]]) wide += 2;
+  std::sort(order.begin(), order.begin() + wide);
+  std::sort(order.begin() + wide, order.end());
+  pack->order = std::move(order);
+  pack->wide = wide;
+}
+
 const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
   if (packs[which]) return *packs[which];
   auto made = std::make_unique<Pack>();
   const int per_word = which == kInt8 ? 4 : which == kInt16 ? 2 : 1;
   const int64_t lanes = isa->lanes, vectors = isa->vectors, panel = lanes * vectors;
-  const int64_t steps = made->steps = (d + per_word - 1) / per_word;
-  if (which == kInt8) made->scale = std::max(largest, 1e-30f) / 127.0f;
+  if (which == kInt8) {
+    choose_wide(codes, made.get());
+    made->scale = std::max(largest, 1e-30f) / 127.0f;
+  }
+  const int64_t wide = made->wide, wide_steps = wide / 2;
+  const int64_t steps = made->steps = wide_steps + (d - wide + per_word - 1) / per_word;
+  std::mutex merge;
+  if (wide) {
+    float top = 1e-30f;
+    for_chunks(k, 256, threads, [&](int64_t first, int64_t last, int) {
+      Buffer<float> row(padded), ordered(made->words(padded));
+      float mine = 0;
+      for (int64_t code = first; code < last; ++code) {
+        if (std::isinf(bias[code])) continue;
+        centre(codes, code, which, row.get());
+        made->reorder(row.get(), ordered.get());
+        mine = std::max(mine, made->mixed_scale(ordered.get()));
+      }
+      std::lock_guard<std::mutex> lock(merge);
+      top = std::max(top, mine);
+    });
+    made->scale = top;
+  }
   if (which == kInt16) made->scale = static_cast<float>(std::max(radius, 1e-30) / (kInt16Norm - std::sqrt(d)));
   made->codes.reset(panels * panel * steps);
   made->bias.reset(panels * panel);
-  std::mutex merge;
   for_chunks(panels, std::max<int64_t>(1, 512 / panel), threads, [&](int64_t first, int64_t last, int) {
     Buffer<float> row(padded);
-    Buffer<int32_t> words(padded);
+    Buffer<float> ordered(made->words(padded));
+    Buffer<int32_t> words(made->words(padded));
     double worst = 0;
     for (int64_t code = first * panel; code < last * panel; ++code) {
       const int64_t in_panel = code % panel, place = in_panel % vectors * lanes + in_panel / vectors;
@@ -160,7 +225,11 @@ const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
         std::fill(row.get(), row.get() + padded, 0.0f);
       }
       const void* source = row.get();
-      if (which < kFloat32) {
+      if (wide) {
+        made->reorder(row.get(), ordered.get());
+        worst = std::max<double>(worst, made->quantise_mixed(*isa, ordered.get(), made->scale, words.get()).residual2);
+        source = words.get();
+      } else if (which < kFloat32) {
         worst = std::max<double>(worst, isa->quantise[which](row.get(), padded, made->scale, words.get()).residual2);
         source = words.get();
       }
@@ -169,7 +238,7 @@ const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
       for (int64_t step = 0; step < steps; ++step, out += panel) {
         uint32_t word;
         std::memcpy(&word, static_cast<const char*>(source) + 4 * step, 4);
-        *out = static_cast<int32_t>(word ^ flip);
+        *out = static_cast<int32_t>(step < wide_steps ? word : word ^ flip);
       }
       const float start = which == kDifference ? 0.0f : bias[code < k ? code : 0];
       made->bias[code / panel * panel + place] = wins ? start : -std::numeric_limits<float>::infinity();
@@ -195,7 +264,11 @@ int64_t Codebook::bytes() const {
   int64_t total = static_cast<int64_t>((mean.capacity() + bias.capacity()) * sizeof(float));
   for (const auto& pack : packs)
     if (pack) total += pack->codes.bytes() + pack->bias.bytes();
-  if (tree) total += tree->super_bounds.bytes() + tree->leaf_bounds.bytes() + tree->leaf_codes.bytes() + tree->index.bytes();
+  if (tree) {
+    for (const auto* part : {&tree->super_bounds, &tree->leaf_bounds, &tree->leaf_codes}) total += part->bytes();
+    for (const auto* part : {&tree->grid_super_bounds, &tree->grid_leaf_bounds, &tree->grid_leaf_codes, &tree->index})
+      total += part->bytes();
+  }
   return total;
 }
 

@@ -65,11 +65,25 @@ struct Pack {
   int64_t steps = 0;
   float scale = 1;        // s_c
   double residual = 0;    // max over codes of |c - s_c q|
+  // int8: dimensions in the order of the steps; the first `wide`, an even number, are kept in 16 bits (see choose_wide).
+  std::vector<int32_t> order;
+  int64_t wide = 0;
+
+  int64_t words(int64_t padded) const { return padded + 64; }
+  // Reorders x for quantise_mixed: wide values, zero-padded to 16, then the others, zero-padded too. out: words(padded) floats.
+  void reorder(const float* x, float* out) const;
+  float* narrow(float* ordered) const { return ordered + (wide + 15) / 16 * 16; }
+  int64_t narrow_padded() const { return (static_cast<int64_t>(order.size()) - wide + 15) / 16 * 16; }
+  QuantStats quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const;
+  // s for the largest magnitudes of the two kinds: |q| <= 127 and kWideLevels.
+  float mixed_scale(float* ordered) const;
 };
 
 struct Tree {
   TreeView view{};
+  GridTree grid{};
   Buffer<float> super_bounds, leaf_bounds, leaf_codes;
+  Buffer<int32_t> grid_super_bounds, grid_leaf_bounds, grid_leaf_codes;
   Buffer<int32_t> index;  // slot -> code
 };
 
@@ -114,10 +128,15 @@ struct Codebook {
 
  private:
   void find_mean(const Rows& codes);
+  void choose_wide(const Rows& codes, Pack* pack) const;
   void drop_repetitions(const Rows& codes, const std::vector<double>& norm2);
 };
 
 void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree);
+
+// Of the int8 rung: at most kMaxWide products of magnitudes up to kWideLevels stay below 2^28.
+constexpr int64_t kMaxWide = 64;
+constexpr float kWideLevels = 2047.0f;
 
 // Largest norm of quantised vectors: |q_x| |q_c| <= 2^29 keeps every partial int32 sum of the int16 rung exact.
 constexpr double kInt16Norm = 23170.0;

@@ -11,6 +11,13 @@ constexpr int kTileRows = 6;      // tokens in a register tile
 constexpr int kBlockRows = 96;    // tokens that share one pass over the packed codebook
 constexpr int kMaxTreeDim = 12;
 constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in a super box
+constexpr int kTreeBatch = 32;       // tokens searched together in a grid tree
+constexpr int kTreeLeaves = 8192;    // leaves in reach of all of them,
+constexpr int kTreeCandidates = 32;  // and codes of one: more, and a token is searched in the float32 tree
+constexpr int32_t kGridCentre = 16384;
+constexpr float kGridReach = 16382.0f;  // |value| of a coordinate on the grid, so that q is in [2, 32766]
+constexpr int32_t kNoBox = 49151;       // both bounds of a missing box: out of reach by 16385 or more, also as 16 signed bits
+constexpr float kFarthestReach = 2.6e8f;  // less than the square of that
 
 enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kDifference = 3, kRungs = 4 };
 
@@ -25,6 +32,7 @@ struct ScanArgs {
   const void* codes;
   int64_t panels;
   int64_t steps;
+  int64_t wide;                // int8 rung: this many of the steps, the first, hold 2 int16 values
   const float* bias;           // -|c|^2 / 2 by panel, vector, lane
   const int32_t* tokens;
   int64_t tiles;
@@ -62,6 +70,18 @@ struct TreeView {
   float slack;                // 1 + twice the relative error of a float32 distance or bound
 };
 
+// The same tree with codes and bounds rounded to 16-bit integers, two dimensions to a word: [ceil(dim / 2)][kLeaf] words in place
+// of [dim][kLeaf] floats. Slots past the last code repeat it; super boxes past the last one are out of reach. See tree_avx512.cpp.
+struct GridTree {
+  float origin[16];  // q = round((value - origin) * unit) + kGridCentre
+  float unit;        // 0: the grid is too coarse for these codes
+  float slack;       // 2 e
+  int64_t supers;
+  const int32_t* super_bounds;
+  const int32_t* leaf_bounds;
+  const int32_t* leaf_codes;
+};
+
 struct Isa {
   const char* name;
   int lanes;
@@ -84,10 +104,19 @@ struct Isa {
   // tell (overflow, underflow, not a number).
   // scratch: floats for 2 * (supers + 2 * kLeaf) + (supers + 1) * kLeaf + capacity + kLeaf; out: capacity + kLeaf.
   int64_t (*tree_candidates)(const TreeView&, const float* z, float* scratch, int32_t* out, int64_t capacity);
+  // The same for `rows` <= kTreeBatch tokens in the grid tree: found[row] slots at slots[row * kTreeCandidates], or -1 where the
+  // grid cannot tell. scratch: grid_scratch() words, aligned to 64 bytes. Null where there is none.
+  void (*grid_candidates)(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
 };
+
+static inline int64_t grid_scratch(int64_t supers) {
+  const int64_t blocks = (supers + kLeaf - 1) / kLeaf;
+  return (kTreeBatch * blocks + 1) * kLeaf + (kTreeLeaves + 2 * kLeaf) * (kLeaf + 2);
+}
 
 const Isa* avx512_isa();    // null where the compiler does not know it
 const Isa* avx2_isa();
 const Isa* portable_isa();
+void grid_candidates_avx512(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
 
 }  // namespace tmm

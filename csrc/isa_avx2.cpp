@@ -45,7 +45,8 @@ const Isa* avx2_isa() {
                           collect,
                           score<float>,
                           score<double>,
-                          tree_candidates};
+                          tree_candidates,
+                          nullptr};
   return &isa;
 }
 

@@ -48,6 +48,21 @@ constexpr bool is_float(const float*) { return true; }
 constexpr bool is_float(const Gap*) { return true; }
 
 template <class T>
+inline __attribute__((always_inline)) void add_step(__m512i (&sum)[kTileRows][kVectors], const __m512i* code, const int32_t* token,
+                                                    const T* tag) {
+  const __m512i c0 = _mm512_load_si512(code), c1 = _mm512_load_si512(code + 1);
+  const __m512i c2 = _mm512_load_si512(code + 2), c3 = _mm512_load_si512(code + 3);
+#pragma GCC unroll 6
+  for (int r = 0; r < kTileRows; ++r) {
+    const __m512i t = _mm512_set1_epi32(token[r]);
+    multiply_add(sum[r][0], c0, t, tag);
+    multiply_add(sum[r][1], c1, t, tag);
+    multiply_add(sum[r][2], c2, t, tag);
+    multiply_add(sum[r][3], c3, t, tag);
+  }
+}
+
+template <class T>
 void scan(const ScanArgs& args) {
   const T* tag = nullptr;
   for (int64_t panel = 0; panel < args.panels; ++panel) {
@@ -76,18 +91,11 @@ void scan(const ScanArgs& args) {
         for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_loadu_si512(start + v * kLanes);
       }
       const __m512i* code = codes;
-      for (int64_t step = 0; step < args.steps; ++step, code += kVectors, token += kTileRows) {
-        const __m512i c0 = _mm512_load_si512(code), c1 = _mm512_load_si512(code + 1);
-        const __m512i c2 = _mm512_load_si512(code + 2), c3 = _mm512_load_si512(code + 3);
-#pragma GCC unroll 6
-        for (int r = 0; r < kTileRows; ++r) {
-          const __m512i t = _mm512_set1_epi32(token[r]);
-          multiply_add(sum[r][0], c0, t, tag);
-          multiply_add(sum[r][1], c1, t, tag);
-          multiply_add(sum[r][2], c2, t, tag);
-          multiply_add(sum[r][3], c3, t, tag);
-        }
-      }
+      int64_t step = 0;
+      if (sizeof(T) == sizeof(uint8_t) && !is_float(tag))
+        for (; step < args.wide; ++step, code += kVectors, token += kTileRows)
+          add_step(sum, code, token, static_cast<const int16_t*>(nullptr));
+      for (; step < args.steps; ++step, code += kVectors, token += kTileRows) add_step(sum, code, token, tag);
       int32_t* out = groups + tile * kTileRows * args.group_stride;
 #pragma GCC unroll 6
       for (int r = 0; r < kTileRows; ++r, out += args.group_stride) {
@@ -360,7 +368,8 @@ const Isa kIsa = {"avx512_vnni",
                   collect,
                   score<float>,
                   score<double>,
-                  tree_candidates};
+                  tree_candidates,
+                  grid_candidates_avx512};
 
 }  // namespace
 

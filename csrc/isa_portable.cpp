@@ -18,7 +18,8 @@ const Isa* portable_isa() {
                           collect,
                           score<float>,
                           score<double>,
-                          tree_candidates};
+                          tree_candidates,
+                          nullptr};
   return &isa;
 }
 

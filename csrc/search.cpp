@@ -13,66 +13,24 @@
 // The ladder: int8, int16, float32, and last the difference rung, whose bound is relative to the score itself. A probe of some
 // rows decides whether a rung leaves more to score in double precision than the next rung costs.
 //
-// Ranges of the integer rungs: |q_x . q_c| <= 2^29 (int8: 255 * 127 * d <= 2^28, int16: Cauchy-Schwarz on kInt16Norm) and
+// Ranges of the integer rungs: |q_x . q_c| <= 2^29 (int8: 255 * 127 * d <= 2^28, and as much again for the dimensions kept in 16
+// bits, see kMaxWide; int16: Cauchy-Schwarz on kInt16Norm) and
 // s_x is kept large enough for |bias| <= 2^29, so every partial sum fits int32.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "codebook.h"
-#include "pool.h"
+#include "search.h"
 
 namespace tmm {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kCapacity = 4096;       // candidate groups kept for a row; more, and the row is searched in full
 constexpr int64_t kProbeRows = 48;
-constexpr int64_t kGroupBudget = 1 << 18; // group maxima of a block, in int32
+constexpr int64_t kGroupBudget = 1 << 20;  // group maxima of a block, in int32: more, and groups of more codes are scored
+constexpr int64_t kAllGroups = 6 << 20;    // and of all threads together
 constexpr int64_t kMaxInt8Dim = 8192;
 constexpr double kFarthest = 1e15;        // rows farther out than this many codebook radii are searched in full
-
-struct Query {
-  Codebook* book;
-  Rows codes, z;
-  int64_t n;
-  int64_t* ids;
-  void* distance;
-  int threads;
-};
-
-constexpr Best kNothing = {kInfinity, 0};
-
-struct Stats {
-  int64_t rows = 0, codes = 0;  // rows searched; codes scored in double precision for them
-  bool stale = false;
-  void add(const Stats& other) {
-    rows += other.rows;
-    codes += other.codes;
-    stale = stale || other.stale;
-  }
-};
-
-// No finite distance: index 0 and NaN.
-void store(const Query& query, int64_t row, const Best& best) {
-  query.ids[row] = best.index;
-  if (!query.distance) return;
-  const double d = best.distance < kInfinity ? best.distance : std::numeric_limits<double>::quiet_NaN();
-  if (query.z.dtype == TMM_F64) {
-    static_cast<double*>(query.distance)[row] = d;
-  } else {
-    static_cast<float*>(query.distance)[row] = static_cast<float>(d);
-  }
-}
-
-void search_in_full(const Query& query, int64_t row) {
-  Best best = kNothing;
-  const int64_t only = query.book->only;
-  query.codes.score(*query.book->isa, query.z, row, only < 0 ? 0 : only, only < 0 ? query.book->k : only + 1, &best);
-  store(query, row, best);
-}
 
 // What is known of a row after packing it: score = unit * (integer - offset), or the float32 itself.
 struct RowState {
@@ -87,12 +45,14 @@ class BlockSearch {
   BlockSearch(const Query& query, const Pack& pack, int rung, int64_t block_rows)
       : query_(query), book_(*query.book), pack_(pack), isa_(*book_.isa), rung_(rung), rows_(block_rows),
         panel_(int64_t{isa_.lanes} * isa_.vectors) {
-    span_ = std::max<int64_t>(1, (book_.panels * isa_.lanes * rows_ + kGroupBudget - 1) / kGroupBudget);
+    const int64_t budget = std::min<int64_t>(kGroupBudget, kAllGroups / query.threads);
+    span_ = std::max<int64_t>(1, (book_.panels * isa_.lanes * rows_ + budget - 1) / budget);
     groups_per_row_ = (book_.panels + span_ - 1) / span_ * isa_.lanes;
     inverse_norm_ = 1 / (kInt16Norm - std::sqrt(static_cast<double>(book_.d)));
     smallest_scale_ = std::max(book_.max_bias / (pack.scale * 536870000.0), 1e-30);
     x_.reset(book_.padded);
-    words_.reset(book_.padded);
+    ordered_.reset(pack.words(book_.padded));
+    words_.reset(pack.words(book_.padded));
     tokens_.reset(rows_ * pack.steps);
     groups_.reset(rows_ * groups_per_row_);
     bias_table_.reset(rows_ * panel_);
@@ -109,8 +69,8 @@ class BlockSearch {
     if (count % kTileRows) std::memset(tokens_.get(), 0, sizeof(int32_t) * tiles * kTileRows * pack_.steps);
     for (int64_t r = 0; r < count; ++r) pack_row(row_of(r), r);
     if (num_scales_ == 0) scales_[num_scales_++] = 1.0f;
-    isa_.scan[rung_]({pack_.codes.get(), book_.panels, pack_.steps, pack_.bias.get(), tokens_.get(), tiles, scales_, num_scales_,
-                      scale_of_, bias_table_.get(), groups_.get(), groups_per_row_, span_});
+    isa_.scan[rung_]({pack_.codes.get(), book_.panels, pack_.steps, pack_.wide / 2, pack_.bias.get(), tokens_.get(), tiles, scales_,
+                      num_scales_, scale_of_, bias_table_.get(), groups_.get(), groups_per_row_, span_});
     Stats stats;
     for (int64_t r = 0; r < count; ++r) select(row_of(r), r, keep, &stats);
     stats.rows = count;
@@ -138,8 +98,13 @@ class BlockSearch {
       // d + 1 fused steps, and the rounding of x, c and the bias, each at most a unit of 2^-24 of the sum of magnitudes.
       state.bound = (static_cast<double>(book_.d) + 10) * 0x1p-24 * 1.01 * rounding;
     } else {
-      const float scale = row_scale(norm, stats.largest, r);
-      const QuantStats quantised = isa_.quantise[rung_](x_.get(), book_.padded, scale, words_.get());
+      if (pack_.wide) pack_.reorder(x_.get(), ordered_.get());
+      const double least = rung_ == kInt16 ? norm * inverse_norm_
+                           : pack_.wide    ? pack_.mixed_scale(ordered_.get())
+                                           : stats.largest * (1 / 127.0);
+      const float scale = row_scale(least, r);
+      const QuantStats quantised = pack_.wide ? pack_.quantise_mixed(isa_, ordered_.get(), scale, words_.get())
+                                              : isa_.quantise[rung_](x_.get(), book_.padded, scale, words_.get());
       source = words_.get();
       state.unit = static_cast<double>(scale) * pack_.scale;
       state.offset = rung_ == kInt8 ? 128 * static_cast<int64_t>(quantised.sum) : 0;  // codes are stored plus 128
@@ -153,9 +118,8 @@ class BlockSearch {
   }
 
   // s_x, rounded up to one of eight values per octave so that few bias tables are needed, and its table in this block.
-  float row_scale(double norm, double largest, int64_t r) {
-    const double exact = rung_ == kInt8 ? largest * (1 / 127.0) : norm * inverse_norm_;
-    const float scale = static_cast<float>(std::max(exact, smallest_scale_));
+  float row_scale(double least, int64_t r) {
+    const float scale = static_cast<float>(std::max(least, smallest_scale_));
     uint32_t bits;
     std::memcpy(&bits, &scale, 4);
     bits = (bits >> 20) + 1;
@@ -255,42 +219,13 @@ class BlockSearch {
   const int64_t rows_, panel_;
   int64_t span_, groups_per_row_;
   double inverse_norm_, smallest_scale_;
-  Buffer<float> x_;
+  Buffer<float> x_, ordered_;
   Buffer<int32_t> words_, tokens_, groups_, bias_table_, list_;
   RowState state_[kBlockRows];
   float scales_[kBlockRows];
   uint8_t scale_slot_[kScales], scale_of_[kBlockRows];
   int num_scales_ = 0;
 };
-
-// Calls body(first, last, worker-local object) over blocks of rows.
-template <class Make, class Body>
-Stats over_blocks(const Query& query, int64_t block, Make make, Body body) {
-  std::atomic<int64_t> next{0};
-  std::mutex merge;
-  Stats total;
-  bool no_memory = false;
-  auto work = [&](int) {
-    Stats mine;
-    bool failed = false;
-    try {
-      auto local = make();
-      for (;;) {
-        const int64_t first = next.fetch_add(block);
-        if (first >= query.n || mine.stale) break;
-        mine.add(body(*local, first, std::min(query.n, first + block)));
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
-    }
-    std::lock_guard<std::mutex> lock(merge);
-    total.add(mine);
-    no_memory = no_memory || failed;
-  };
-  run_parallel(static_cast<int>(std::min<int64_t>(query.threads, (query.n + block - 1) / block)), work);
-  if (no_memory) throw std::bad_alloc();
-  return total;
-}
 
 int64_t block_rows(int64_t n, int threads) {
   const int64_t share = (n + threads - 1) / threads;
@@ -313,42 +248,6 @@ Stats search_all_in_full(const Query& query) {
         search_in_full(query, first);
         return Stats{};
       });
-}
-
-struct TreeScratch {
-  Buffer<float> bounds;
-  Buffer<int32_t> slots;
-};
-
-Stats search_tree(const Query& query, const Tree& tree) {
-  const Codebook& book = *query.book;
-  const int64_t supers = (tree.view.supers + kLeaf - 1) / kLeaf * kLeaf;
-  const auto make = [&] {
-    auto scratch = std::make_unique<TreeScratch>();
-    scratch->bounds.reset(2 * (supers + kLeaf) + (tree.view.supers + 1) * kLeaf + kCapacity + kLeaf);
-    scratch->slots.reset(kCapacity + kLeaf);
-    return scratch;
-  };
-  return over_blocks(query, std::min<int64_t>(256, (query.n + query.threads - 1) / query.threads), make,
-                     [&](TreeScratch& scratch, int64_t first, int64_t last) {
-    Stats stats;
-    stats.rows = last - first;
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t found = book.isa->tree_candidates(tree.view, query.z.f32(row), scratch.bounds.get(), scratch.slots.get(),
-                                                      kCapacity);
-      if (found <= 0 || found > kCapacity) {
-        search_in_full(query, row);
-        continue;
-      }
-      Best best = kNothing;
-      for (int64_t i = 0; i < found; ++i) {
-        const int32_t code = tree.index[scratch.slots[i]];
-        query.codes.score(*book.isa, query.z, row, code, code + 1, &best);
-      }
-      store(query, row, best);
-    }
-    return stats;
-  });
 }
 
 // Cycles per multiply-add of a rung's main loop, roughly, and of scoring a candidate in double precision.

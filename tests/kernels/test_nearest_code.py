@@ -172,6 +172,53 @@ def test_every_method_of_every_instruction_set(name: str, method: str, isa: str)
 
 
 @needs_native
+@pytest.mark.parametrize("strong", [3.0, 30.0, 3000.0])
+@pytest.mark.parametrize("d", [31, 32, 70, 130])
+def test_int8_with_strong_dimensions(d: int, strong: float) -> None:
+    """A few dimensions are kept in 16 bits; some tokens are strong elsewhere, or off the codebook's scale."""
+    z, c = gauss(150, 700, d, d)
+    scale = torch.where(torch.arange(d) % 33 == 5, strong, 1.0)
+    z, c = z * scale, c * scale + 7 * scale
+    z = z + 7 * scale
+    z[:30] = z[:30].flip(1)
+    z[30:40] *= torch.logspace(-3, 6, 10)[:, None]
+    c[100:200] = c[:100]
+    ids, found = pinned("int8", z, c)
+    assert wrong(ids, z, c) == 0
+    torch.testing.assert_close(found, distances(z, c).gather(1, ids[:, None])[:, 0].float(), rtol=2e-7, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["gauss", "sphere", "far tokens", "one axis", "clump", "lattice", "offset"])
+@pytest.mark.parametrize("d", [1, 2, 3, 6, 7, 8, 11, 12])
+def test_tree_of_many_codes(d: int, kind: str) -> None:
+    """Enough codes for several levels of boxes, and the corners of the 16-bit grid."""
+    z, c = gauss(200, 5000 + 37 * d, d, d)
+    if kind == "sphere":
+        z, c = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(c, dim=1)
+    elif kind == "far tokens":
+        z *= torch.logspace(-2, 4, len(z))[:, None]
+    elif kind == "one axis":
+        z, c = (x * torch.logspace(0, -3, d) for x in (z, c))
+    elif kind == "clump":
+        c[: len(c) // 2] += 300
+    elif kind == "lattice":
+        z, c = (z * 3).round(), (c * 3).round()
+    elif kind == "offset":
+        z, c = z + 1000, c + 1000
+    z[7, 0], z[9, 0] = torch.nan, torch.inf
+    ids, _ = pinned("tree", z, c)
+    assert ids[[7, 9]].tolist() == [0, 0]
+    keep = torch.ones(len(z), dtype=torch.bool)
+    keep[[7, 9]] = False
+    assert wrong(ids[keep], z[keep], c) == 0
+    alone, found = pinned("tree", z[:50], c, threads=1)
+    assert torch.equal(alone, ids[:50])
+    expected = distances(z[:7], c).gather(1, ids[:7, None])[:, 0].float()
+    torch.testing.assert_close(found[:7], expected, rtol=2e-7, atol=0)
+
+
+@needs_native
 @pytest.mark.parametrize("seed", range(12))
 def test_random_codebooks(seed: int, isa: str) -> None:
     """Random shapes, scales, offsets, duplicates, bad values and dtypes."""
