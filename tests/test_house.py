@@ -1,6 +1,7 @@
 """The arrows, the one table of names, the kernel families, the paths that no file may name."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -115,12 +116,14 @@ def test_top_level_is_the_plan() -> None:
 
 
 def test_no_file_is_unfinished() -> None:
-    marks = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error", "strict=" + "False", "weights_only=" + "False")
+    marks = ("TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error", "weights_only=" + "False")
+    forgiving = re.compile(r"load_state_dict\([^)]*strict=" + "False")
     for folder in ("tokenizers_mm", "train", "csrc", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}:
                 text = path.read_text()
                 assert not [mark for mark in marks if mark in text], path
+                assert not forgiving.search(text), path
 
 
 @pytest.mark.parametrize(

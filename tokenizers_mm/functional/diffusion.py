@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
@@ -96,7 +96,7 @@ def schedule(respacing: str = str(TRAIN_STEPS), steps: int = TRAIN_STEPS) -> Sch
     )
 
 
-def sinusoid(t: Float[Tensor, "n"], dim: int, longest: float = 10000.0) -> Float[Tensor, "n d"]:
+def sinusoid(t: Num[Tensor, "n"], dim: int, longest: float = 10000.0) -> Float[Tensor, "n d"]:
     """Cosines, then sines, of t at dim / 2 frequencies from 1 down to almost 1 / longest, in float32."""
     half = dim // 2
     frequencies = torch.exp(-math.log(longest) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
