@@ -127,7 +127,7 @@ class TrainConfig:
     max_seconds: float = 0.0
     batch_size: int = 8
     accumulate: int = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float = 0.0
     scale_drop: float = 0.0
     trainable: tuple[str, ...] = ()

@@ -86,7 +86,7 @@ class GenerationConfig:
     ema: float = 0.999
     seed: int = 0
     device: str = "cpu"
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 10
     save_every: int = 0
     scenes: int = 0

@@ -19,7 +19,7 @@ from .step import train_step
 
 def run(config: TrainConfig) -> TrainState:
     """Train to the end; leaves log.jsonl, samples, checkpoints and the finished `tokenizer` in the run's folder."""
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
     state = build_state(config, accelerator)
     if config.resume == "auto":
         resume(state)

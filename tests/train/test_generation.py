@@ -37,7 +37,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_short_run(tmp_path: Path, precision: str) -> None:
     overrides = [*SMALLER, f"out={tmp_path / 'run'}", "steps=4", f"precision='{precision}'", "save_every=4"]
     config = from_mapping(GenerationConfig, read_yaml(ROOT / "configs" / "mar_scenes.yaml", overrides))

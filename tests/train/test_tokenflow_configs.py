@@ -65,7 +65,7 @@ def reduced(name: str, **edits: Any) -> dict[str, Any]:
     model["pixel_encoder"]["out_channels"] = model["pixel_decoder"]["in_channels"] = 16
     data["loss"] |= {"gan_start": 1, "discriminator": {"channels": 8, "num_layers": 2, "norm": "batch"}}
     data["loss"]["weights"]["perceptual"] = 0.0  # needs VGG's weights
-    data |= {"precision": "no", "batch_size": 1, "steps": 2, **edits}
+    data |= {"precision": "fp32", "batch_size": 1, "steps": 2, **edits}
     return data
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import tokenizers_mm as tmm
 from tests.cases import ROOT
@@ -204,3 +205,16 @@ def test_two_ranks_learn_as_one_with_a_batch_of_both(tmp_path: Path) -> None:
     assert [line["usage_shared"] for line in a[:2]] == [line["usage_shared"] for line in b[:2]]
     for x, y in zip(a, b, strict=True):
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+
+
+def test_bf16_autocast_trains(tmp_path: Path) -> None:
+    """Networks in bfloat16; weights, codes and the reported losses stay in float32 and near those of a float32 run."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        AcceleratorState._reset_state(True)  # it allows one precision per process
+        state = run(debug(tmp_path / precision, f"precision={precision}", "steps=4", "log_every=4"))
+        assert {p.dtype for p in state.tokenizer.parameters()} == {torch.float32}
+        losses[precision] = read_log(tmp_path / precision / "log.jsonl")[-1]
+    AcceleratorState._reset_state(True)
+    assert losses["bf16"]["pixel"] != losses["fp32"]["pixel"]
+    assert losses["bf16"]["pixel"] == pytest.approx(losses["fp32"]["pixel"], rel=0.05)

@@ -21,7 +21,7 @@ from tokenizers_mm.models import DualViTok, DualViTokConfig, Provenance
 from tokenizers_mm.quantizers.vq import SimVQConfig
 from tokenizers_mm.resolutions import Resolutions
 
-SOURCE = Provenance(source="https://huggingface.co/ILLUME-MLLM/dualvitok", license="Apache-2.0")
+SOURCE = Provenance(source="ILLUME-MLLM/dualvitok on the Hugging Face hub", license="Apache-2.0")
 
 HEADS = 16
 """Of the semantic head and decoder, at every width."""

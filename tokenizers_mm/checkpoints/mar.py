@@ -27,7 +27,7 @@ from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 
 MAR_SOURCE = Provenance(source="https://github.com/LTH14/mar", license="MIT")
 HARMON_SOURCE = Provenance(
-    source="https://huggingface.co/wusize/harmon",
+    source="wusize/harmon on the Hugging Face hub",
     license="other",
     notice="Harmon's weights are under the NTU S-Lab License 1.0: non-commercial use only.",
 )

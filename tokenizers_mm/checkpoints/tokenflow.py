@@ -22,7 +22,7 @@ from tokenizers_mm.functional.positions import resize_positions
 from tokenizers_mm.models import Provenance, TokenFlow, TokenFlowConfig
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
 
-SOURCE = Provenance(source="https://huggingface.co/ByteFlow-AI/TokenFlow", license="MIT")
+SOURCE = Provenance(source="ByteFlow-AI/TokenFlow on the Hugging Face hub", license="MIT")
 
 USAGE_WINDOW = 131072
 """Length of the published buffer of recent ids, which is statistics only and is not kept."""
