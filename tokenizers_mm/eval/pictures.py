@@ -51,7 +51,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str |
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+def _smooth(values: Sequence[float], decay: float = 0.6) -> list[float]:
     """Exponential moving average with bias correction."""
     smoothed, mean, weight = [], 0.0, 0.0
     for value in torch.tensor(list(values), dtype=torch.float64).tolist():
