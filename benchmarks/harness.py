@@ -23,6 +23,10 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """The CPU clock, the time of all threads together, is the one to trust on a busy machine, for one thread."""
 
 
+PAUSE = 0.05
+"""Seconds before each timed call. OpenMP's workers spin for a while after a call, on the core the next method needs."""
+
+
 def interleave(
     methods: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", clock: str = "wall"
 ) -> dict[str, float]:
@@ -36,6 +40,7 @@ def interleave(
         shuffle(order)
         for name in order:
             synchronize(device)
+            time.sleep(PAUSE)
             start = now()
             methods[name]()
             synchronize(device)
