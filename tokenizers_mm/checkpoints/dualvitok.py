@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import require
 from tokenizers_mm.checkpoints.store import build, fill
-from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
+from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig
 from tokenizers_mm.encoders.pixel import PixelEncoderConfig
@@ -100,7 +100,7 @@ def read_config(description: Mapping[str, Any]) -> DualViTokConfig:
     """Our configuration of a model described as the reference cases describe theirs."""
     encoder, decoder = _part(description, "pixel_encoder"), _part(description, "pixel_decoder")
     semantic, pixel = _quantizer(description, "semantic_quantizer"), _quantizer(description, "pixel_quantizer")
-    merge = _get(description, "vq_model.config").get("semantic_detail_merge_type", "cat")
+    merge = get(description, "vq_model.config").get("semantic_detail_merge_type", "cat")
     require(merge == "cat", "config: semantic_detail_merge_type", "'cat'", merge)
     head, tower = _part(description, "semantic_encoder"), _tower(description)
     return DualViTokConfig(
@@ -137,8 +137,8 @@ def _tower(description: Mapping[str, Any]) -> Qwen2ViTConfig:
         "spatial_merge_size": "merge",
         "temporal_patch_size": "frames",
     }
-    given = {ours: _get(description, f"vit_config.{theirs}") for theirs, ours in sizes.items()}
-    return Qwen2ViTConfig(mlp_ratio=float(_get(description, "vit_config.mlp_ratio")), **given)
+    given = {ours: get(description, f"vit_config.{theirs}") for theirs, ours in sizes.items()}
+    return Qwen2ViTConfig(mlp_ratio=float(get(description, "vit_config.mlp_ratio")), **given)
 
 
 def _transformer(part: Mapping[str, Any]) -> RotaryTransformerConfig:
@@ -177,15 +177,5 @@ _NEEDED = {
 def _part(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """One part of `vq_model.config` with all the keys that are read unconditionally."""
     for key in _NEEDED[name]:
-        _get(description, f"vq_model.config.{name}.{key}")
-    return _get(description, f"vq_model.config.{name}")
-
-
-def _get(description: Mapping[str, Any], path: str) -> Any:
-    """A value of a description; one sentence when it is not there."""
-    value: Any = description
-    for key in path.split("."):
-        if not isinstance(value, Mapping) or value.get(key) is None:
-            fail(f"config: {path}", "a value", "nothing")
-        value = value[key]
-    return value
+        get(description, f"vq_model.config.{name}.{key}")
+    return get(description, f"vq_model.config.{name}")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints.store import build, fill
-from tokenizers_mm.checkpoints.tokenflow_variants import ENHANCED, PIXEL, VARIANTS, Description, get, variant_of
-from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
+from tokenizers_mm.checkpoints.tokenflow_variants import ENHANCED, PIXEL, VARIANTS, Description, variant_of
+from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.decoders.semantic import SemanticDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoderConfig

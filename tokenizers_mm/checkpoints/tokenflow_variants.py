@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers_mm._check import fail, require
-from tokenizers_mm.checkpoints.upstream import Rule, Shape
+from tokenizers_mm._check import require
+from tokenizers_mm.checkpoints.upstream import Rule, Shape, get
 from tokenizers_mm.encoders.semantic import CLIP_MEAN, CLIP_STD, SemanticEncoderConfig
 
 Description = Mapping[str, Any]
@@ -42,16 +42,6 @@ def variant_of(description: Description) -> Variant:
     teacher = get(description, "model_args.teacher")
     require(teacher in VARIANTS, "config: model_args.teacher", f"one of {list(VARIANTS)}", teacher)
     return VARIANTS[teacher]
-
-
-def get(description: Description, path: str) -> Any:
-    """A value of a description; one sentence when it is not there."""
-    value: Any = description
-    for key in path.split("."):
-        if not isinstance(value, Mapping) or value.get(key) is None:
-            fail(f"config: {path}", "a value", "nothing")
-        value = value[key]
-    return value
 
 
 def _clip(description: Description, size: int) -> SemanticEncoderConfig:

@@ -90,6 +90,16 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def get(description: Mapping[str, Any], path: str) -> Any:
+    """The value at `a.b.c` of a description of sizes; one sentence when it is not there."""
+    value: Any = description
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or value.get(key) is None:
+            fail(f"config: {path}", "a value", "nothing")
+        value = value[key]
+    return value
+
+
 def link(
     shapes: Mapping[str, Shape], rules: Sequence[Rule], their_shapes: Mapping[str, Shape] | None = None
 ) -> list[Link]:
