@@ -102,8 +102,8 @@ def run_bridge(config: BridgeConfig) -> dict[str, float]:
     """Train to the end; leaves the model, the text tokenizer, visual_vocab.json and log.jsonl in the run's folder."""
     torch.manual_seed(config.seed)
     tokenizer = load(config.tokenizer)
-    model, processor = _language_model(config.language_model, tokenizer)
-    batches = _batches(config, processor)
+    model, processor = build_language_model(config.language_model, tokenizer)
+    batches = record_batches(config, processor)
     projector = None
     if config.projector != "none":
         parts = processor.feature_dims()
@@ -163,7 +163,7 @@ def fit(
     return line
 
 
-def _language_model(config: LanguageModelConfig, tokenizer: Any) -> tuple[Any, MultimodalProcessor]:
+def build_language_model(config: LanguageModelConfig, tokenizer: Any) -> tuple[Any, MultimodalProcessor]:
     """The model with room for images, and the processor. A vocabulary that lies beside the text tokenizer is kept."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -184,7 +184,7 @@ def _language_model(config: LanguageModelConfig, tokenizer: Any) -> tuple[Any, M
     return extend(model, vocabulary), MultimodalProcessor(tokenizer, text, vocabulary)
 
 
-def _batches(config: BridgeConfig, processor: MultimodalProcessor) -> Iterator[Batch]:
+def record_batches(config: BridgeConfig, processor: MultimodalProcessor) -> Iterator[Batch]:
     """Batches without end; a row's position in the run decides which record it is."""
     sources = [(Records(source.path, processor.tokenizer), source.weight) for source in config.records]
     mixture = RecordMixture(sources, config.seed)
