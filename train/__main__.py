@@ -14,7 +14,13 @@ def main(arguments: list[str]) -> int:
         print("usage: tokenizers-mm train CONFIG [key=value ...]", file=sys.stderr)
         return 0 if arguments else 2
     try:
-        if "language_model" in read_yaml(arguments[0], arguments[1:]):
+        keys = read_yaml(arguments[0], arguments[1:]).keys()
+        if "joint" in keys:
+            from .joint import run_joint  # needs transformers
+            from .joint_config import read_joint_config
+
+            run_joint(read_joint_config(arguments[0], arguments[1:]))
+        elif "language_model" in keys:
             from .bridge import BridgeConfig, run_bridge  # needs transformers
 
             run_bridge(from_mapping(BridgeConfig, read_yaml(arguments[0], arguments[1:]), "config"))

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_path, write_json
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.llm import (
     Batch,
@@ -124,9 +122,7 @@ def run_bridge(config: BridgeConfig) -> dict[str, float]:
     finished.eval().save_pretrained(out)
     processor.save(out)
     if projector is not None:
-        write_json(out / "projector.json", to_mapping(projector.config))
-        with atomic_path(out / "projector.safetensors") as temporary:
-            save_file({name: value.detach().contiguous() for name, value in projector.state_dict().items()}, temporary)
+        projector.save(out)
     return last
 
 

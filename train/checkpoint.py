@@ -60,6 +60,7 @@ def _networks(state: TrainState) -> dict[str, Any]:
         "ema": state.ema,
         "upkeep": state.upkeep,
         "scaler": getattr(state.accelerator, "scaler", None),
+        **state.others,
     }
     return {name: thing for name, thing in things.items() if thing is not None}
 

@@ -24,7 +24,7 @@ class Log:
         self.folder = Path(state.config.out)
         self.path = self.folder / "log.jsonl"
         self._sums: dict[str, float] = {}
-        self._counted = 0
+        self._counted: dict[str, int] = {}
         self._tensorboard: Any = None
         self._bar: Any = None
         if not self.active:
@@ -38,7 +38,7 @@ class Log:
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step)
 
     def step(self, state: TrainState, report: dict[str, float], skipped: list[str]) -> None:
-        """Take the report of a step; write the means every `log_every` steps."""
+        """Take the report of a step; write the means, of each value over the steps that gave one."""
         if not self.active:
             return
         for name in skipped:
@@ -47,7 +47,7 @@ class Log:
             report = report | {"skipped": float(len(skipped))}
         for name, value in report.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._counted += 1
+            self._counted[name] = self._counted.get(name, 0) + 1
         self._bar.update(1)
         if state.step % state.config.log_every == 0 or state.step == state.config.steps:
             self._write(state)
@@ -55,19 +55,29 @@ class Log:
     def _write(self, state: TrainState) -> None:
         totals = ("revived", "skipped")
         line: dict[str, float] = {"step": state.step, "seconds": round(state.seconds, 3)}
-        line |= {n: v if n in totals else v / self._counted for n, v in self._sums.items()}
+        line |= {n: v if n in totals else v / self._counted[n] for n, v in self._sums.items()}
         for name, counts in state.counts.items():
             line[f"usage_{name}"], line[f"perplexity_{name}"] = usage(counts), perplexity(counts)
         state.counts.clear()
-        self._sums, self._counted = {}, 0
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        self._sums, self._counted = {}, {}
+        self._append(line)
         shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)
         if self._tensorboard is not None:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, state.step)
+
+    def note(self, state: TrainState, line: dict[str, Any], message: str = "") -> None:
+        """A line of its own, now; the message goes to the screen."""
+        if self.active:
+            self._append({"step": state.step} | line)
+            if message:
+                self._bar.write(message, file=sys.stderr)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
 
     def samples(self, state: TrainState, images: torch.Tensor) -> None:
         """Originals over reconstructions of a few images, as a PNG."""

@@ -26,7 +26,7 @@ def run(config: TrainConfig) -> TrainState:
     log = Log(state)
     samples = None
     try:
-        batches = _batches(state)
+        batches = sample_batches(state)
         started, before = time.perf_counter(), state.seconds
         while state.step < config.steps and not _out_of_time(state):
             step_batches = [next(batches) for _ in range(config.accumulate)]
@@ -50,7 +50,7 @@ def run(config: TrainConfig) -> TrainState:
     return state
 
 
-def _batches(state: TrainState) -> Iterator[Batch]:
+def sample_batches(state: TrainState) -> Iterator[Batch]:
     """Micro-batches from where the run stands."""
     config, data, accelerator = state.config, state.config.data, state.accelerator
     start = state.step * config.accumulate

@@ -22,7 +22,7 @@ from .upkeep import CodebookUpkeep
 
 @dataclass
 class TrainState:
-    """The networks, optimizers and counters of a run."""
+    """The networks, optimizers and counters of a run. others: more things with a state_dict that learn beside them."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -37,6 +37,7 @@ class TrainState:
     step: int = 0
     seconds: float = 0.0
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
 
     @property
     def averaged(self) -> ImageTokenizer[Any]:
@@ -54,12 +55,12 @@ def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
     learning = [p for p in tokenizer.parameters() if p.requires_grad]
     if objective.captions is not None:
         learning += list(objective.captions.parameters())
-    optimizer = _adam(learning, config.optimizer)
+    optimizer = adam(learning, config.optimizer)
     discriminator = discriminator_optimizer = None
     if config.loss.weights.generator:
         discriminator = PatchGAN(config.loss.discriminator).to(device)
         own = config.discriminator_optimizer or config.optimizer
-        discriminator_optimizer = _adam(list(discriminator.parameters()), own)
+        discriminator_optimizer = adam(list(discriminator.parameters()), own)
     ema = None
     if config.ema:
         ema = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
@@ -113,5 +114,6 @@ def _teacher(config: TeacherConfig) -> SemanticEncoder:
     return teacher.requires_grad_(False).eval()
 
 
-def _adam(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
+def adam(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW as a configuration wants it."""
     return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)

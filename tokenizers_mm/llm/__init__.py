@@ -1,6 +1,7 @@
 """The bridge to language models; it programs against models/base.py only."""
 
 from tokenizers_mm.llm.batch import Batch as Batch
+from tokenizers_mm.llm.batch import ImageFeatures as ImageFeatures
 from tokenizers_mm.llm.batch import Segment as Segment
 from tokenizers_mm.llm.generate import GenerationSettings as GenerationSettings
 from tokenizers_mm.llm.generate import Sampling as Sampling

@@ -14,6 +14,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_images
 from tokenizers_mm.llm.batch import (
     Batch,
+    ImageFeatures,
     Row,
     Segment,
     Side,
@@ -170,7 +171,9 @@ class MultimodalProcessor:
         parts = row if isinstance(row, (list, tuple)) else [row]
         segments = [part if isinstance(part, Segment) else Segment(part) for part in parts]
         for segment in segments:
-            if not isinstance(segment.content, (str, Image.Image, Path, Tensor, ImageCodes, ImageLatents, _Tokens)):
+            if not isinstance(
+                segment.content, (str, Image.Image, Path, Tensor, ImageCodes, ImageLatents, ImageFeatures, _Tokens)
+            ):
                 fail("row", "texts, images, paths, image codes or Segments", type(segment.content).__name__)
         return segments
 
@@ -225,6 +228,10 @@ class MultimodalProcessor:
         for segment in segments:
             content = segment.content
             if isinstance(content, _Tokens):
+                continue
+            if isinstance(content, ImageFeatures):
+                require(segment.as_features, "ImageFeatures", "a Segment with as_features=True", "as_features=False")
+                done[id(segment)] = (content.parts, (content.height, content.width))
                 continue
             if isinstance(content, (ImageCodes, ImageLatents)):
                 whole = one_image(content)

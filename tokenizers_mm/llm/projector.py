@@ -4,14 +4,21 @@ Source: TokenFlow (arXiv 2412.03069), section 3.4, and ILLUME+ (arXiv 2504.01934
 (arXiv 2503.21979): SiLU.
 """
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import atomic_path, write_json
+from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import Batch
 
 
@@ -48,6 +55,23 @@ class FeatureProjector(nn.Module):
             column = [parts[index].to(self._like.dtype) for parts in images]
             columns.append(network(torch.cat(column)).split([len(part) for part in column]))
         return torch.cat([part for parts in zip(*columns, strict=True) for part in parts])
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write projector.json and projector.safetensors."""
+        write_json(Path(directory) / "projector.json", to_mapping(self.config))
+        with atomic_path(Path(directory) / "projector.safetensors") as temporary:
+            save_file({name: value.detach().contiguous() for name, value in self.state_dict().items()}, temporary)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "FeatureProjector":
+        """Read what `save` wrote; a file that is missing or damaged is a ValueError."""
+        try:
+            described = json.loads((Path(directory) / "projector.json").read_text(encoding="utf-8"))
+            projector = cls(from_mapping(ProjectorConfig, described, "projector.json"))
+            projector.load_state_dict(load_file(Path(directory) / "projector.safetensors"))
+        except (OSError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+            fail("projector", f"the files of a projector in {directory}", f"{type(error).__name__}: {error}")
+        return projector
 
     @property
     def _like(self) -> Tensor:

@@ -1,0 +1,242 @@
+"""Joint tuning of an image tokenizer and the language model that reads it, in stages (ETT, arXiv 2505.10562).
+
+`tokenizers_mm/llm/joint.py` holds the formulas and says which parameters the caption's gradient reaches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.data.sources import Batch
+from tokenizers_mm.eval.image import psnr
+from tokenizers_mm.llm import Batch as Rows
+from tokenizers_mm.llm import FeatureProjector, MultimodalProcessor, ProjectorConfig
+from tokenizers_mm.llm.batch import pad_rows
+from tokenizers_mm.llm.joint import caption_batch, caption_loss, joint_loss, read_codes
+from tokenizers_mm.llm.records import RecordMixture, Records
+
+from .bridge import build_language_model
+from .checkpoint import resume, save_checkpoint
+from .config import OptimizerConfig
+from .guard import Guard, held_out
+from .joint_config import PARTS, JointConfig, StageConfig
+from .log import Log
+from .loop import sample_batches
+from .schedule import learning_rate
+from .state import TrainState, adam, build_state
+from .step import count_codes, discriminator_step, tokenizer_terms, update
+from .weights import weighted_sum
+
+
+@dataclass
+class JointState:
+    """The tokenizer's own state, with the step of the run, and what learns beside it.
+
+    size: (height, width) of all images. learnable: the parameters of each part that may learn at all (a tokenizer's
+    frozen tower never does). saved: the step of the last checkpoint.
+    """
+
+    config: JointConfig
+    tokenizing: TrainState
+    model: Any
+    projector: FeatureProjector
+    processor: MultimodalProcessor
+    guard: Guard
+    size: tuple[int, int]
+    learnable: dict[str, list[nn.Parameter]] = field(default_factory=dict)
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    saved: int = -1
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by name."""
+        return {"tokenizer": self.tokenizing.tokenizer, "projector": self.projector, "language_model": self.model}
+
+    def learning(self, stage: StageConfig) -> dict[str, OptimizerConfig]:
+        """The parts that learn in a stage; a tokenizer that the guard froze does not."""
+        found = {part: options for part in PARTS if (options := stage.learns(part)) is not None}
+        if self.guard.frozen:
+            found.pop("tokenizer", None)
+        return found
+
+
+def run_joint(config: JointConfig) -> JointState:
+    """Train to the end; leaves the model, the text tokenizer, visual_vocab.json, the projector and log.jsonl in the
+    run's folder, and the image tokenizer in `tokenizer` below it."""
+    accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
+    joint = build_joint(config, accelerator)
+    state = joint.tokenizing
+    if config.resume == "auto" and resume(state):
+        joint.saved = state.step
+    log = Log(state)
+    try:
+        while state.step < config.steps and not joint.guard.stopped:
+            _run_stage(joint, log)
+    finally:
+        log.close()
+    if joint.saved != state.step:
+        save_checkpoint(state)
+    if accelerator.is_main_process:
+        save_joint(joint)
+    accelerator.wait_for_everyone()
+    return joint
+
+
+def save_joint(joint: JointState) -> None:
+    """What plain `AutoModelForCausalLM`, `FeatureProjector.load` and `tokenizers_mm.load` read."""
+    out = Path(joint.config.out)
+    joint.model.eval().save_pretrained(out)
+    joint.processor.save(out)
+    joint.projector.save(out)
+    joint.tokenizing.tokenizer.eval().save(out / "tokenizer")
+
+
+def build_joint(config: JointConfig, accelerator: Accelerator) -> JointState:
+    """Everything from the configuration, on the accelerator's device."""
+    state = build_state(config.for_tokenizer(), accelerator)
+    tokenizer = state.tokenizer
+    size = tokenizer.image_size or config.data.image_size
+    if size is None:
+        fail("config.data.image_size", "the size of the images, for this tokenizer", "nothing")
+    tokenizer.check_size(*size)
+    require(len(tokenizer.streams(*size)) > 0, "config.tokenizer", "one with codes", "a continuous one")
+    model, processor = build_language_model(config.language_model, tokenizer)
+    dims = (read_codes(tokenizer, torch.zeros(1, 3, *size)).shape[-1],)
+    width = model.get_input_embeddings().weight.shape[1]
+    if config.joint.projector_from:
+        projector = FeatureProjector.load(config.joint.projector_from)
+        fitting = projector.config.dims == dims and projector.config.width == width
+        require(fitting, "config.joint.projector_from", f"one from {dims} to {width} channels", projector.config)
+    else:
+        projector = FeatureProjector(ProjectorConfig(dims, width, config.joint.activation))
+    device = accelerator.device
+    guard = Guard(config.joint.guard, held_out(config.joint.guard, size))
+    joint = JointState(config, state, model.to(device), projector.to(device), processor, guard, size)
+    joint.learnable = {
+        part: [p for p in module.parameters() if p.requires_grad] for part, module in joint.parts.items()
+    }
+    if state.objective.captions is not None:
+        joint.learnable["tokenizer"] += list(state.objective.captions.parameters())
+    state.others = {"language_model": model, "projector": projector, "guard": guard}
+    _new_optimizers(joint, config.joint.stages[0])
+    return joint
+
+
+def _new_optimizers(joint: JointState, stage: StageConfig) -> None:
+    """Fresh ones for all parts; those of frozen parts hold nothing."""
+    for part in PARTS:
+        joint.optimizers[part] = adam(joint.learnable[part], stage.learns(part) or OptimizerConfig())
+    joint.tokenizing.optimizer = joint.optimizers["tokenizer"]
+    for part in ("projector", "language_model"):
+        joint.tokenizing.others[f"{part}_optimizer"] = joint.optimizers[part]
+
+
+def _set_learning(joint: JointState, learning: Sequence[str]) -> None:
+    """Free the parameters of the parts that learn; frozen parts are in eval mode and collect no gradients."""
+    for part, module in joint.parts.items():
+        module.train(part in learning)
+        for parameter in joint.learnable[part]:
+            parameter.requires_grad_(part in learning)
+
+
+def _run_stage(joint: JointState, log: Log) -> None:
+    """From where the run stands to the end of its stage, or to where the guard stops it."""
+    config, state, guard = joint.config, joint.tokenizing, joint.guard
+    index, within = config.place(state.step)
+    stage = config.joint.stages[index]
+    if within == 0:
+        _new_optimizers(joint, stage)
+    if stage.stage == "joint" and not guard.before:
+        log.note(state, guard.look(joint.parts, state.step))
+    batches = _record_batches(joint, stage, within) if stage.records else sample_batches(state)
+    while within < stage.steps and not guard.stopped:
+        _set_learning(joint, list(joint.learning(stage)))
+        step_batches = [next(batches) for _ in range(config.accumulate)]
+        report = joint_step(joint, stage, within, step_batches)
+        within += 1
+        state.step += 1
+        skipped = [name for batch in step_batches if isinstance(batch, Batch) for name in batch.skipped]
+        log.step(state, report | {"stage": float(index)}, skipped)
+        ends = within == stage.steps
+        if "tokenizer" in joint.learning(stage) and (within % config.joint.guard.every == 0 or ends):
+            line = guard.look(joint.parts, state.step)
+            log.note(state, line, guard.message(state.step) if guard.crossed else "")
+        if config.save_every and state.step % config.save_every == 0:
+            save_checkpoint(state)
+            joint.saved = state.step
+
+
+def joint_step(joint: JointState, stage: StageConfig, within: int, batches: Sequence[Batch | Rows]) -> dict[str, float]:
+    """One step of every part that learns over the micro-batches; returns what to report.
+
+    within: the step of the stage. The caption loss of the step is the mean of those of its micro-batches.
+    """
+    state, progress = joint.tokenizing, within / stage.steps
+    learning = joint.learning(stage)
+    gan = "tokenizer" in learning and state.discriminator is not None and within >= joint.config.loss.gan_start
+    pairs: list[tuple[Tensor, Tensor]] = []
+    found: dict[str, list[float]] = {}
+    for batch in batches:
+        with state.accelerator.autocast():
+            loss, values, pair = _losses(joint, batch, "tokenizer" in learning, gan)
+            if loss is not None and loss.requires_grad:  # records without images teach the projector nothing
+                state.accelerator.backward(loss / len(batches))
+        for name, value in values.items():
+            found.setdefault(name, []).append(float(value.detach()))
+        pairs += pair
+    report = {name: sum(many) / len(many) for name, many in found.items()}
+    for part, options in learning.items():
+        rate = learning_rate(options, within, progress)
+        report[f"grad_norm_{part}"] = update(state, joint.optimizers[part], rate, options.clip)
+        report[f"lr_{part}"] = rate
+    if gan:
+        own = joint.config.discriminator_optimizer or learning["tokenizer"]
+        rate = learning_rate(own, within - joint.config.loss.gan_start, progress)
+        report |= discriminator_step(state, pairs, rate, own.clip)
+    return report
+
+
+def _losses(
+    joint: JointState, batch: Batch | Rows, tuned: bool, gan: bool
+) -> tuple[Tensor | None, dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """The loss of a micro-batch (None where it has no captions and the tokenizer is frozen), what to report of it, and
+    the images and reconstructions for the discriminator."""
+    state, config = joint.tokenizing, joint.config
+    device = state.accelerator.device
+    if isinstance(batch, Rows):
+        loss = caption_loss(joint.model, joint.projector, batch.to(device))
+        return loss, {"caption": loss, "loss": loss}, []
+    x = batch.images.to(device)
+    output = state.tokenizer(x) if tuned else None
+    vectors = read_codes(state.tokenizer, x, output)
+    rows = caption_batch(joint.processor, vectors, joint.size, batch.captions, config.joint.prompt)
+    caption = None if rows is None else caption_loss(joint.model, joint.projector, rows.to(device))
+    values = {} if caption is None else {"caption": caption}
+    if output is None:
+        return caption, values | ({} if caption is None else {"loss": caption}), []
+    terms = tokenizer_terms(state, x, output, batch, gan)
+    own = weighted_sum(terms, config.loss.weights)
+    loss = joint_loss(x.new_zeros(()) if caption is None else caption, own, config.joint.alpha)
+    count_codes(state, dict(output.quantized))
+    image = output.image.detach()
+    values |= terms | {"tokenizer": own, "loss": loss, "psnr": psnr(image.float(), x).mean()}
+    return loss, values, [(x, image)]
+
+
+def _record_batches(joint: JointState, stage: StageConfig, within: int) -> Iterator[Rows]:
+    """Rows of a stage's records, from a step of the stage on; every rank has its own."""
+    config, accelerator = joint.config, joint.tokenizing.accelerator
+    tokenizer = joint.tokenizing.tokenizer
+    mixture = RecordMixture([(Records(r.path, tokenizer), r.weight) for r in stage.records], config.seed)
+    micro = within * config.accumulate
+    while True:
+        first = (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size
+        rows = joint.processor.rows([mixture[first + place] for place in range(config.batch_size)])
+        yield pad_rows(rows, joint.processor.pad)
+        micro += 1
