@@ -3,6 +3,7 @@
 `tokenizers_mm/llm/joint.py` holds the formulas and says which parameters the caption's gradient reaches.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ def _new_optimizers(joint: JointState, stage: StageConfig) -> None:
         joint.tokenizing.others[f"{part}_optimizer"] = joint.optimizers[part]
 
 
-def _set_learning(joint: JointState, learning: Sequence[str]) -> None:
+def set_learning(joint: JointState, learning: Sequence[str]) -> None:
     """Free the parameters of the parts that learn; frozen parts are in eval mode and collect no gradients."""
     for part, module in joint.parts.items():
         module.train(part in learning)
@@ -152,24 +153,35 @@ def _run_stage(joint: JointState, log: Log) -> None:
     stage = config.joint.stages[index]
     if within == 0:
         _new_optimizers(joint, stage)
-    if stage.stage == "joint" and not guard.before:
-        log.note(state, guard.look(joint.parts, state.step))
+    _look_before(joint, log)
+    started, before = time.perf_counter(), state.seconds
     batches = _record_batches(joint, stage, within) if stage.records else sample_batches(state)
     while within < stage.steps and not guard.stopped:
-        _set_learning(joint, list(joint.learning(stage)))
+        set_learning(joint, list(joint.learning(stage)))
         step_batches = [next(batches) for _ in range(config.accumulate)]
         report = joint_step(joint, stage, within, step_batches)
         within += 1
         state.step += 1
+        state.seconds = before + time.perf_counter() - started
         skipped = [name for batch in step_batches if isinstance(batch, Batch) for name in batch.skipped]
         log.step(state, report | {"stage": float(index)}, skipped)
         ends = within == stage.steps
         if "tokenizer" in joint.learning(stage) and (within % config.joint.guard.every == 0 or ends):
             line = guard.look(joint.parts, state.step)
             log.note(state, line, guard.message(state.step) if guard.crossed else "")
+        _look_before(joint, log)
         if config.save_every and state.step % config.save_every == 0:
             save_checkpoint(state)
             joint.saved = state.step
+
+
+def _look_before(joint: JointState, log: Log) -> None:
+    """The guard's first look, when the next step is the first of a joint stage; a checkpoint taken there holds it."""
+    state = joint.tokenizing
+    index, _ = joint.config.place(state.step)
+    ahead = joint.config.joint.stages[index:]
+    if ahead and ahead[0].stage == "joint" and not joint.guard.before:
+        log.note(state, joint.guard.look(joint.parts, state.step))
 
 
 def joint_step(joint: JointState, stage: StageConfig, within: int, batches: Sequence[Batch | Rows]) -> dict[str, float]:
@@ -184,7 +196,7 @@ def joint_step(joint: JointState, stage: StageConfig, within: int, batches: Sequ
     found: dict[str, list[float]] = {}
     for batch in batches:
         with state.accelerator.autocast():
-            loss, values, pair = _losses(joint, batch, "tokenizer" in learning, gan)
+            loss, values, pair = batch_losses(joint, batch, "tokenizer" in learning, gan)
             if loss is not None and loss.requires_grad:  # records without images teach the projector nothing
                 state.accelerator.backward(loss / len(batches))
         for name, value in values.items():
@@ -202,7 +214,7 @@ def joint_step(joint: JointState, stage: StageConfig, within: int, batches: Sequ
     return report
 
 
-def _losses(
+def batch_losses(
     joint: JointState, batch: Batch | Rows, tuned: bool, gan: bool
 ) -> tuple[Tensor | None, dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """The loss of a micro-batch (None where it has no captions and the tokenizer is frozen), what to report of it, and
@@ -225,7 +237,7 @@ def _losses(
     loss = joint_loss(x.new_zeros(()) if caption is None else caption, own, config.joint.alpha)
     count_codes(state, dict(output.quantized))
     image = output.image.detach()
-    values |= terms | {"tokenizer": own, "loss": loss, "psnr": psnr(image.float(), x).mean()}
+    values |= terms | {"vq": own, "loss": loss, "psnr": psnr(image.float(), x).mean()}
     return loss, values, [(x, image)]
 
 
