@@ -42,7 +42,7 @@ class Setting:
         side = self.tokenizer.image_size or (64, 64)
         self.x = torch.rand(2, 3, *side) * 2 - 1
         text = words(CAPTIONS)
-        vocabulary = Vocabulary.for_tokenizer(self.tokenizer, text)
+        vocabulary = Vocabulary.for_tokenizer(self.tokenizer, text, sizes=[side])
         self.processor = MultimodalProcessor(self.tokenizer, text, vocabulary)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=len(text), **sizes))
@@ -103,13 +103,14 @@ def test_alpha_scales_the_tokenizers_own_loss(setting: Setting) -> None:
     own = (output.image - setting.x).abs().mean()
     for alpha in (0.0, 0.25):
         loss = joint_loss(caption, own, alpha)
-        assert float(loss) == pytest.approx(float(caption) + alpha * float(own), rel=1e-6)
+        expected = caption.detach() + alpha * own.detach()
+        assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
         together = gradients(setting.tokenizer, loss)
         first, second = gradients(setting.tokenizer, caption), gradients(setting.tokenizer, own)
         for name, grad in together.items():
             zero = torch.zeros_like(grad)
-            expected = first.get(name, zero) + alpha * second.get(name, zero)
-            torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-4, msg=name)
+            apart = first.get(name, zero) + alpha * second.get(name, zero)
+            torch.testing.assert_close(grad, apart, atol=1e-6, rtol=1e-4, msg=name)
 
 
 QUANTIZERS: list[tuple[str, Quantizer, set[str]]] = [

@@ -157,7 +157,8 @@ def test_alpha_scales_the_tokenizers_objective(folder: Path, tmp_path: Path) -> 
     loss, values, _ = batch_losses(joint, next(sample_batches(joint.tokenizing)), True, False)
     own = values["pixel"] + values["codebook"] + 0.25 * values["commitment"] + 0.01 * values["entropy"]
     assert loss is not None
-    assert float(loss) == pytest.approx(float(values["caption"] + 0.7 * own), rel=1e-6)
+    expected = (values["caption"] + 0.7 * own).detach()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_frozen_parts_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
@@ -174,11 +175,11 @@ def test_frozen_parts_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
 def test_the_guard_keeps_the_last_good_tokenizer(
     folder: Path, tmp_path: Path, action: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two gentle looks, then a destroyed reconstruction: alpha 0 and a huge rate of the tokenizer alone."""
+    """Two gentle looks, then a reconstruction destroyed by a huge rate of the tokenizer."""
     gentle = "{stage: joint, steps: 4, tokenizer: {lr: 0.0001}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
-    wild = "{stage: joint, steps: 6, tokenizer: {lr: 3.0}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
+    wild = "{stage: joint, steps: 6, tokenizer: {lr: 1.0}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
     last = "{stage: chat, steps: 2, language_model: {lr: 0.001}}"
-    plan = [f"joint.stages=[{gentle}, {wild}, {last}]", "joint.alpha=0", "loss.weights.generator=0", "log_every=1"]
+    plan = [f"joint.stages=[{gentle}, {wild}, {last}]", "loss.weights.generator=0", "log_every=1"]
     plan += [f"joint.guard={{every: 2, pictures: 8, max_psnr_drop: 1.0, action: {action}}}"]
     assert main(arguments(folder, tmp_path, *plan)) == 0
     guard = looks(tmp_path)
