@@ -27,6 +27,7 @@ from tokenizers_mm.llm import (
 )
 from tokenizers_mm.llm.batch import Row, pad_rows
 from tokenizers_mm.llm.diffuse import diffusion_loss
+from tokenizers_mm.llm.loss import next_token_loss
 from tokenizers_mm.llm.model import add_lora
 from tokenizers_mm.llm.packing import pack_rows
 from tokenizers_mm.llm.projector import embed
@@ -219,8 +220,8 @@ def _loss(
     """The objective as a function of a batch."""
     if config.objective == "next_token":
         if projector is None:
-            return lambda batch: model(**batch.model_inputs()).loss
-        return lambda batch: model(**embed(model, batch, projector)).loss
+            return lambda batch: next_token_loss(model, batch.model_inputs())
+        return lambda batch: next_token_loss(model, embed(model, batch, projector))
     mask = processor.text_tokenizer.convert_tokens_to_ids(config.mask_token) if config.mask_token else None
     if mask is None or mask == processor.text_tokenizer.unk_token_id:
         fail("mask_token", "a token of the text tokenizer", config.mask_token or "nothing")
