@@ -2,7 +2,7 @@
 
 import sys
 
-from tokenizers_mm.config import from_mapping, read_yaml
+from tokenizers_mm.config import read_yaml
 
 from .config import read_config
 from .loop import run
@@ -21,12 +21,12 @@ def main(arguments: list[str]) -> int:
 
             run_joint(read_joint_config(arguments[0], arguments[1:]))
         elif "language_model" in keys:
-            from .bridge import BridgeConfig, run_bridge  # needs transformers
+            from .bridge import read_bridge_config, run_bridge  # needs transformers
 
-            run_bridge(from_mapping(BridgeConfig, read_yaml(arguments[0], arguments[1:]), "config"))
+            run_bridge(read_bridge_config(arguments[0], arguments[1:]))
         else:
             run(read_config(arguments[0], arguments[1:]))
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"tokenizers-mm train: {error}", file=sys.stderr)
         return 2
     return 0

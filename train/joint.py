@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import atomic_directory
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.llm import Batch as Rows
@@ -25,13 +26,14 @@ from tokenizers_mm.llm.records import RecordMixture, Records
 from .bridge import build_language_model
 from .checkpoint import resume, save_checkpoint
 from .config import OptimizerConfig
+from .descent import descend
 from .guard import Guard, held_out
 from .joint_config import PARTS, JointConfig, StageConfig
 from .log import Log
-from .loop import sample_batches
+from .loop import on_all_ranks, sample_batches
 from .schedule import learning_rate
 from .state import TrainState, adam, build_state
-from .step import count_codes, discriminator_step, tokenizer_terms, update
+from .step import count_codes, discriminator_step, tokenizer_terms
 from .weights import weighted_sum
 
 
@@ -92,9 +94,10 @@ def run_joint(config: JointConfig) -> JointState:
 def save_joint(joint: JointState) -> None:
     """What plain `AutoModelForCausalLM`, `FeatureProjector.load` and `tokenizers_mm.load` read."""
     out = Path(joint.config.out)
-    joint.model.eval().save_pretrained(out)
-    joint.processor.save(out)
-    joint.projector.save(out)
+    with atomic_directory(out) as folder:
+        joint.model.eval().save_pretrained(folder)
+        joint.processor.save(folder)
+        joint.projector.save(folder)
     joint.tokenizing.tokenizer.eval().save(out / "tokenizer")
 
 
@@ -162,9 +165,9 @@ def _run_stage(joint: JointState, log: Log) -> None:
         report = joint_step(joint, stage, within, step_batches)
         within += 1
         state.step += 1
-        state.seconds = before + time.perf_counter() - started
+        state.seconds = on_all_ranks(before + time.perf_counter() - started, state.accelerator.device)
         skipped = [name for batch in step_batches if isinstance(batch, Batch) for name in batch.skipped]
-        log.step(state, report | {"stage": float(index)}, skipped)
+        log.step(state, report | {"stage": float(index)}, skipped, state.take_usage)
         ends = within == stage.steps
         if "tokenizer" in joint.learning(stage) and (within % config.joint.guard.every == 0 or ends):
             line = guard.look(joint.parts, state.step)
@@ -205,7 +208,7 @@ def joint_step(joint: JointState, stage: StageConfig, within: int, batches: Sequ
     report = {name: sum(many) / len(many) for name, many in found.items()}
     for part, options in learning.items():
         rate = learning_rate(options, within, progress)
-        report[f"grad_norm_{part}"] = update(state, joint.optimizers[part], rate, options.clip)
+        report[f"grad_norm_{part}"] = descend(joint.optimizers[part], rate, options.clip, state.step)
         report[f"lr_{part}"] = rate
     if gan:
         own = joint.config.discriminator_optimizer or learning["tokenizer"]

@@ -7,7 +7,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import from_mapping, read_yaml
 from tokenizers_mm.data.sources import DataConfig, list_images
 
-from .bridge import LanguageModelConfig, RecordConfig
+from .bridge_config import LanguageModelConfig, RecordConfig
 from .config import LossConfig, ModelConfig, OptimizerConfig, TrainConfig, check_config
 
 PARTS = ("tokenizer", "projector", "language_model")

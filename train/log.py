@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ from tqdm import tqdm
 
 from tokenizers_mm._files import atomic_path
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
-from tokenizers_mm.functional.usage import perplexity, usage
 
+from .checkpoint import Run
 from .state import TrainState
 
 
 class Log:
     """Of rank 0; the other ranks hold a silent one. `start` is the first step of this process."""
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: Run) -> None:
         self.active = state.accelerator.is_main_process
         self.folder = Path(state.config.out)
         self.path = self.folder / "log.jsonl"
@@ -37,8 +38,15 @@ class Log:
 
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step)
 
-    def step(self, state: TrainState, report: dict[str, float], skipped: list[str]) -> None:
-        """Take the report of a step; write the means, of each value over the steps that gave one."""
+    def step(
+        self,
+        state: Run,
+        report: dict[str, float],
+        skipped: Sequence[str] = (),
+        usage: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        """Take the report of a step; every `log_every` steps write the means, of each value over the steps that gave
+        one, and the usage of codes."""
         if not self.active:
             return
         for name in skipped:
@@ -50,15 +58,13 @@ class Log:
             self._counted[name] = self._counted.get(name, 0) + 1
         self._bar.update(1)
         if state.step % state.config.log_every == 0 or state.step == state.config.steps:
-            self._write(state)
+            self._write(state, usage())
 
-    def _write(self, state: TrainState) -> None:
+    def _write(self, state: Run, usage: dict[str, float]) -> None:
         totals = ("revived", "skipped")
         line: dict[str, float] = {"step": state.step, "seconds": round(state.seconds, 3)}
         line |= {n: v if n in totals else v / self._counted[n] for n, v in self._sums.items()}
-        for name, counts in state.counts.items():
-            line[f"usage_{name}"], line[f"perplexity_{name}"] = usage(counts), perplexity(counts)
-        state.counts.clear()
+        line |= usage
         self._sums, self._counted = {}, {}
         self._append(line)
         shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic") if n in line}
@@ -68,7 +74,7 @@ class Log:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, state.step)
 
-    def note(self, state: TrainState, line: dict[str, Any], message: str = "") -> None:
+    def note(self, state: Run, line: dict[str, Any], message: str = "") -> None:
         """A line of its own, now; the message goes to the screen."""
         if self.active:
             self._append({"step": state.step} | line)

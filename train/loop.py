@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import Batch, Mixture, Positions, list_images, make_loader
 
-from .checkpoint import resume, save_checkpoint
+from .checkpoint import Run, resume, save_checkpoint
 from .config import TrainConfig
 from .log import Log
+from .ranks import share_from_first
 from .state import TrainState, build_state
 from .step import train_step
 
@@ -28,12 +29,13 @@ def run(config: TrainConfig) -> TrainState:
     try:
         batches = sample_batches(state)
         started, before = time.perf_counter(), state.seconds
-        while state.step < config.steps and not _out_of_time(state):
+        while state.step < config.steps and not out_of_time(state):
             step_batches = [next(batches) for _ in range(config.accumulate)]
             samples = step_batches[0].images[:8] if samples is None else samples
-            report = train_step(state, step_batches, _progress(state))
-            state.seconds = before + time.perf_counter() - started
-            log.step(state, report, [name for batch in step_batches for name in batch.skipped])
+            report = train_step(state, step_batches, progress(state))
+            state.seconds = on_all_ranks(before + time.perf_counter() - started, accelerator.device)
+            skipped = [name for batch in step_batches for name in batch.skipped]
+            log.step(state, report, skipped, state.take_usage)
             if config.sample_every and state.step % config.sample_every == 0:
                 log.samples(state, samples.to(accelerator.device))
             if config.save_every and state.step % config.save_every == 0:
@@ -72,15 +74,17 @@ def sample_batches(state: TrainState) -> Iterator[Batch]:
     return iter(make_loader(dataset, positions))
 
 
-def _progress(state: TrainState) -> float:
+def progress(state: Run) -> float:
     """Share of the run that is done, by steps or by time, whichever is further."""
     by_steps = state.step / state.config.steps
     return max(by_steps, state.seconds / state.config.max_seconds) if state.config.max_seconds else by_steps
 
 
-def _out_of_time(state: TrainState) -> bool:
-    """All ranks ask together, so that they end together."""
-    if not state.config.max_seconds:
-        return False
-    late = torch.tensor([float(state.seconds >= state.config.max_seconds)], device=state.accelerator.device)
-    return bool(state.accelerator.gather(late).max() > 0)  # type: ignore[union-attr]
+def out_of_time(state: Run) -> bool:
+    """Whether the time of the run is up; all ranks hold the same time."""
+    return bool(state.config.max_seconds) and state.seconds >= state.config.max_seconds
+
+
+def on_all_ranks(seconds: float, device: torch.device) -> float:
+    """The time of rank 0, so that all ranks take the same learning rate and end together."""
+    return float(share_from_first(torch.tensor([seconds], dtype=torch.float64, device=device)))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.decoders.pixel import PixelDecoder
@@ -13,7 +13,7 @@ from tokenizers_mm.functional.adversarial import adaptive_weight, hinge_discrimi
 from tokenizers_mm.functional.noise import inject_noise
 from tokenizers_mm.types import Quantized, Reconstruction
 
-from .ranks import average_gradients
+from .descent import descend
 from .schedule import learning_rate
 from .state import TrainState
 from .weights import weighted_sum
@@ -27,7 +27,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     config, accelerator = state.config, state.accelerator
     rate = learning_rate(config.optimizer, state.step, progress)
     gan = state.discriminator is not None and state.step >= config.loss.gan_start
-    disturbance = _disturbance(state)
+    disturbance, scaler = _disturbance(state), getattr(accelerator, "scaler", None)
     report: dict[str, float] = {}
     fakes: list[tuple[Tensor, Tensor]] = []
     quantized: dict[str, Quantized] = {}
@@ -45,7 +45,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
         fakes.append((x, output.image.detach()))
         add(report, terms | {"loss": loss, "psnr": psnr(output.image.detach().float(), x).mean()}, 1 / len(batches))
 
-    report["grad_norm"] = update(state, state.optimizer, rate, config.optimizer.clip)
+    report["grad_norm"] = descend(state.optimizer, rate, config.optimizer.clip, state.step, scaler)
 
     # The discriminator: real against reconstructed.
     if gan:
@@ -86,7 +86,9 @@ def discriminator_step(
             loss = loss_config.weights.generator * discriminate(real_logits, fake_logits)
             state.accelerator.backward(loss / len(pairs))
         add(report, {"discriminator": loss}, 1 / len(pairs))
-    report["discriminator_grad_norm"] = update(state, state.discriminator_optimizer, rate, clip)
+    report["discriminator_grad_norm"] = descend(
+        state.discriminator_optimizer, rate, clip, state.step, getattr(state.accelerator, "scaler", None)
+    )
     return report
 
 
@@ -127,27 +129,6 @@ def _generator_term(state: TrainState, image: Tensor, terms: dict[str, Tensor]) 
     visible = {name: terms[name] for name in ("pixel", "perceptual") if name in terms}
     reconstruction = weighted_sum(visible, state.config.loss.weights)
     return term * adaptive_weight(reconstruction, term, cast(PixelDecoder, state.tokenizer.pixel_decoder).last_layer)
-
-
-def update(state: TrainState, optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
-    """Average over the ranks, clip, step, clear; returns the norm before clipping. Refuses gradients not finite."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    average_gradients(parameters)
-    scaler = getattr(state.accelerator, "scaler", None)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-    if scaler is not None:
-        scaler.step(optimizer)
-        scaler.update()
-    elif norm == norm and norm != float("inf"):
-        optimizer.step()
-    else:
-        raise FloatingPointError(f"gradients are not finite at step {state.step}; the last checkpoint is unharmed")
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def count_codes(state: TrainState, quantized: dict[str, Quantized]) -> None:

@@ -164,5 +164,5 @@ def test_a_projector_is_saved_and_loaded(tmp_path: Path) -> None:
     images = [(torch.randn(5, 4), torch.randn(2, 3))]
     assert torch.equal(again(images), projector(images))
     (tmp_path / "projector.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="projector: expected the files of a projector"):
+    with pytest.raises(ValueError, match="expected a whole safetensors file"):
         FeatureProjector.load(tmp_path)

@@ -323,7 +323,7 @@ def test_records_in_the_last_stage_and_folders_of_captions(folder: Path, tmp_pat
         (["batch_size=0"], "config.batch_size: expected at least 1, got 0"),
         (["precision=fp16"], "config.precision: expected one of ['fp32', 'bf16'], got fp16"),
         (["tokenizer=nowhere"], "source: expected a directory written by save"),
-        (["joint.projector_from=nowhere"], "projector: expected the files of a projector in nowhere"),
+        (["joint.projector_from=nowhere"], "nowhere/projector.json: expected"),
     ],
 )
 def test_bad_configurations_get_one_sentence(

@@ -9,6 +9,7 @@ from tokenizers_mm.llm.generate import generate as generate
 from tokenizers_mm.llm.grammar import Grammar as Grammar
 from tokenizers_mm.llm.grammar import GrammarProcessor as GrammarProcessor
 from tokenizers_mm.llm.layout import Layout as Layout
+from tokenizers_mm.llm.loss import next_token_loss as next_token_loss
 from tokenizers_mm.llm.model import OnlyNewRows as OnlyNewRows
 from tokenizers_mm.llm.model import extend as extend
 from tokenizers_mm.llm.processor import MultimodalProcessor as MultimodalProcessor

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import require
 from tokenizers_mm.llm.batch import Batch, ImageFeatures, Segment, pad_rows
+from tokenizers_mm.llm.loss import next_token_loss
 from tokenizers_mm.llm.processor import MultimodalProcessor
 from tokenizers_mm.llm.projector import FeatureProjector, embed
 from tokenizers_mm.models.base import ImageTokenizer
@@ -55,7 +56,7 @@ def caption_batch(
 
 def caption_loss(model: Any, projector: FeatureProjector, batch: Batch) -> Tensor:
     """L_cap: the mean over all label tokens of -log P(token | projected codes, tokens before it)."""
-    return model(**embed(model, batch, projector)).loss
+    return next_token_loss(model, embed(model, batch, projector))
 
 
 def joint_loss(caption: Tensor, tokenizer: Tensor, alpha: float) -> Tensor:

@@ -248,7 +248,7 @@ class MultimodalProcessor:
                 codes = self.tokenizer.encode(x)
                 if isinstance(codes, ImageLatents):
                     fail("image", "a Segment with as_features=True (this tokenizer is continuous)", "an image as ids")
-                found = [ImageCodes(ids[None], height, width, codes.streams) for ids in codes.ids]
+                found = [ImageCodes(ids[None], height, width, codes.streams) for ids in codes.ids.cpu()]
             done |= {id(segment): item for (segment, _), item in zip(group, found, strict=True)}
         for segment in segments:
             if isinstance(done.get(id(segment)), ImageLatents):
@@ -264,9 +264,9 @@ class MultimodalProcessor:
 
     def _features(self, images: Any) -> list[tuple[Tensor, ...]]:
         """Features per image: one tensor [T, C] per part (a tokenizer may give several parts)."""
-        found = self.features(images)
+        found = self.features(images.to(self.tokenizer.device))
         found = found.values() if isinstance(found, Mapping) else found
-        parts = [part.detach() for part in ((found,) if isinstance(found, Tensor) else found)]
+        parts = [part.detach().cpu() for part in ((found,) if isinstance(found, Tensor) else found)]
         return [tuple(part[i].reshape(-1, part.shape[-1]) for part in parts) for i in range(parts[0].shape[0])]
 
     def _picture(self, content: Any) -> Tensor:

@@ -4,7 +4,6 @@ Source: TokenFlow (arXiv 2412.03069), section 3.4, and ILLUME+ (arXiv 2504.01934
 (arXiv 2503.21979): SiLU.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_path, write_json
+from tokenizers_mm._files import write_json
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import Batch
+from tokenizers_mm.models.loading import fill, read_json, read_safetensors
+from tokenizers_mm.models.saving import save_tensors
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,15 @@ class FeatureProjector(nn.Module):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write projector.json and projector.safetensors."""
         write_json(Path(directory) / "projector.json", to_mapping(self.config))
-        with atomic_path(Path(directory) / "projector.safetensors") as temporary:
-            save_file({name: value.detach().contiguous() for name, value in self.state_dict().items()}, temporary)
+        save_tensors(self.state_dict(), Path(directory) / "projector.safetensors")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "FeatureProjector":
-        """Read what `save` wrote; a file that is missing or damaged is a ValueError."""
-        try:
-            described = json.loads((Path(directory) / "projector.json").read_text(encoding="utf-8"))
-            projector = cls(from_mapping(ProjectorConfig, described, "projector.json"))
-            projector.load_state_dict(load_file(Path(directory) / "projector.safetensors"))
-        except (OSError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-            fail("projector", f"the files of a projector in {directory}", f"{type(error).__name__}: {error}")
+        """Read what `save` wrote; ValueError for files that are missing or of something else."""
+        path = Path(directory) / "projector.json"
+        projector = cls(from_mapping(ProjectorConfig, read_json(path), str(path)))
+        path = path.with_suffix(".safetensors")
+        fill(projector, read_safetensors(path), str(path))
         return projector
 
     @property
