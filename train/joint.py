@@ -20,7 +20,8 @@ from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.llm import Batch as Rows
 from tokenizers_mm.llm import FeatureProjector, MultimodalProcessor, ProjectorConfig
 from tokenizers_mm.llm.batch import pad_rows
-from tokenizers_mm.llm.joint import caption_batch, caption_loss, joint_loss, read_codes
+from tokenizers_mm.llm.joint import caption_batch, caption_loss, joint_loss, num_labels, read_codes
+from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.records import RecordMixture, Records
 
 from .bridge import build_language_model
@@ -31,9 +32,10 @@ from .guard import Guard, held_out
 from .joint_config import PARTS, JointConfig, StageConfig
 from .log import Log
 from .loop import on_all_ranks, sample_batches
+from .ranks import sum_counts
 from .schedule import learning_rate
 from .state import TrainState, adam, build_state
-from .step import count_codes, discriminator_step, tokenizer_terms
+from .step import add, count_codes, discriminator_step, tokenizer_terms
 from .weights import weighted_sum
 
 
@@ -190,58 +192,67 @@ def _look_before(joint: JointState, log: Log) -> None:
 def joint_step(joint: JointState, stage: StageConfig, within: int, batches: Sequence[Batch | Rows]) -> dict[str, float]:
     """One step of every part that learns over the micro-batches; returns what to report.
 
-    within: the step of the stage. The caption loss of the step is the mean of those of its micro-batches.
+    within: the step of the stage. The caption loss is the mean over the labels of all micro-batches of all ranks, L_vq
+    the mean over the micro-batches: neither how they are cut nor how they are shared out changes what is learned.
     """
     state, progress = joint.tokenizing, within / stage.steps
-    learning = joint.learning(stage)
+    accelerator, learning = state.accelerator, joint.learning(stage)
     gan = "tokenizer" in learning and state.discriminator is not None and within >= joint.config.loss.gan_start
+    counts = [_num_labels(joint, batch) for batch in batches]
+    total = max(1, int(sum_counts(torch.tensor([sum(counts)], device=accelerator.device))))
     pairs: list[tuple[Tensor, Tensor]] = []
-    found: dict[str, list[float]] = {}
-    for batch in batches:
-        with state.accelerator.autocast():
-            loss, values, pair = batch_losses(joint, batch, "tokenizer" in learning, gan)
-            if loss is not None and loss.requires_grad:  # records without images teach the projector nothing
-                state.accelerator.backward(loss / len(batches))
-        for name, value in values.items():
-            found.setdefault(name, []).append(float(value.detach()))
+    report: dict[str, float] = {}
+    captions = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
+    for batch, count in zip(batches, counts, strict=True):
+        with accelerator.autocast():
+            caption, own, values, pair = batch_losses(joint, batch, "tokenizer" in learning, gan)
+            share = count / total * accelerator.num_processes  # the ranks' gradients are averaged
+            loss = joint_loss(caption * share, own / len(batches), joint.config.joint.alpha)
+            if loss.requires_grad:  # not so where a batch has no captions, or no images for the projector to learn from
+                accelerator.backward(loss)
+        captions += caption.detach() * count / total
+        add(report, values, 1 / len(batches))
         pairs += pair
-    report = {name: sum(many) / len(many) for name, many in found.items()}
+    mean = float(sum_counts(captions))
+    report |= {"caption": mean, "loss": mean + joint.config.joint.alpha * report.get("vq", 0.0)} if sum(counts) else {}
     for part, options in learning.items():
         rate = learning_rate(options, within, progress)
         report[f"grad_norm_{part}"] = descend(joint.optimizers[part], rate, options.clip, state.step)
         report[f"lr_{part}"] = rate
     if gan:
-        own = joint.config.discriminator_optimizer or learning["tokenizer"]
-        rate = learning_rate(own, within - joint.config.loss.gan_start, progress)
-        report |= discriminator_step(state, pairs, rate, own.clip)
+        own_options = joint.config.discriminator_optimizer or learning["tokenizer"]
+        rate = learning_rate(own_options, within - joint.config.loss.gan_start, progress)
+        report |= discriminator_step(state, pairs, rate, own_options.clip)
     return report
 
 
 def batch_losses(
     joint: JointState, batch: Batch | Rows, tuned: bool, gan: bool
-) -> tuple[Tensor | None, dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """The loss of a micro-batch (None where it has no captions and the tokenizer is frozen), what to report of it, and
-    the images and reconstructions for the discriminator."""
-    state, config = joint.tokenizing, joint.config
-    device = state.accelerator.device
+) -> tuple[Tensor, Tensor, dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """L_cap of a micro-batch (0 without captions), its L_vq (0 where the tokenizer is not `tuned`), terms to report,
+    and the images and reconstructions for the discriminator."""
+    state = joint.tokenizing
+    zero = torch.zeros((), device=state.accelerator.device)
     if isinstance(batch, Rows):
-        loss = caption_loss(joint.model, joint.projector, batch.to(device))
-        return loss, {"caption": loss, "loss": loss}, []
-    x = batch.images.to(device)
+        return caption_loss(joint.model, joint.projector, batch.to(zero.device)), zero, {}, []
+    x = batch.images.to(zero.device)
     output = state.tokenizer(x) if tuned else None
     vectors = read_codes(state.tokenizer, x, output)
-    rows = caption_batch(joint.processor, vectors, joint.size, batch.captions, config.joint.prompt)
-    caption = None if rows is None else caption_loss(joint.model, joint.projector, rows.to(device))
-    values = {} if caption is None else {"caption": caption}
+    rows = caption_batch(joint.processor, vectors, joint.size, batch.captions, joint.config.joint.prompt)
+    caption = zero if rows is None else caption_loss(joint.model, joint.projector, rows.to(zero.device))
     if output is None:
-        return caption, values | ({} if caption is None else {"loss": caption}), []
+        return caption, zero, {}, []
     terms = tokenizer_terms(state, x, output, batch, gan)
-    own = weighted_sum(terms, config.loss.weights)
-    loss = joint_loss(x.new_zeros(()) if caption is None else caption, own, config.joint.alpha)
+    own = weighted_sum(terms, joint.config.loss.weights)
     count_codes(state, dict(output.quantized))
     image = output.image.detach()
-    values |= terms | {"vq": own, "loss": loss, "psnr": psnr(image.float(), x).mean()}
-    return loss, values, [(x, image)]
+    return caption, own, terms | {"vq": own, "psnr": psnr(image.float(), x).mean()}, [(x, image)]
+
+
+def _num_labels(joint: JointState, batch: Batch | Rows) -> int:
+    if isinstance(batch, Rows):
+        return num_predicted(batch.labels)
+    return num_labels(joint.processor, batch.captions)
 
 
 def _record_batches(joint: JointState, stage: StageConfig, within: int) -> Iterator[Rows]:

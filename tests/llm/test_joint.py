@@ -12,7 +12,8 @@ from tests.models import test_dualvitok, test_tokenflow
 from tokenizers_mm.llm import FeatureProjector, ImageFeatures, MultimodalProcessor, ProjectorConfig, Segment
 from tokenizers_mm.llm import VisualVocabulary as Vocabulary
 from tokenizers_mm.llm.batch import IGNORED
-from tokenizers_mm.llm.joint import caption_batch, caption_loss, joint_loss, read_codes
+from tokenizers_mm.llm.joint import caption_batch, caption_loss, joint_loss, num_labels, read_codes
+from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.model import extend
 from tokenizers_mm.models import DualViTok, ImageTokenizer, TokenFlow
 from tokenizers_mm.quantizers.base import Quantizer
@@ -145,6 +146,7 @@ def test_only_captions_are_learned_and_empty_ones_are_left_out() -> None:
     assert batch is not None
     text = setting.processor.text_tokenizer
     assert batch.input_ids.shape == (1, 16 + 1 + 2 + 1)
+    assert num_labels(setting.processor, ["", "a red"]) == num_predicted(batch.labels) == 3
     assert batch.is_feature[0].tolist() == [True] * 16 + [False] * 4
     assert batch.labels[0].tolist() == [IGNORED] * 17 + text("a red")["input_ids"] + [text.eos_token_id]
     assert batch.features[0][0].grad_fn is not None

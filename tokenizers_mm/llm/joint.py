@@ -54,6 +54,13 @@ def caption_batch(
     return pad_rows(processor.rows(rows), processor.pad) if rows else None
 
 
+def num_labels(processor: MultimodalProcessor, captions: Sequence[str]) -> int:
+    """How many tokens `caption_loss` of the `caption_batch` of these captions is a mean over."""
+    text = processor.text_tokenizer
+    end = int(processor.eos is not None)
+    return sum(len(text(caption, add_special_tokens=False)["input_ids"]) + end for caption in captions if caption)
+
+
 def caption_loss(model: Any, projector: FeatureProjector, batch: Batch) -> Tensor:
     """L_cap: the mean over all label tokens of -log P(token | projected codes, tokens before it)."""
     return next_token_loss(model, embed(model, batch, projector))
