@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenizers_mm._check import require
 from tokenizers_mm._files import atomic_directory
 from tokenizers_mm.llm import Batch, FeatureProjector, MultimodalProcessor, OnlyNewRows, ProjectorConfig
+from tokenizers_mm.llm.batch import IGNORED
 from tokenizers_mm.llm.diffuse import diffusion_loss
 from tokenizers_mm.llm.loss import next_token_loss, num_predicted
 from tokenizers_mm.llm.model import add_lora
@@ -116,7 +117,11 @@ def bridge_step(state: BridgeState, batches: Sequence[Batch], progress: float) -
     rate = learning_rate(config.optimizer, state.step, progress)
     generator = _chance(config.seed, state.step, accelerator.process_index)
     weights = [_weight(state, batch) for batch in batches]
-    total = int(sum_counts(torch.tensor([sum(weights)], device=accelerator.device)))
+    labels = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    total, labels = sum_counts(torch.tensor([sum(weights), labels], device=accelerator.device)).tolist()
+    require(
+        labels > 0, "records", "rows with something to learn (parts without learn: false)", f"none in step {state.step}"
+    )
     loss = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
     for batch, weight in zip(batches, weights, strict=True):
         with accelerator.autocast():
@@ -127,7 +132,7 @@ def bridge_step(state: BridgeState, batches: Sequence[Batch], progress: float) -
     norm = descend(state.optimizer, rate, config.optimizer.clip, state.step, scaler)
     state.step += 1
     state.rows += config.batch_size * len(batches) * accelerator.num_processes
-    return {"loss": float(sum_counts(loss)), "labels": float(total), "grad_norm": norm, "lr": rate}
+    return {"loss": float(sum_counts(loss)), "labels": float(labels), "grad_norm": norm, "lr": rate}
 
 
 def save_finished(state: BridgeState) -> None:

@@ -206,7 +206,7 @@ def test_masked_diffusion_draws_what_the_caption_says() -> None:
     codes = [row[1].ids.unique().tolist() for row in processor.decode(batch.input_ids, images="codes")]
     assert codes == [[0], [7]]
     optimizer, generator = torch.optim.Adam(model.parameters(), lr=5e-3), torch.Generator().manual_seed(0)
-    for _ in range(100):
+    for _ in range(300):
         diffusion_loss(model, batch, mask, generator).backward()
         optimizer.step()
         optimizer.zero_grad()

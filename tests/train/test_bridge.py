@@ -224,5 +224,7 @@ def test_a_run_that_cannot_go_on_gets_one_sentence(
         assert message in refused(tmp_path / name)
     (folder / "bad.jsonl").write_text('{"content": [{"picture": "0.png"}]}')
     assert "bad.jsonl row 0: expected parts with one of text, image, codes" in refused(tmp_path / "bad", "bad")
+    (folder / "silent.jsonl").write_text('{"content": [{"text": "red", "learn": false}]}')
+    assert "records: expected rows with something to learn" in refused(tmp_path / "silent", "silent")
     monkeypatch.setattr("train.bridge_state.next_token_loss", lambda *given: next_token_loss(*given) * torch.nan)
     assert "gradients are not finite at step 0" in refused(tmp_path / "nan")

@@ -76,7 +76,7 @@ def test_projectors_of_another_shape_get_one_sentence(folders: dict[str, Path], 
     train(folders["tokenflow"], tmp_path, "features", projector="silu", steps=1, save_every=0)
     assert not (tmp_path / "checkpoints").exists()
     (tmp_path / "projector.json").write_text('{"dims": [3], "width": 4, "activation": "silu"}')
-    with pytest.raises(ValueError, match=r"projector.safetensors: expected exactly the tensors of the model, got 3 of"):
+    with pytest.raises(ValueError, match=r"projector.safetensors: expected exactly the tensors of the model, got 4 of"):
         FeatureProjector.load(tmp_path)
     (tmp_path / "projector.json").unlink()
     with pytest.raises(ValueError, match=r"projector.json: expected a projector.json, got no such file"):
