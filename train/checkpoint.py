@@ -1,8 +1,13 @@
-"""Checkpoints of a run: whole or not there, the newest few kept, read without unpickling code."""
+"""Checkpoints of a run: whole or not there, the newest few kept, read without unpickling code.
+
+What is in one is the business of the program; the files are the same for all.
+"""
 
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,12 +25,52 @@ def save_checkpoint(state: TrainState) -> None:
     state.accelerator.wait_for_everyone()
     if not state.accelerator.is_main_process:
         return
-    folder = Path(state.config.out) / "checkpoints"
-    with atomic_directory(folder / f"step_{state.step:09d}") as temporary:
-        torch.save(_collect(state), temporary / "state.pt")
-        write_json(temporary / "config.json", to_mapping(state.config))
-    for _, path in list_checkpoints(state.config.out)[: -state.config.keep]:
+    write_checkpoint(state.config.out, state.step, _collect(state), state.config, state.config.keep)
+
+
+def write_checkpoint(out: str | Path, step: int, data: Mapping[str, Any], config: Any, keep: int) -> None:
+    """Write `out/checkpoints/step_N` of tensors, numbers and texts, and the configuration beside them.
+
+    Then delete the oldest beyond `keep`, and those of later steps, which are left from a run that was begun anew.
+    """
+    folder = Path(out) / "checkpoints"
+    with atomic_directory(folder / f"step_{step:09d}") as temporary:
+        torch.save(dict(data), temporary / "state.pt")
+        write_json(temporary / "config.json", to_mapping(config))
+    found = list_checkpoints(out)
+    earlier = [path for number, path in found if number <= step]
+    for path in [*earlier[:-keep], *(path for number, path in found if number > step)]:
         shutil.rmtree(path)
+
+
+def read_newest(out: str | Path) -> dict[str, Any] | None:
+    """What the newest checkpoint of a run holds, on the CPU; None where there is none."""
+    checkpoints = list_checkpoints(out)
+    if not checkpoints:
+        return None
+    path = checkpoints[-1][1] / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        why = (str(error).splitlines() or ["nothing in it"])[0]
+        raise ValueError(f"{path}: expected a whole checkpoint, got {type(error).__name__}: {why}") from None
+
+
+def restore_parts(parts: Mapping[str, Any], data: Mapping[str, Any], others: Sequence[str]) -> None:
+    """Give every part (a thing with a state_dict) what a checkpoint holds for it.
+
+    others: the names of all else that the checkpoint must hold; it may hold nothing more.
+    """
+    expected = {*others, *parts}
+    if data.keys() != expected:
+        differing = sorted(data.keys() ^ expected)
+        raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {differing}")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(data[name])
+        except (RuntimeError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
 
 
 def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
@@ -37,14 +82,9 @@ def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
 
 def resume(state: TrainState) -> bool:
     """Take up the newest checkpoint of the run, if there is one."""
-    checkpoints = list_checkpoints(state.config.out)
-    if not checkpoints:
+    data = read_newest(state.config.out)
+    if data is None:
         return False
-    path = checkpoints[-1][1] / "state.pt"
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: expected a whole checkpoint, got {type(error).__name__}: {error}") from None
     _restore(state, data)
     return True
 
@@ -76,17 +116,7 @@ def _collect(state: TrainState) -> dict[str, Any]:
 
 
 def _restore(state: TrainState, data: dict[str, Any]) -> None:
-    networks = _networks(state)
-    expected = {"step", "seconds", "counts", "generator", "rng", *networks}
-    if data.keys() != expected:
-        differing = sorted(data.keys() ^ expected)
-        raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {differing}")
-    for name, thing in networks.items():
-        try:
-            thing.load_state_dict(data[name])
-        except (RuntimeError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
+    restore_parts(_networks(state), data, ("step", "seconds", "counts", "generator", "rng"))
     state.step, state.seconds, state.counts = data["step"], data["seconds"], data["counts"]
     state.generator.set_state(data["generator"])
     torch.set_rng_state(data["rng"])

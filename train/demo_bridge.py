@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from tokenizers_mm._files import atomic_path
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.scenes import COLOURS, COLUMNS, GROUNDS, ROWS, SHAPES, Scene, make_scene
+from tokenizers_mm.eval.pictures import write_pictures
 from tokenizers_mm.eval.scenes import judge_scene
 from tokenizers_mm.llm import (
     Batch,
@@ -198,31 +199,6 @@ def write_understanding(path: Path, scenes: list[Scene], answers: list[list[tupl
         lines.append("| " + " | ".join([scene.caption, *(answer for answer, _ in row)]) + " |")
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def write_pictures(path: Path, items: list[tuple[Image.Image, str]], columns: int = 4, zoom: int = 3) -> None:
-    """Pictures in a grid, each over its caption."""
-    side = items[0][0].width * zoom
-    line, lines = 12, 5
-    rows = -(-len(items) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + line * lines)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (picture, caption) in enumerate(items):
-        x, y = index % columns * (side + 8), index // columns * (side + line * lines)
-        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        for number, text in enumerate(_wrap(caption, side // 6)[: lines - 1]):
-            pen.text((x, y + side + number * line), text, fill="black")
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def _chunks(rows: list[Any]) -> Iterable[list[Any]]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Log:
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _forget_after(self.path, state.step)
+        forget_lines(self.path, lambda line: line["step"] <= state.step)
         self._bar = tqdm(total=state.config.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter  # only where it is installed
@@ -95,14 +96,14 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in stream]
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop lines past the step a run goes on from, and a line that was cut off."""
+def forget_lines(path: Path, stays: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines of a log past the point that a run goes on from, and a line that was cut off."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if stays(json.loads(line)):
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue

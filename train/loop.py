@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
@@ -13,6 +12,7 @@ from tokenizers_mm.data.sources import Batch, Mixture, Positions, list_images, m
 from .checkpoint import resume, save_checkpoint
 from .config import TrainConfig
 from .log import Log
+from .ranks import number_of_first
 from .state import TrainState, build_state
 from .step import train_step
 
@@ -32,7 +32,7 @@ def run(config: TrainConfig) -> TrainState:
             step_batches = [next(batches) for _ in range(config.accumulate)]
             samples = step_batches[0].images[:8] if samples is None else samples
             report = train_step(state, step_batches, _progress(state))
-            state.seconds = before + time.perf_counter() - started
+            state.seconds = number_of_first(before + time.perf_counter() - started, accelerator.device)
             log.step(state, report, [name for batch in step_batches for name in batch.skipped])
             if config.sample_every and state.step % config.sample_every == 0:
                 log.samples(state, samples.to(accelerator.device))
@@ -79,8 +79,5 @@ def _progress(state: TrainState) -> float:
 
 
 def _out_of_time(state: TrainState) -> bool:
-    """All ranks ask together, so that they end together."""
-    if not state.config.max_seconds:
-        return False
-    late = torch.tensor([float(state.seconds >= state.config.max_seconds)], device=state.accelerator.device)
-    return bool(state.accelerator.gather(late).max() > 0)  # type: ignore[union-attr]
+    """The same on all ranks: `seconds` is what rank 0 has counted."""
+    return bool(state.config.max_seconds) and state.seconds >= state.config.max_seconds

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.decoders.pixel import PixelDecoder
@@ -13,7 +13,7 @@ from tokenizers_mm.functional.adversarial import adaptive_weight, hinge_discrimi
 from tokenizers_mm.functional.noise import inject_noise
 from tokenizers_mm.types import Quantized
 
-from .ranks import average_gradients
+from .optimize import optimizer_step
 from .schedule import learning_rate
 from .state import TrainState
 from .weights import weighted_sum
@@ -47,7 +47,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
         fakes.append((x, output.image.detach()))
         _add(report, terms | {"loss": loss, "psnr": psnr(output.image.detach().float(), x).mean()}, 1 / len(batches))
 
-    report["grad_norm"] = _step(state, state.optimizer, rate, config.optimizer.clip)
+    report["grad_norm"] = optimizer_step(accelerator, state.optimizer, rate, config.optimizer.clip, state.step)
 
     # The discriminator: real against reconstructed.
     if gan and state.discriminator is not None and state.discriminator_optimizer is not None:
@@ -61,7 +61,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
         own = config.discriminator_optimizer  # its schedule begins with its first step
         its_rate = learning_rate(own, state.step - config.loss.gan_start, progress) if own else rate
         its_clip = (own or config.optimizer).clip
-        report["discriminator_grad_norm"] = _step(state, state.discriminator_optimizer, its_rate, its_clip)
+        report["discriminator_grad_norm"] = optimizer_step(
+            accelerator, state.discriminator_optimizer, its_rate, its_clip, state.step
+        )
 
     # Upkeep: unused codes, the moving average, the count of steps.
     upkeep = config.upkeep
@@ -111,27 +113,6 @@ def _generator_term(state: TrainState, image: Tensor, terms: dict[str, Tensor]) 
     visible = {name: terms[name] for name in ("pixel", "perceptual") if name in terms}
     reconstruction = weighted_sum(visible, state.config.loss.weights)
     return term * adaptive_weight(reconstruction, term, cast(PixelDecoder, state.tokenizer.pixel_decoder).last_layer)
-
-
-def _step(state: TrainState, optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
-    """Average over the ranks, clip, step, clear; returns the norm before clipping. Refuses gradients not finite."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    average_gradients(parameters)
-    scaler = getattr(state.accelerator, "scaler", None)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-    if scaler is not None:
-        scaler.step(optimizer)
-        scaler.update()
-    elif norm == norm and norm != float("inf"):
-        optimizer.step()
-    else:
-        raise FloatingPointError(f"gradients are not finite at step {state.step}; the last checkpoint is unharmed")
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def _count(state: TrainState, quantized: dict[str, Quantized]) -> None:

@@ -1,10 +1,10 @@
-"""Pictures to look at: originals over reconstructions, and training curves."""
+"""Pictures to look at: originals over reconstructions, pictures over their captions, and training curves."""
 
 import os
 from collections.abc import Mapping, Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tokenizers_mm._files import atomic_path
@@ -29,6 +29,26 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a PNG atomically."""
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def write_pictures(
+    path: str | os.PathLike[str], items: Sequence[tuple[Image.Image, str]], columns: int = 4, zoom: int = 3
+) -> None:
+    """Write a PNG of pictures in a grid, each over its caption (four lines of it), atomically.
+
+    items: at least one (picture, caption); the pictures are of one size and are shown `zoom` times as large.
+    """
+    side = items[0][0].width * zoom
+    line, lines = 12, 5
+    rows = -(-len(items) // columns)
+    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + line * lines)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(items):
+        x, y = index % columns * (side + 8), index // columns * (side + line * lines)
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        for number, text in enumerate(_wrap(caption, side // 6)[: lines - 1]):
+            pen.text((x, y + side + number * line), text, fill="black")
+    save_picture(sheet, path)
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[float, float]]], path: str | os.PathLike[str]) -> None:
@@ -58,3 +78,13 @@ def _smooth(values: Sequence[float], decay: float = 0.6) -> list[float]:
         mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
         smoothed.append(mean / weight)
     return smoothed
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Lines of whole words, shorter than `width` letters each."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
