@@ -73,7 +73,7 @@ def test_bad_input_is_one_sentence_and_code_2(saved: Path, tmp_path: Path, capsy
         (["encode", str(tmp_path / "text.png"), *out], "expected a readable picture file"),
         (["encode", str(tmp_path / "no.png"), *out], "expected a picture file, got no such file"),
         (["eval", "--images", str(tmp_path / "empty"), *out], "images: expected image files"),
-        (["info", str(tmp_path / "empty")], "config.json: expected the config.json of a tokenizer"),
+        (["info", str(tmp_path / "empty")], "config.json: expected a config.json"),
         (
             ["decode", str(tmp_path / "text.png"), "--tokenizer", tok, "--out-dir", str(tmp_path / "o")],
             "ids: expected a whole file",

@@ -113,13 +113,16 @@ class Reconstruction:
     """A forward pass of a tokenizer, all that the training terms need.
 
     `image` [B, 3, H, W]; `semantic` [B, T, C], what the semantic decoder predicts; `target` [B, T, C], what
-    it should have predicted, where the model has a frozen tower that says so; `quantized` by stream.
+    it should have predicted, where the model has a frozen tower that says so; `quantized` by stream; `vectors`
+    [B, h, w, D], all of them on the decoder's grid: the value of `ImageTokenizer.vectors`, with the gradient of the
+    features that were quantized.
     """
 
     image: Tensor
     semantic: Tensor
     target: Tensor | None
     quantized: Mapping[str, Quantized]
+    vectors: Tensor
 
 
 def check_ids(ids: Any, streams: Sequence[Stream]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from tokenizers_mm.config import from_mapping, read_yaml
+from tokenizers_mm.config import read_yaml
 
 from .config import read_config
 from .loop import run
@@ -14,13 +14,19 @@ def main(arguments: list[str]) -> int:
         print("usage: tokenizers-mm train CONFIG [key=value ...]", file=sys.stderr)
         return 0 if arguments else 2
     try:
-        if "language_model" in read_yaml(arguments[0], arguments[1:]):
-            from .bridge import BridgeConfig, run_bridge  # needs transformers
+        keys = read_yaml(arguments[0], arguments[1:]).keys()
+        if "joint" in keys:
+            from .joint import run_joint  # needs transformers
+            from .joint_config import read_joint_config
 
-            run_bridge(from_mapping(BridgeConfig, read_yaml(arguments[0], arguments[1:]), "config"))
+            run_joint(read_joint_config(arguments[0], arguments[1:]))
+        elif "language_model" in keys:
+            from .bridge import read_bridge_config, run_bridge  # needs transformers
+
+            run_bridge(read_bridge_config(arguments[0], arguments[1:]))
         else:
             run(read_config(arguments[0], arguments[1:]))
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"tokenizers-mm train: {error}", file=sys.stderr)
         return 2
     return 0

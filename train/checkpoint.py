@@ -1,76 +1,68 @@
-"""Checkpoints of a run: whole or not there, the newest few kept, read without unpickling code.
-
-What is in one is the business of the program; the files are the same for all.
-"""
+"""Checkpoints of a run: whole or not there, the newest few kept, read without unpickling code."""
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 
 from tokenizers_mm._files import atomic_directory, write_json
 from tokenizers_mm.config import to_mapping
+from tokenizers_mm.models.loading import read_json
 
-from .state import TrainState
+
+class Run(Protocol):
+    """What a checkpoint, a log and a loop know of the state of a run."""
+
+    step: int
+    seconds: float
+
+    @property
+    def config(self) -> Any:
+        """With out, keep, steps, max_seconds and log_every."""
+        ...
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of this process."""
+        ...
+
+    def parts(self) -> dict[str, Any]:
+        """All things with a state_dict, by name."""
+        ...
+
+    def values(self) -> dict[str, Any]:
+        """All else that changes, as numbers and tensors."""
+        ...
+
+    def set_values(self, values: dict[str, Any]) -> None:
+        """Put them back."""
+
 
 _NAME = re.compile(r"step_(\d{9})$")
 
 
-def save_checkpoint(state: TrainState) -> None:
-    """Write `out/checkpoints/step_N`, then delete the oldest beyond `keep`. Called on every rank; rank 0 writes."""
+def save_checkpoint(state: Run) -> None:
+    """Write `out/checkpoints/step_N`, then delete the oldest beyond `keep`. Called on every rank; rank 0 writes.
+
+    Those of later steps, which a run left that was started anew with resume: never, go too.
+    """
     state.accelerator.wait_for_everyone()
     if not state.accelerator.is_main_process:
         return
-    write_checkpoint(state.config.out, state.step, _collect(state), state.config, state.config.keep)
-
-
-def write_checkpoint(out: str | Path, step: int, data: Mapping[str, Any], config: Any, keep: int) -> None:
-    """Write `out/checkpoints/step_N` of tensors, numbers and texts, and the configuration beside them.
-
-    Then delete the oldest beyond `keep`, and those of later steps, which are left from a run that was begun anew.
-    """
-    folder = Path(out) / "checkpoints"
-    with atomic_directory(folder / f"step_{step:09d}") as temporary:
-        torch.save(dict(data), temporary / "state.pt")
-        write_json(temporary / "config.json", to_mapping(config))
-    found = list_checkpoints(out)
-    earlier = [path for number, path in found if number <= step]
-    for path in [*earlier[:-keep], *(path for number, path in found if number > step)]:
+    folder = Path(state.config.out) / "checkpoints"
+    with atomic_directory(folder / f"step_{state.step:09d}") as temporary:
+        torch.save(_collect(state), temporary / "state.pt")
+        write_json(temporary / "config.json", to_mapping(state.config))
+    found = list_checkpoints(state.config.out)
+    ahead = [path for step, path in found if step > state.step]
+    own = [path for step, path in found if step <= state.step]
+    for path in ahead + own[: -state.config.keep]:
         shutil.rmtree(path)
-
-
-def read_newest(out: str | Path) -> dict[str, Any] | None:
-    """What the newest checkpoint of a run holds, on the CPU; None where there is none."""
-    checkpoints = list_checkpoints(out)
-    if not checkpoints:
-        return None
-    path = checkpoints[-1][1] / "state.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        why = (str(error).splitlines() or ["nothing in it"])[0]
-        raise ValueError(f"{path}: expected a whole checkpoint, got {type(error).__name__}: {why}") from None
-
-
-def restore_parts(parts: Mapping[str, Any], data: Mapping[str, Any], others: Sequence[str]) -> None:
-    """Give every part (a thing with a state_dict) what a checkpoint holds for it.
-
-    others: the names of all else that the checkpoint must hold; it may hold nothing more.
-    """
-    expected = {*others, *parts}
-    if data.keys() != expected:
-        differing = sorted(data.keys() ^ expected)
-        raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {differing}")
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(data[name])
-        except (RuntimeError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
 
 
 def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
@@ -80,43 +72,51 @@ def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def resume(state: TrainState) -> bool:
-    """Take up the newest checkpoint of the run, if there is one."""
-    data = read_newest(state.config.out)
-    if data is None:
+def resume(state: Run, may_change: Collection[str] | None = None) -> bool:
+    """Take up the newest checkpoint of the run, if there is one.
+
+    may_change: keys of the configuration that need not be what they were; None: all may change, where the parts agree.
+    """
+    checkpoints = list_checkpoints(state.config.out)
+    if not checkpoints:
         return False
+    folder = checkpoints[-1][1]
+    if may_change is not None:
+        _check_config(state, folder, may_change)
+    path = folder / "state.pt"
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path}: expected a whole checkpoint, got {why}") from None
     _restore(state, data)
     return True
 
 
-def _networks(state: TrainState) -> dict[str, Any]:
-    """All things with a state_dict, by name."""
-    things = {
-        "tokenizer": state.tokenizer,
-        "optimizer": state.optimizer,
-        "captions": state.objective.captions,
-        "discriminator": state.discriminator,
-        "discriminator_optimizer": state.discriminator_optimizer,
-        "ema": state.ema,
-        "upkeep": state.upkeep,
-        "scaler": getattr(state.accelerator, "scaler", None),
-    }
-    return {name: thing for name, thing in things.items() if thing is not None}
+def _check_config(state: Run, folder: Path, may_change: Collection[str]) -> None:
+    before, now = read_json(folder / "config.json"), to_mapping(state.config)
+    other = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    other = [key for key in other if key not in may_change]
+    if other:
+        raise ValueError(f"{folder}: expected the configuration of this run (or resume=never), got another {other[0]}")
 
 
-def _collect(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "seconds": state.seconds,
-        "counts": state.counts,
-        "generator": state.generator.get_state(),
-        "rng": torch.get_rng_state(),
-        **{name: thing.state_dict() for name, thing in _networks(state).items()},
-    }
+def _collect(state: Run) -> dict[str, Any]:
+    kept = {"step": state.step, "seconds": state.seconds, **state.values()}
+    return kept | {name: thing.state_dict() for name, thing in state.parts().items()}
 
 
-def _restore(state: TrainState, data: dict[str, Any]) -> None:
-    restore_parts(_networks(state), data, ("step", "seconds", "counts", "generator", "rng"))
-    state.step, state.seconds, state.counts = data["step"], data["seconds"], data["counts"]
-    state.generator.set_state(data["generator"])
-    torch.set_rng_state(data["rng"])
+def _restore(state: Run, data: Any) -> None:
+    parts = state.parts()
+    expected = {"step", "seconds", *state.values(), *parts}
+    if not isinstance(data, dict) or data.keys() != expected:
+        got = f"a difference in {sorted(map(str, data.keys() ^ expected))}" if isinstance(data, dict) else "no mapping"
+        raise ValueError(f"checkpoint: expected the parts of this configuration, got {got}")
+    for name, thing in parts.items():
+        try:
+            thing.load_state_dict(data[name])
+        except (RuntimeError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
+    state.step, state.seconds = data["step"], data["seconds"]
+    state.set_values({name: data[name] for name in state.values()})

@@ -146,6 +146,12 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
         if config.model.family not in MODELS:
             raise ValueError(f"config.model.family: expected one of {sorted(MODELS)}, got {config.model.family!r}")
         from_mapping(MODELS[config.model.family].Config, config.model.config, "config.model.config")
+    check_config(config)
+    return config
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse values that do not go together."""
     if config.model.fresh and not (config.model.config and config.model.start_from):
         raise ValueError("config.model.fresh: expected a config and a start_from beside it, got one of them alone")
     if config.loss.semantic == "teacher" and config.loss.teacher is None:
@@ -153,4 +159,3 @@ def read_config(path: str, overrides: list[str]) -> TrainConfig:
     for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
         if getattr(config, name) < 1:
             raise ValueError(f"config.{name}: expected at least 1, got {getattr(config, name)}")
-    return config

@@ -32,16 +32,21 @@ class AutoencoderStage:
     kl_weight: float = 1e-6
     kl16: str = ""
 
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Of this stage."""
+        return OptimizerConfig(self.lr, schedule="cosine", warmup=20, clip=1.0)
+
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """A run.
 
-    start_from: the folder of a run whose networks to go on from, "" for new ones. drop: share of captions dropped.
-    posterior: sample latents in training (MAR) or take the mean (Harmon). ema: decay of the saved average.
+    start_from: the folder of a run whose networks to go on from, "" for new ones. steps: of both stages together.
     max_seconds: of MAR's stage, 0 for no limit. batch_size: samples per process and micro-batch, `accumulate` of which
-    make a step. precision: of autocast in MAR's stage. save_every: steps, counted over both stages, between checkpoints
-    and saves of the averaged tokenizer, 0 for the end only; keep: checkpoints. resume: "auto" goes on from the newest
+    make a step. posterior: sample latents in training (MAR) or take the mean (Harmon). drop: share of captions dropped.
+    ema: decay of the saved average. precision: of autocast in MAR's stage. save_every: steps between checkpoints and
+    saves of the averaged tokenizer, 0 for the end only; keep: checkpoints. resume: "auto" goes on from the newest
     checkpoint in `out`, "never" starts anew. scenes: how many held-out scene captions are drawn at the end, to be
     looked at and their colours counted.
     """
@@ -78,6 +83,8 @@ def read_generation_config(path: str, overrides: list[str]) -> GenerationConfig:
     for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
         if getattr(config, name) < 1:
             raise ValueError(f"config.{name}: expected at least 1, got {getattr(config, name)}")
+    if config.steps <= config.autoencoder.steps:
+        raise ValueError(f"config.steps: expected more than autoencoder.steps, got {config.steps}")
     if config.data.image_size is not None or config.data.buckets is not None:
         raise ValueError("config.data: expected sizes to be said by config.image_size, got image_size or buckets")
     return config

@@ -12,12 +12,13 @@ from tokenizers_mm._images import image_to_tensor, tensor_to_images
 from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import Scene, make_scene
 from tokenizers_mm.data.transforms import random_patch
-from tokenizers_mm.eval.pictures import comparison_grid, save_picture, write_pictures
+from tokenizers_mm.eval.pictures import comparison_grid, plot_curves, save_picture, write_pictures
 from tokenizers_mm.eval.scenes import judge_scene
 from tokenizers_mm.models.mar_sampling import Plan, draw_noise, plan_all, plan_masked, sample
 
 from .generation_config import GenerationConfig
 from .generation_state import Generator
+from .log import read_log
 
 SHOWN = 16
 
@@ -52,6 +53,16 @@ def look(config: GenerationConfig, model: Generator, folder: Path) -> dict[str, 
         "right_colour_decoded": _right_colours(decoded, scenes),
         "right_colour_sampled": _right_colours(drawn, scenes),
     }
+
+
+def draw_curves(folder: Path) -> None:
+    """Leave curves.png of all that log.jsonl in the folder tells, if it tells anything."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []:
+        for name in line.keys() - {"step", "seconds"}:
+            curves.setdefault(name, []).append((line["step"], line[name]))
+    if curves:
+        plot_curves(dict(sorted(curves.items())), folder / "curves.png")
 
 
 def _draw(

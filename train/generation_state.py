@@ -19,8 +19,8 @@ from tokenizers_mm._files import atomic_path
 from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.models.mar import MAR, decay_groups
 
-from .checkpoint import read_newest, restore_parts, write_checkpoint
 from .generation_config import CaptionEmbeddingConfig, GenerationConfig
+from .state import adam
 
 Stage = Literal["autoencoder", "mar"]
 
@@ -59,36 +59,61 @@ class Generator(nn.Module):
 
 @dataclass
 class GenerationState:
-    """The networks, the optimizer and the counters of a run; all chance is a function of the counters.
+    """The networks, optimizers and counters of a run; all chance is a function of the counters.
 
-    autoencoder_steps, mar_steps: done in each stage. seconds: of the present stage. average: in MAR's stage.
+    step: over both stages. begun: the step with which the present stage began. seconds: of the present stage.
     """
 
     config: GenerationConfig
     accelerator: Accelerator
     model: Generator
+    average: AveragedModel
+    autoencoder_optimizer: torch.optim.Optimizer
     optimizer: torch.optim.Optimizer
-    average: AveragedModel | None = None
     stage: Stage = "autoencoder"
-    autoencoder_steps: int = 0
-    mar_steps: int = 0
+    begun: int = 0
+    step: int = 0
     seconds: float = 0.0
 
     @property
-    def step(self) -> int:
+    def within(self) -> int:
         """Steps done in the present stage."""
-        return self.autoencoder_steps if self.stage == "autoencoder" else self.mar_steps
-
-    @property
-    def total(self) -> int:
-        """Steps done in all: the number of a checkpoint, and the place in the data."""
-        return self.autoencoder_steps + self.mar_steps
+        return self.step - self.begun
 
     @property
     def averaged(self) -> Generator:
         """The moving average of MAR's stage, in evaluation mode."""
-        assert self.average is not None
         return cast(Generator, self.average.module).eval()
+
+    def parts(self) -> dict[str, Any]:
+        """All things with a state_dict, by name."""
+        things = {
+            "model": self.model,
+            "average": self.average,
+            "autoencoder_optimizer": self.autoencoder_optimizer,
+            "optimizer": self.optimizer,
+            "scaler": getattr(self.accelerator, "scaler", None),
+        }
+        return {name: thing for name, thing in things.items() if thing is not None}
+
+    def values(self) -> dict[str, Any]:
+        """All else that changes."""
+        return {"stage": self.stage, "begun": self.begun, "latent_scale": self.model.tokenizer.config.latent_scale}
+
+    def set_values(self, values: dict[str, Any]) -> None:
+        """Put them back."""
+        self.stage, self.begun = values["stage"], values["begun"]
+        self._set_scale(values["latent_scale"])
+
+    def begin_mar(self, latent_scale: float) -> None:
+        """From here on the autoencoder and the scale of its latents stay, and MAR learns."""
+        self.stage, self.begun, self.seconds = "mar", self.step, 0.0
+        self._set_scale(latent_scale)
+
+    def _set_scale(self, latent_scale: float) -> None:
+        for model in (self.model, self.averaged):
+            model.tokenizer.config = dataclasses.replace(model.tokenizer.config, latent_scale=latent_scale)
+        self.model.tokenizer.autoencoder.requires_grad_(self.stage == "autoencoder")
 
 
 def build_state(config: GenerationConfig, accelerator: Accelerator) -> GenerationState:
@@ -96,53 +121,15 @@ def build_state(config: GenerationConfig, accelerator: Accelerator) -> Generatio
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     model = Generator(tokenizer, _captions(config, tokenizer.feature_dim)).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        tokenizer.autoencoder.parameters(), lr=config.autoencoder.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    state = GenerationState(config, accelerator, model, optimizer)
+    autoencoder_optimizer = adam(list(tokenizer.autoencoder.parameters()), config.autoencoder.optimizer)
+    tokenizer.autoencoder.requires_grad_(False)
+    optimizer = adam(decay_groups(model, config.optimizer.weight_decay, "tokenizer."), config.optimizer)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    tokenizer.autoencoder.requires_grad_(True)
+    state = GenerationState(config, accelerator, model, average, autoencoder_optimizer, optimizer)
     if not config.autoencoder.steps:
-        begin_mar(state, tokenizer.config.latent_scale)
+        state.begin_mar(tokenizer.config.latent_scale)
     return state
-
-
-def begin_mar(state: GenerationState, latent_scale: float) -> None:
-    """Freeze the autoencoder, set the scale of its latents, and take up MAR's optimizer and moving average."""
-    tokenizer, options = state.model.tokenizer, state.config.optimizer
-    tokenizer.config = dataclasses.replace(tokenizer.config, latent_scale=latent_scale)
-    tokenizer.autoencoder.requires_grad_(False).eval()
-    groups = decay_groups(state.model, options.weight_decay, "tokenizer.")
-    state.optimizer = torch.optim.AdamW(groups, options.lr, options.betas)
-    state.average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(state.config.ema))
-    state.stage, state.seconds = "mar", 0.0
-
-
-def save_checkpoint(state: GenerationState) -> None:
-    """A checkpoint and, in MAR's stage, the averaged networks as users read them. Called on every rank; 0 writes."""
-    state.accelerator.wait_for_everyone()
-    if not state.accelerator.is_main_process:
-        return
-    data = {name: part.state_dict() for name, part in _parts(state).items()}
-    data |= {name: getattr(state, name) for name in ("stage", "autoencoder_steps", "mar_steps", "seconds")}
-    data["latent_scale"] = state.model.tokenizer.config.latent_scale
-    write_checkpoint(state.config.out, state.total, data, state.config, state.config.keep)
-    if state.stage == "mar":
-        save_networks(state.averaged, Path(state.config.out))
-
-
-def resume(state: GenerationState) -> bool:
-    """Take up the newest checkpoint of the run, if there is one, in whichever stage it was."""
-    data = read_newest(state.config.out)
-    if data is None:
-        return False
-    counters = ("stage", "autoencoder_steps", "mar_steps", "seconds")
-    if data.get("stage") == "mar":
-        begin_mar(state, data["latent_scale"])
-    elif state.stage == "mar":
-        raise ValueError("config.autoencoder.steps: expected some, as the checkpoint is of that stage, got 0")
-    restore_parts(_parts(state), data, (*counters, "latent_scale"))
-    for name in counters:
-        setattr(state, name, data[name])
-    return True
 
 
 def save_networks(model: Generator, folder: Path) -> None:
@@ -150,17 +137,6 @@ def save_networks(model: Generator, folder: Path) -> None:
     model.tokenizer.save(folder / "tokenizer")
     with atomic_path(folder / "captions.safetensors") as path:
         save_file({n: t.detach().cpu().contiguous() for n, t in model.captions.state_dict().items()}, path)
-
-
-def _parts(state: GenerationState) -> dict[str, Any]:
-    """All things with a state_dict, by name."""
-    things = {
-        "model": state.model,
-        "optimizer": state.optimizer,
-        "average": state.average,
-        "scaler": getattr(state.accelerator, "scaler", None),
-    }
-    return {name: thing for name, thing in things.items() if thing is not None}
 
 
 def _tokenizer(config: GenerationConfig) -> MAR:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from tokenizers_mm.data.sources import Batch, mix_seeds
 
-from .config import OptimizerConfig
+from .descent import descend
 from .generation_state import GenerationState
-from .optimize import optimizer_step
 from .ranks import sum_counts
 from .schedule import learning_rate
 
@@ -22,35 +21,35 @@ Rows = list[torch.Generator]
 """A generator for every sample of a micro-batch."""
 
 
-def train_step(state: GenerationState, batches: Sequence[Batch], progress: float) -> dict[str, Tensor]:
-    """One step over the micro-batches; returns what to report, means over this rank's samples.
+def train_step(state: GenerationState, batches: Sequence[Batch], progress: float) -> dict[str, float]:
+    """One step over the micro-batches; returns what to report, means over the samples of all ranks.
 
     progress: share of the stage that is done, in [0, 1), for the learning rate.
     """
-    learning = state.stage == "mar"
+    config, accelerator, learning = state.config, state.accelerator, state.stage == "mar"
     terms, prefix = (_mar_terms, "") if learning else (_autoencoder_terms, "autoencoder ")
-    options = state.config.optimizer if learning else _autoencoder_options(state)
-    report: dict[str, Tensor] = {}
+    options = config.optimizer if learning else config.autoencoder.optimizer
+    optimizer = state.optimizer if learning else state.autoencoder_optimizer
+    rate = learning_rate(options, state.within, progress)
+    sums: dict[str, Tensor] = {}
     state.model.train()
     if learning:
         state.model.tokenizer.autoencoder.eval()
 
     for index, batch in enumerate(batches):
         rows = _generators(state, index)
-        loss, values = terms(state, batch.images.to(state.accelerator.device), batch.captions, rows)
-        state.accelerator.backward(loss / len(batches))
-        for name, value in values.items():
-            part = value.detach().float() / len(batches)
-            report[prefix + name] = report[prefix + name] + part if prefix + name in report else part
+        loss, values = terms(state, batch.images.to(accelerator.device), batch.captions, rows)
+        accelerator.backward(loss / len(batches))
+        for name, value in {"loss": loss, **values}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double() / (len(batches) * accelerator.num_processes)
 
-    rate = learning_rate(options, state.step, progress)
-    norm = optimizer_step(state.accelerator, state.optimizer, rate, options.clip, state.total)
-    if state.average is not None:
+    norm = descend(optimizer, rate, options.clip, state.step, getattr(accelerator, "scaler", None))
+    if learning:
         state.average.update_parameters(state.model)
-        state.mar_steps += 1
-    else:
-        state.autoencoder_steps += 1
-    return report | {f"{prefix}grad_norm": torch.tensor(norm, device=state.accelerator.device)}
+    state.step += 1
+    means = sum_counts(torch.stack(list(sums.values()))).tolist()
+    report = dict(zip(sums, means, strict=True)) | {"grad_norm": norm, "lr": rate}
+    return {prefix + name: value for name, value in report.items()}
 
 
 @torch.no_grad()
@@ -63,10 +62,6 @@ def measure_scale(state: GenerationState, batches: Sequence[Batch]) -> float:
         sums += torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
     count, total, squares = sum_counts(sums).tolist()
     return ((squares - total**2 / count) / (count - 1)) ** -0.5
-
-
-def _autoencoder_options(state: GenerationState) -> OptimizerConfig:
-    return OptimizerConfig(state.config.autoencoder.lr, schedule="cosine", warmup=20, clip=1.0)
 
 
 def _autoencoder_terms(
@@ -112,7 +107,7 @@ def _generators(state: GenerationState, index: int) -> Rows:
 def _generator(state: GenerationState, row: int = -1) -> torch.Generator:
     """Of a row of the step's batch, or of what is drawn once for all of them."""
     stage = int(state.stage == "mar")
-    return torch.Generator().manual_seed(mix_seeds(state.config.seed, stage, state.step, row))
+    return torch.Generator().manual_seed(mix_seeds(state.config.seed, stage, state.within, row))
 
 
 def _latent_noise(rows: Rows, like: Tensor) -> Tensor:

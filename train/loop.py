@@ -4,15 +4,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import Batch, Mixture, Positions, list_images, make_loader
 
-from .checkpoint import resume, save_checkpoint
+from .checkpoint import Run, resume, save_checkpoint
 from .config import TrainConfig
 from .log import Log
-from .ranks import number_of_first
+from .ranks import share_from_first
 from .state import TrainState, build_state
 from .step import train_step
 
@@ -26,14 +27,15 @@ def run(config: TrainConfig) -> TrainState:
     log = Log(state)
     samples = None
     try:
-        batches = _batches(state)
+        batches = sample_batches(state)
         started, before = time.perf_counter(), state.seconds
-        while state.step < config.steps and not _out_of_time(state):
+        while state.step < config.steps and not out_of_time(state):
             step_batches = [next(batches) for _ in range(config.accumulate)]
             samples = step_batches[0].images[:8] if samples is None else samples
-            report = train_step(state, step_batches, _progress(state))
-            state.seconds = number_of_first(before + time.perf_counter() - started, accelerator.device)
-            log.step(state, report, [name for batch in step_batches for name in batch.skipped])
+            report = train_step(state, step_batches, progress(state))
+            state.seconds = on_all_ranks(before + time.perf_counter() - started, accelerator.device)
+            skipped = [name for batch in step_batches for name in batch.skipped]
+            log.step(state, report, skipped, state.take_usage)
             if config.sample_every and state.step % config.sample_every == 0:
                 log.samples(state, samples.to(accelerator.device))
             if config.save_every and state.step % config.save_every == 0:
@@ -50,7 +52,7 @@ def run(config: TrainConfig) -> TrainState:
     return state
 
 
-def _batches(state: TrainState) -> Iterator[Batch]:
+def sample_batches(state: TrainState) -> Iterator[Batch]:
     """Micro-batches from where the run stands."""
     config, data, accelerator = state.config, state.config.data, state.accelerator
     start = state.step * config.accumulate
@@ -72,12 +74,17 @@ def _batches(state: TrainState) -> Iterator[Batch]:
     return iter(make_loader(dataset, positions))
 
 
-def _progress(state: TrainState) -> float:
+def progress(state: Run) -> float:
     """Share of the run that is done, by steps or by time, whichever is further."""
     by_steps = state.step / state.config.steps
     return max(by_steps, state.seconds / state.config.max_seconds) if state.config.max_seconds else by_steps
 
 
-def _out_of_time(state: TrainState) -> bool:
-    """The same on all ranks: `seconds` is what rank 0 has counted."""
+def out_of_time(state: Run) -> bool:
+    """Whether the time of the run is up; all ranks hold the same time."""
     return bool(state.config.max_seconds) and state.seconds >= state.config.max_seconds
+
+
+def on_all_ranks(seconds: float, device: torch.device) -> float:
+    """The time of rank 0, so that all ranks take the same learning rate and end together."""
+    return float(share_from_first(torch.tensor([seconds], dtype=torch.float64, device=device)))

@@ -51,13 +51,6 @@ def share_from_first(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def number_of_first(number: float, device: torch.device) -> float:
-    """The number that rank 0 has: what all must agree on, such as the time that has passed."""
-    if not several():
-        return number
-    return float(share_from_first(torch.tensor([number], dtype=torch.float64, device=device)))
-
-
 def _anywhere(parameters: list[Parameter]) -> list[bool]:
     """For each parameter, whether any rank has a gradient of it."""
     if not parameters:

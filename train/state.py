@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
+from tokenizers_mm.functional.usage import perplexity, usage
 from tokenizers_mm.losses.captions import CaptionContrast
 from tokenizers_mm.losses.discriminators import PatchGAN
 from tokenizers_mm.losses.perceptual import load_lpips
@@ -22,7 +23,7 @@ from .upkeep import CodebookUpkeep
 
 @dataclass
 class TrainState:
-    """The networks, optimizers and counters of a run."""
+    """The networks, optimizers and counters of a run. others: more things with a state_dict that learn beside them."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -37,11 +38,45 @@ class TrainState:
     step: int = 0
     seconds: float = 0.0
     counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
 
     @property
     def averaged(self) -> ImageTokenizer[Any]:
         """The tokenizer to save and to look at: the moving average where there is one."""
         return self.tokenizer if self.ema is None else self.ema.module  # type: ignore[return-value]
+
+    def parts(self) -> dict[str, Any]:
+        """All things with a state_dict, by name."""
+        things = {
+            "tokenizer": self.tokenizer,
+            "optimizer": self.optimizer,
+            "captions": self.objective.captions,
+            "discriminator": self.discriminator,
+            "discriminator_optimizer": self.discriminator_optimizer,
+            "ema": self.ema,
+            "upkeep": self.upkeep,
+            "scaler": getattr(self.accelerator, "scaler", None),
+            **self.others,
+        }
+        return {name: thing for name, thing in things.items() if thing is not None}
+
+    def values(self) -> dict[str, Any]:
+        """All else that changes: counts of codes and the state of chance."""
+        return {"counts": self.counts, "generator": self.generator.get_state(), "rng": torch.get_rng_state()}
+
+    def set_values(self, values: dict[str, Any]) -> None:
+        """Put them back."""
+        self.counts = values["counts"]
+        self.generator.set_state(values["generator"])
+        torch.set_rng_state(values["rng"])
+
+    def take_usage(self) -> dict[str, float]:
+        """Usage and perplexity of the codes since it was last asked."""
+        line: dict[str, float] = {}
+        for name, counts in self.counts.items():
+            line[f"usage_{name}"], line[f"perplexity_{name}"] = usage(counts), perplexity(counts)
+        self.counts.clear()
+        return line
 
 
 def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
@@ -54,12 +89,12 @@ def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
     learning = [p for p in tokenizer.parameters() if p.requires_grad]
     if objective.captions is not None:
         learning += list(objective.captions.parameters())
-    optimizer = _adam(learning, config.optimizer)
+    optimizer = adam(learning, config.optimizer)
     discriminator = discriminator_optimizer = None
     if config.loss.weights.generator:
         discriminator = PatchGAN(config.loss.discriminator).to(device)
         own = config.discriminator_optimizer or config.optimizer
-        discriminator_optimizer = _adam(list(discriminator.parameters()), own)
+        discriminator_optimizer = adam(list(discriminator.parameters()), own)
     ema = None
     if config.ema:
         ema = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
@@ -113,5 +148,6 @@ def _teacher(config: TeacherConfig) -> SemanticEncoder:
     return teacher.requires_grad_(False).eval()
 
 
-def _adam(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
+def adam(parameters: list[nn.Parameter] | list[dict[str, Any]], options: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW as the options say; parameters may be in groups with options of their own."""
     return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)

@@ -11,9 +11,9 @@ from tokenizers_mm.decoders.pixel import PixelDecoder
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.adversarial import adaptive_weight, hinge_discriminator, logistic_discriminator
 from tokenizers_mm.functional.noise import inject_noise
-from tokenizers_mm.types import Quantized
+from tokenizers_mm.types import Quantized, Reconstruction
 
-from .optimize import optimizer_step
+from .descent import descend
 from .schedule import learning_rate
 from .state import TrainState
 from .weights import weighted_sum
@@ -27,7 +27,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
     config, accelerator = state.config, state.accelerator
     rate = learning_rate(config.optimizer, state.step, progress)
     gan = state.discriminator is not None and state.step >= config.loss.gan_start
-    disturbance = _disturbance(state)
+    disturbance, scaler = _disturbance(state), getattr(accelerator, "scaler", None)
     report: dict[str, float] = {}
     fakes: list[tuple[Tensor, Tensor]] = []
     quantized: dict[str, Quantized] = {}
@@ -37,33 +37,21 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
         x = batch.images.to(accelerator.device)
         with accelerator.autocast():
             output = state.tokenizer(x, **disturbance)
-            terms = state.objective.terms(x, output, batch)
-            if gan:
-                terms["generator"] = _generator_term(state, output.image, terms)
+            terms = tokenizer_terms(state, x, output, batch, gan)
             loss = weighted_sum(terms, config.loss.weights)
             accelerator.backward(loss / len(batches))
         quantized = dict(output.quantized)
-        _count(state, quantized)
+        count_codes(state, quantized)
         fakes.append((x, output.image.detach()))
-        _add(report, terms | {"loss": loss, "psnr": psnr(output.image.detach().float(), x).mean()}, 1 / len(batches))
+        add(report, terms | {"loss": loss, "psnr": psnr(output.image.detach().float(), x).mean()}, 1 / len(batches))
 
-    report["grad_norm"] = optimizer_step(accelerator, state.optimizer, rate, config.optimizer.clip, state.step)
+    report["grad_norm"] = descend(state.optimizer, rate, config.optimizer.clip, state.step, scaler)
 
     # The discriminator: real against reconstructed.
-    if gan and state.discriminator is not None and state.discriminator_optimizer is not None:
-        discriminate = hinge_discriminator if config.loss.gan == "hinge" else logistic_discriminator
-        for real, fake in fakes:
-            with accelerator.autocast():
-                real_logits, fake_logits = state.discriminator(real).float(), state.discriminator(fake).float()
-                loss = config.loss.weights.generator * discriminate(real_logits, fake_logits)
-                accelerator.backward(loss / len(fakes))
-            _add(report, {"discriminator": loss}, 1 / len(fakes))
+    if gan:
         own = config.discriminator_optimizer  # its schedule begins with its first step
         its_rate = learning_rate(own, state.step - config.loss.gan_start, progress) if own else rate
-        its_clip = (own or config.optimizer).clip
-        report["discriminator_grad_norm"] = optimizer_step(
-            accelerator, state.discriminator_optimizer, its_rate, its_clip, state.step
-        )
+        report |= discriminator_step(state, fakes, its_rate, (own or config.optimizer).clip)
 
     # Upkeep: unused codes, the moving average, the count of steps.
     upkeep = config.upkeep
@@ -73,6 +61,34 @@ def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> 
         state.ema.update_parameters(state.tokenizer)
     state.step += 1
     report["lr"] = rate
+    return report
+
+
+def tokenizer_terms(state: TrainState, x: Tensor, output: Reconstruction, batch: Batch, gan: bool) -> dict[str, Tensor]:
+    """The terms of the tokenizer's loss, unweighted; `gan` adds the adversarial one."""
+    terms = state.objective.terms(x, output, batch)
+    if gan:
+        terms["generator"] = _generator_term(state, output.image, terms)
+    return terms
+
+
+def discriminator_step(
+    state: TrainState, pairs: Sequence[tuple[Tensor, Tensor]], rate: float, clip: float
+) -> dict[str, float]:
+    """One step of the discriminator on (real, reconstructed) images; returns what to report."""
+    assert state.discriminator is not None
+    assert state.discriminator_optimizer is not None
+    loss_config, report = state.config.loss, {}
+    discriminate = hinge_discriminator if loss_config.gan == "hinge" else logistic_discriminator
+    for real, fake in pairs:
+        with state.accelerator.autocast():
+            real_logits, fake_logits = state.discriminator(real).float(), state.discriminator(fake).float()
+            loss = loss_config.weights.generator * discriminate(real_logits, fake_logits)
+            state.accelerator.backward(loss / len(pairs))
+        add(report, {"discriminator": loss}, 1 / len(pairs))
+    report["discriminator_grad_norm"] = descend(
+        state.discriminator_optimizer, rate, clip, state.step, getattr(state.accelerator, "scaler", None)
+    )
     return report
 
 
@@ -115,13 +131,14 @@ def _generator_term(state: TrainState, image: Tensor, terms: dict[str, Tensor]) 
     return term * adaptive_weight(reconstruction, term, cast(PixelDecoder, state.tokenizer.pixel_decoder).last_layer)
 
 
-def _count(state: TrainState, quantized: dict[str, Quantized]) -> None:
+def count_codes(state: TrainState, quantized: dict[str, Quantized]) -> None:
     """Add to the counts of codes since the last report."""
     for name, counts in state.upkeep.count(quantized).items():
         known = state.counts.get(name)
         state.counts[name] = counts if known is None else known + counts
 
 
-def _add(report: dict[str, float], values: dict[str, Tensor], share: float) -> None:
+def add(report: dict[str, float], values: dict[str, Tensor], share: float) -> None:
+    """Add a share of each value to the report."""
     for name, value in values.items():
         report[name] = report.get(name, 0.0) + float(value.detach()) * share

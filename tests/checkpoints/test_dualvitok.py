@@ -15,9 +15,9 @@ from tests.cases import case
 from tests.dualvitok_weights import dualvitok_weights
 from tokenizers_mm.checkpoints.convert import convert
 from tokenizers_mm.checkpoints.dualvitok import PUBLISHED, links_of, read_config
-from tokenizers_mm.checkpoints.store import build
 from tokenizers_mm.checkpoints.upstream import give
 from tokenizers_mm.models import DualViTok
+from tokenizers_mm.models.loading import build
 
 
 def test_published_names_and_shapes() -> None:

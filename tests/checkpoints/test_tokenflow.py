@@ -16,9 +16,9 @@ from tests.cases import case
 from tokenizers_mm.checkpoints import tokenflow as published
 from tokenizers_mm.checkpoints import upstream
 from tokenizers_mm.checkpoints.convert import convert
-from tokenizers_mm.checkpoints.store import build
 from tokenizers_mm.checkpoints.tokenflow_variants import variant_of
 from tokenizers_mm.models import TokenFlow
+from tokenizers_mm.models.loading import build
 
 PIXEL = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1, "z_channels": 16}
 DESCRIPTION: dict[str, Any] = {

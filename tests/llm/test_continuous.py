@@ -1,9 +1,11 @@
 """A language model with MAR in both directions: Harmon's cases, the cache, gradients, prompts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.cases import Case, case
@@ -259,3 +261,29 @@ def test_the_cache_saves_what_it_should(model: ContinuousLM, monkeypatch: pytest
         images = [model.tokenizer.num_buffers + n for n in known]
         assert seen == ([200, *images] if cache else [200 + n for n in images])
     assert_close(tokens[0], tokens[1], GENERATION)
+
+
+def test_save_and_load_give_the_same_model(model: ContinuousLM, tmp_path: Path) -> None:
+    model.save(tmp_path / "saved")
+    again = ContinuousLM.load(tmp_path / "saved")
+    assert not again.training
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    latents = model.tokenizer.encode(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    ids = torch.tensor([[1, *[PLACEHOLDER] * model.read(latents).shape[1], 2]])
+    with torch.no_grad():
+        embeddings = [m.prompt(ids, torch.ones_like(ids).bool(), latents).embeddings for m in (model, again)]
+    assert torch.equal(*embeddings)
+
+
+def test_foreign_directories_get_one_sentence(model: ContinuousLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config.json: expected a config.json, got no such file"):
+        ContinuousLM.load(tmp_path)
+    model.tokenizer.save(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match=r"config.json: kind: expected continuous_lm, got None"):
+        ContinuousLM.load(tmp_path / "tokenizer")
+    model.save(tmp_path / "saved")
+    save_file({"proj_in.0.weight": torch.zeros(1)}, tmp_path / "saved" / "projectors.safetensors")
+    with pytest.raises(ValueError, match="projectors: expected the tensors of proj_in with their shapes"):
+        ContinuousLM.load(tmp_path / "saved")

@@ -193,6 +193,32 @@ def test_masked_diffusion_learns_and_draws() -> None:
         diffuse(model, vocabulary, processor(["a", [picture(1)]]), mask)
 
 
+def test_masked_diffusion_draws_what_the_caption_says() -> None:
+    """Two captions, each of an image of one code: drawn from a caption, with every code hidden, is that image."""
+    torch.manual_seed(0)
+    text, tokenizer = words(["dark light"], mask_token="<mask>"), one_scale()
+    vocabulary = VisualVocabulary.for_tokenizer(tokenizer, text)
+    processor = MultimodalProcessor(tokenizer, text, vocabulary, positions="slots")
+    model, mask = extend(learned_positions(len(text), 40), vocabulary), int(text.mask_token_id)  # type: ignore[call-overload]
+    levels = {"dark": -0.8, "light": 0.8}
+    shown = [[Segment(caption, learn=False), torch.full((3, 16, 16), level)] for caption, level in levels.items()]
+    batch = processor(shown)
+    codes = [row[1].ids.unique().tolist() for row in processor.decode(batch.input_ids, images="codes")]
+    assert codes == [[0], [7]]
+    optimizer, generator = torch.optim.Adam(model.parameters(), lr=5e-3), torch.Generator().manual_seed(0)
+    for _ in range(300):
+        diffusion_loss(model, batch, mask, generator).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # The images given here are noise: diffuse hides them before the first step.
+    captions = ["light", "dark", "dark", "light"]
+    blank = processor([[Segment(caption, learn=False), picture(seed)] for seed, caption in enumerate(captions)])
+    drawn = diffuse(model.eval(), vocabulary, blank, mask, DiffusionSettings(8, 1.0), generator=generator)
+    found = [row[1].ids[0] for row in processor.decode(drawn, images="codes")]
+    for caption, ids in zip(captions, found, strict=True):
+        assert float((ids == {"dark": 0, "light": 7}[caption]).double().mean()) > 0.9, caption
+
+
 def test_packed_masked_diffusion_is_padded_masked_diffusion() -> None:
     text, tokenizer = byte_level(), one_scale()
     vocabulary = VisualVocabulary.for_tokenizer(tokenizer, text)

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 
 import tokenizers_mm as tmm
 from tests.cases import ROOT
-from tokenizers_mm.checkpoints.store import build
 from tokenizers_mm.config import from_mapping, read_yaml, to_mapping
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.models import TokenFlow, TokenFlowConfig
+from tokenizers_mm.models.loading import build
 from train.config import TrainConfig, read_config
 from train.state import build_state
 from train.step import train_step

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from tokenizers_mm._check import require
-from tokenizers_mm.checkpoints.store import build, fill
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig
@@ -18,6 +17,7 @@ from tokenizers_mm.encoders.pixel import PixelEncoderConfig
 from tokenizers_mm.encoders.qwen2_vit import Qwen2ViTConfig
 from tokenizers_mm.layers.rotary import RotaryTransformerConfig
 from tokenizers_mm.models import DualViTok, DualViTokConfig, Provenance
+from tokenizers_mm.models.loading import build, fill
 from tokenizers_mm.quantizers.vq import SimVQConfig
 from tokenizers_mm.resolutions import Resolutions
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints import upstream
-from tokenizers_mm.checkpoints.store import build, fill
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
 from tokenizers_mm.decoders.diffusion import TokenDenoiserConfig
 from tokenizers_mm.decoders.mar import MARDecoderConfig
@@ -24,6 +23,7 @@ from tokenizers_mm.encoders.mar import MAREncoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoderConfig
 from tokenizers_mm.models import MAR, MARConfig, Provenance
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
+from tokenizers_mm.models.loading import build, fill
 
 MAR_SOURCE = Provenance(source="https://github.com/LTH14/mar", license="MIT")
 HARMON_SOURCE = Provenance(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.checkpoints.store import build, fill
 from tokenizers_mm.checkpoints.tokenflow_variants import ENHANCED, PIXEL, VARIANTS, Description, variant_of
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
@@ -20,6 +19,7 @@ from tokenizers_mm.decoders.semantic import SemanticDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoderConfig
 from tokenizers_mm.functional.positions import resize_positions
 from tokenizers_mm.models import Provenance, TokenFlow, TokenFlowConfig
+from tokenizers_mm.models.loading import build, fill
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
 
 SOURCE = Provenance(source="ByteFlow-AI/TokenFlow on the Hugging Face hub", license="MIT")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.checkpoints.store import account, first_few, read_safetensors
+from tokenizers_mm.models.loading import account, first_few, read_safetensors
 
 WRAPPERS = ("ema", "model_ema", "model", "state_dict")
 """Keys under which training programs keep the weights; the first one present is read."""

@@ -29,18 +29,20 @@ def cosine_ratio(t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 
 def masked_diffusion_loss(
-    logits: Float[Tensor, "b l v"],
+    logits: Float[Tensor, "n v"],
     tokens: Int[Tensor, "b l"],
     hidden: Bool[Tensor, "b l"],
     maskable: Bool[Tensor, "b l"],
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the hidden tokens at their own places, each over the hidden share of its row.
 
+    logits: of the hidden tokens alone, row by row.
+
     Mean over rows of (1 / r) * sum of -log p over hidden tokens / number of maskable tokens, r = hidden / maskable: so
     each row weighs the same however much of it is hidden. Rows with nothing maskable count as 0.
     """
     terms = logits.new_zeros(tokens.shape, dtype=torch.float32)
-    terms[hidden] = F.cross_entropy(logits[hidden].float(), tokens[hidden], reduction="none")
+    terms[hidden] = F.cross_entropy(logits.float(), tokens[hidden], reduction="none")
     ratio = hidden.sum(1) / maskable.sum(1).clamp_min(1)
     return (terms.sum(1) / (ratio * maskable.sum(1)).clamp_min(1)).mean()
 

@@ -1,6 +1,7 @@
 """The bridge to language models; it programs against models/base.py only."""
 
 from tokenizers_mm.llm.batch import Batch as Batch
+from tokenizers_mm.llm.batch import ImageFeatures as ImageFeatures
 from tokenizers_mm.llm.batch import Segment as Segment
 from tokenizers_mm.llm.generate import GenerationSettings as GenerationSettings
 from tokenizers_mm.llm.generate import Sampling as Sampling
@@ -8,6 +9,7 @@ from tokenizers_mm.llm.generate import generate as generate
 from tokenizers_mm.llm.grammar import Grammar as Grammar
 from tokenizers_mm.llm.grammar import GrammarProcessor as GrammarProcessor
 from tokenizers_mm.llm.layout import Layout as Layout
+from tokenizers_mm.llm.loss import next_token_loss as next_token_loss
 from tokenizers_mm.llm.model import OnlyNewRows as OnlyNewRows
 from tokenizers_mm.llm.model import extend as extend
 from tokenizers_mm.llm.processor import MultimodalProcessor as MultimodalProcessor

@@ -17,11 +17,24 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
+class ImageFeatures:
+    """The features of one image of height x width pixels, made already: one tensor [T, C] per part.
+
+    They go into `Batch.features` as they are, gradients and all. Only in a Segment with as_features=True.
+    """
+
+    parts: tuple[Tensor, ...]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Segment:
     """A piece of a row, with more said about it than by a plain text or image.
 
-    content: a text, or an image: PIL, path, float tensor [3, H, W] in [-1, 1], `ImageCodes` or `ImageLatents` of one
-    image. learn: whether its tokens are labels. as_features: show an image as continuous features instead of ids.
+    content: a text, or an image: PIL, path, float tensor [3, H, W] in [-1, 1], `ImageCodes`, `ImageLatents` of one
+    image, or its `ImageFeatures`. learn: whether its tokens are labels. as_features: show an image as continuous
+    features instead of ids.
     """
 
     content: object

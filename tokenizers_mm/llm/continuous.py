@@ -9,8 +9,10 @@
 An image is [tokens, row-major | buffers] in the language model's sequence, for reading and for writing alike.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import atomic_directory, write_json
 from tokenizers_mm.functional.gradients import scale_gradient
 from tokenizers_mm.llm.batch import IGNORED, Batch, Segment
 from tokenizers_mm.llm.presets import ChatFormat
 from tokenizers_mm.llm.projector import FeatureProjector, ProjectorConfig, embed
+from tokenizers_mm.models.loading import load_directory, read_config, read_safetensors
 from tokenizers_mm.models.mar import MAR, Grid, MARDraws, buffers_first, buffers_last
 from tokenizers_mm.models.mar_sampling import Noise, Plan, SamplingConfig, draw_noise, plan_all, sample
+from tokenizers_mm.models.saving import CONFIG, FORMAT, save_tensors
 from tokenizers_mm.types import ImageLatents
+
+KIND, PROJECTORS = "continuous_lm", "projectors.safetensors"
+"""What config.json says of a saved `ContinuousLM`, and the file of its projectors."""
 
 PLACEHOLDER = -200
 """Stands in input ids for one vector of an image; no token has this id."""
@@ -89,6 +97,35 @@ class ContinuousLM(nn.Module):
                 getattr(self, name).load_state_dict(part)
             except RuntimeError as error:
                 fail("projectors", f"the tensors of {name} with their shapes", " ".join(str(error).split()))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `tokenizer` and `language_model`, each in its own format, projectors.safetensors and config.json."""
+        with atomic_directory(directory) as folder:
+            write_json(folder / CONFIG, {"library": "tokenizers_mm", "format": FORMAT, "kind": KIND})
+            self.tokenizer.save(folder / "tokenizer")
+            self.language_model.save_pretrained(folder / "language_model")
+            parts = {"proj_in": self.proj_in, "proj_out": self.proj_out}
+            tensors = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.state_dict().items()}
+            save_tensors(tensors, folder / PROJECTORS)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "ContinuousLM":
+        """Read what `save` wrote, in evaluation mode; ValueError names the first file that is missing or foreign."""
+        from transformers import AutoModelForCausalLM  # loaded when asked for
+
+        folder = Path(directory)
+        kind = read_config(folder / CONFIG).get("kind")
+        require(kind == KIND, f"{folder / CONFIG}: kind", KIND, repr(kind))
+        tokenizer = load_directory(folder / "tokenizer")
+        if not isinstance(tokenizer, MAR):
+            fail(str(folder / "tokenizer"), "a MAR tokenizer", tokenizer.family)
+        try:
+            language_model = AutoModelForCausalLM.from_pretrained(folder / "language_model", local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            fail(str(folder / "language_model"), "a causal language model", str(error).splitlines()[0])
+        model = cls(tokenizer, language_model)
+        model.load_projectors(read_safetensors(folder / PROJECTORS))
+        return model.eval()
 
     def read(self, latents: ImageLatents) -> Tensor:
         """The vectors [B, h * w + num_buffers, H] that stand for images, differentiable."""

@@ -14,6 +14,7 @@ from tokenizers_mm._check import require
 from tokenizers_mm.functional.masked_diffusion import cosine_ratio, hide, left_hidden, masked_diffusion_loss
 from tokenizers_mm.functional.sampling import draw, guide_logits
 from tokenizers_mm.llm.batch import IGNORED, Batch
+from tokenizers_mm.llm.loss import logits_at
 from tokenizers_mm.llm.packing import block_mask
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 
@@ -27,7 +28,7 @@ def diffusion_loss(model: Any, batch: Batch, mask_id: int, generator: torch.Gene
     time = torch.rand(len(batch), generator=generator).to(maskable.device)
     hidden = hide(maskable, cosine_ratio(time), generator)
     tokens = batch.input_ids.masked_fill(hidden, mask_id)
-    logits = model(input_ids=tokens, attention_mask=see_both_ways(batch), position_ids=batch.position_ids).logits
+    logits = logits_at(model, _inputs(batch, tokens), hidden)
     return masked_diffusion_loss(logits, batch.input_ids, hidden, maskable)
 
 
@@ -90,8 +91,13 @@ def diffuse(
 def _logits(model: Any, batch: Batch, slots: Tensor, known: Tensor, mask_id: int) -> Tensor:
     """Logits [B, n, V] at the slots, where hidden ones hold the mask token."""
     tokens = batch.input_ids.scatter(1, slots, torch.where(known < 0, mask_id, known))
-    logits = model(input_ids=tokens, attention_mask=see_both_ways(batch), position_ids=batch.position_ids).logits
-    return logits.take_along_dim(slots[..., None], 1).float()
+    where = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, slots, True)
+    return logits_at(model, _inputs(batch, tokens), where).unflatten(0, slots.shape).float()
+
+
+def _inputs(batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
+    """What the model takes when it sees both ways."""
+    return {"input_ids": tokens, "attention_mask": see_both_ways(batch), "position_ids": batch.position_ids}
 
 
 def _draw(

@@ -14,6 +14,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_images
 from tokenizers_mm.llm.batch import (
     Batch,
+    ImageFeatures,
     Row,
     Segment,
     Side,
@@ -170,7 +171,9 @@ class MultimodalProcessor:
         parts = row if isinstance(row, (list, tuple)) else [row]
         segments = [part if isinstance(part, Segment) else Segment(part) for part in parts]
         for segment in segments:
-            if not isinstance(segment.content, (str, Image.Image, Path, Tensor, ImageCodes, ImageLatents, _Tokens)):
+            if not isinstance(
+                segment.content, (str, Image.Image, Path, Tensor, ImageCodes, ImageLatents, ImageFeatures, _Tokens)
+            ):
                 fail("row", "texts, images, paths, image codes or Segments", type(segment.content).__name__)
         return segments
 
@@ -226,6 +229,10 @@ class MultimodalProcessor:
             content = segment.content
             if isinstance(content, _Tokens):
                 continue
+            if isinstance(content, ImageFeatures):
+                require(segment.as_features, "ImageFeatures", "a Segment with as_features=True", "as_features=False")
+                done[id(segment)] = (content.parts, (content.height, content.width))
+                continue
             if isinstance(content, (ImageCodes, ImageLatents)):
                 whole = one_image(content)
                 size = (content.height, content.width)
@@ -241,7 +248,7 @@ class MultimodalProcessor:
                 codes = self.tokenizer.encode(x)
                 if isinstance(codes, ImageLatents):
                     fail("image", "a Segment with as_features=True (this tokenizer is continuous)", "an image as ids")
-                found = [ImageCodes(ids[None], height, width, codes.streams) for ids in codes.ids]
+                found = [ImageCodes(ids[None], height, width, codes.streams) for ids in codes.ids.cpu()]
             done |= {id(segment): item for (segment, _), item in zip(group, found, strict=True)}
         for segment in segments:
             if isinstance(done.get(id(segment)), ImageLatents):
@@ -257,9 +264,9 @@ class MultimodalProcessor:
 
     def _features(self, images: Any) -> list[tuple[Tensor, ...]]:
         """Features per image: one tensor [T, C] per part (a tokenizer may give several parts)."""
-        found = self.features(images)
+        found = self.features(images.to(self.tokenizer.device))
         found = found.values() if isinstance(found, Mapping) else found
-        parts = [part.detach() for part in ((found,) if isinstance(found, Tensor) else found)]
+        parts = [part.detach().cpu() for part in ((found,) if isinstance(found, Tensor) else found)]
         return [tuple(part[i].reshape(-1, part.shape[-1]) for part in parts) for i in range(parts[0].shape[0])]
 
     def _picture(self, content: Any) -> Tensor:

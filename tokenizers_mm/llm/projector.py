@@ -4,15 +4,21 @@ Source: TokenFlow (arXiv 2412.03069), section 3.4, and ILLUME+ (arXiv 2504.01934
 (arXiv 2503.21979): SiLU.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import write_json
+from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import Batch
+from tokenizers_mm.models.loading import fill, read_json, read_safetensors
+from tokenizers_mm.models.saving import save_tensors
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,20 @@ class FeatureProjector(nn.Module):
             column = [parts[index].to(self._like.dtype) for parts in images]
             columns.append(network(torch.cat(column)).split([len(part) for part in column]))
         return torch.cat([part for parts in zip(*columns, strict=True) for part in parts])
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write projector.json and projector.safetensors."""
+        write_json(Path(directory) / "projector.json", to_mapping(self.config))
+        save_tensors(self.state_dict(), Path(directory) / "projector.safetensors")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "FeatureProjector":
+        """Read what `save` wrote; ValueError for files that are missing or of something else."""
+        path = Path(directory) / "projector.json"
+        projector = cls(from_mapping(ProjectorConfig, read_json(path), str(path)))
+        path = path.with_suffix(".safetensors")
+        fill(projector, read_safetensors(path), str(path))
+        return projector
 
     @property
     def _like(self) -> Tensor:

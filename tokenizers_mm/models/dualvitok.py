@@ -134,8 +134,9 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         semantic, pixel, target = self.encode_features(x)
         quantized = self.quantize(semantic, pixel)
         semantic, pixel = quantized["semantic"].vectors, quantized["pixel"].vectors
-        image = self.decode_pixels(self.merge(semantic, pixel if perturb is None else perturb(pixel)))
-        return Reconstruction(image, self.decode_semantic(semantic), target.flatten(1, 2), quantized)
+        vectors = self.merge(semantic, pixel)
+        image = self.decode_pixels(vectors if perturb is None else self.merge(semantic, perturb(pixel)))
+        return Reconstruction(image, self.decode_semantic(semantic), target.flatten(1, 2), quantized, vectors)
 
     def encode_tensor(self, x: Tensor) -> ImageCodes:
         semantic, pixel, _ = self.encode_features(x)

@@ -6,6 +6,7 @@ reads. The path back: tokens from `mar_sampling` (or any latents) -> KL decoder.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,7 +215,7 @@ def drop_labels(labels: Tensor, share: float, generator: torch.Generator | None 
     return labels.masked_fill(dropped, -1)
 
 
-def decay_groups(model: torch.nn.Module, weight_decay: float, prefix: str = "") -> list[dict[str, object]]:
+def decay_groups(model: torch.nn.Module, weight_decay: float, prefix: str = "") -> list[dict[str, Any]]:
     """Two groups for an optimizer: parameters that decay, and those that do not (see WITHOUT_DECAY).
 
     prefix: where MAR's own names begin inside `model`. Frozen parameters are left out.

@@ -1,18 +1,20 @@
 """Our format on disk: config.json, model.safetensors, preprocessor_config.json and a model card.
 
-Reading it back is `checkpoints.store.load`.
+Reading it back is `models.loading.load_directory`.
 """
 
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
-from tokenizers_mm._files import atomic_directory
+from tokenizers_mm._files import atomic_directory, atomic_path
 from tokenizers_mm.config import to_mapping
 
 if TYPE_CHECKING:
@@ -30,8 +32,14 @@ def write(tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str]) -
         (folder / CONFIG).write_text(_json(_config(tokenizer)), encoding="utf-8")
         (folder / PREPROCESSOR).write_text(_json(_preprocessor(tokenizer)), encoding="utf-8")
         (folder / CARD).write_text(_card(tokenizer), encoding="utf-8")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tokenizer.state_dict(), folder / WEIGHTS)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(ready, temporary, metadata={"format": "pt"})
 
 
 def push(tokenizer: "ImageTokenizer[Any]", repo_id: str, private: bool) -> str:

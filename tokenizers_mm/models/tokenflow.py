@@ -118,7 +118,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         """Reconstruct x [B, 3, H, W]; `keep` lists the scales to use (all by default)."""
         quantized = self.quantizer.quantize(self.encode_features(x), keep)
         image, semantic = self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors)
-        return Reconstruction(image, semantic, None, {"shared": quantized})
+        return Reconstruction(image, semantic, None, {"shared": quantized}, quantized.vectors)
 
     def encode_tensor(self, x: Tensor) -> ImageCodes:
         ids = self.quantizer.quantize(self.encode_features(x)).ids

@@ -1,0 +1,76 @@
+"""What the grammar costs in a decoding step: python -m benchmarks.grammar [--record].
+
+A step at batch 8 in the middle of an image of 16 x 16 codes: the model's forward pass for one token on its cache, the
+grammar's mask over the logits, the choice, the grammar's advance. The model is a Qwen2 of 4 layers and width 256, far
+smaller than any in use, so that the share is more than it will be there.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks import harness
+from tokenizers_mm.llm import Grammar, VisualVocabulary
+from tokenizers_mm.llm.layout import IMAGE_START, Layout
+from tokenizers_mm.llm.vocabulary import CodeRange, ImageSize, Marker
+
+BATCH, TEXT, CODES, SIDE, ROUNDS = 8, 4096, 32768, 16, 60
+
+
+def build() -> tuple[Any, VisualVocabulary]:
+    """Random weights with room for the text, the markers and the codes."""
+    layout = Layout(("pixel",))
+    names = layout.marker_names([(256, 256)])
+    markers = tuple(Marker(name, (TEXT + index,)) for index, name in enumerate(names))
+    codes = CodeRange("pixel", CODES, TEXT + len(markers))
+    vocabulary = VisualVocabulary(TEXT, (codes,), markers, layout, (ImageSize(256, 256, (((SIDE, SIDE),),)),))
+    config = transformers.Qwen2Config(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary.size,
+    )
+    return transformers.Qwen2ForCausalLM(config).eval(), vocabulary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, vocabulary = build()
+    grammar = Grammar(vocabulary, "image", eos=0)
+    start = torch.tensor(vocabulary.marker(IMAGE_START)).expand(BATCH, -1)
+    codes = vocabulary.codes[0].start + torch.randint(0, CODES, (BATCH, SIDE * SIDE // 2))
+    prompt = torch.cat([torch.randint(1, TEXT, (BATCH, 32)), start, codes], 1)
+    state, token = grammar.read(prompt), prompt[:, -1:]
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        logits = torch.randn(BATCH, vocabulary.size)
+
+        def forward() -> torch.Tensor:
+            found = model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+            cache.crop(-1)
+            return found
+
+        methods = {
+            "step": lambda: forward().argmax(-1),
+            "step with grammar": lambda: grammar.advance(state, grammar.mask(state, forward()).argmax(-1)),
+            "grammar alone": lambda: (grammar.mask(state, logits), grammar.advance(state, token[:, 0])),
+        }
+        times = harness.interleave(methods, ROUNDS, clock="cpu")
+    share = times["grammar alone"] / times["step with grammar"]
+    print(harness.table([[name, f"{value:.3f} ms"] for name, value in times.items()]))
+    print(f"the grammar's share of a step: {share:.1%}")
+    if options.record:
+        row = {"batch": BATCH, "rows": vocabulary.size, "share": share, "milliseconds": times}
+        harness.record("grammar", row, harness.machine())
+
+
+if __name__ == "__main__":
+    main()

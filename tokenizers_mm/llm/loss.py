@@ -1,0 +1,47 @@
+"""Logits where they are needed, and the next-token loss, without logits [B, L, V] of all tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizers_mm.llm.batch import IGNORED
+
+PLAIN = frozenset(
+    ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"],
+)
+"""Kinds of `transformers` models whose logits are the head of the decoder's last hidden states and no more.
+
+Those of Gemma are so where the configuration caps no logits. Others (Cohere and Granite scale theirs) are not here.
+"""
+
+
+def next_token_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the labelled tokens, each predicted from those before it; 0 where nothing is labelled.
+
+    inputs: `Batch.model_inputs()`, or `projector.embed(...)`. The same number as the model's own loss.
+    """
+    labels = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    where = labels != IGNORED
+    logits = logits_at(model, {name: value for name, value in inputs.items() if name != "labels"}, where)
+    return F.cross_entropy(logits.float(), labels[where], reduction="sum") / where.sum().clamp_min(1)
+
+
+def num_predicted(labels: Tensor) -> int:
+    """How many tokens the loss of `next_token_loss` is a mean over, from int64 [B, L] labels."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def logits_at(model: Any, inputs: Mapping[str, Tensor], where: Tensor) -> Tensor:
+    """Logits [n, V] at the n places of bool [B, L] `where`, row by row.
+
+    The head runs at these places alone for the kinds of `PLAIN`, also under adapters of peft; for all others the
+    model computes every logit, in its own way.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = plain.config
+    head = plain.get_output_embeddings()
+    if config.model_type not in PLAIN or getattr(config, "final_logit_softcapping", None) or head is None:
+        return model(**inputs).logits[where]
+    return head(plain.get_decoder()(**inputs, use_cache=False).last_hidden_state[where])
