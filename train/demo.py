@@ -1,9 +1,13 @@
-"""The demo: train a small two-codebook tokenizer, measure it on what it never saw, save it, load it, look at it."""
+"""The demo: train a small two-codebook tokenizer, measure it on what it never saw, save it, load it, look at it.
+
+Then a small language model learns to read and to write its codes (`demo_bridge`, `demo_look`).
+"""
 
 import argparse
 import math
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,15 @@ from .log import read_log
 from .loop import run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+BRIDGE_SECONDS = 580.0
 NUM_CROPS, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 96, 6400, 960
 
 
 def demo(out: Path, quick: bool = False) -> dict[str, Any]:
-    """Run all of it; leaves the tokenizer, two pictures and summary.json in `out` and returns the summary."""
+    """Run all of it; leaves the tokenizer, the language model, pictures and summary.json in `out`; returns the summary.
+
+    quick: a sixth of the time, for a first look. Without `transformers` it ends with the tokenizer.
+    """
     config = read_config(str(CONFIGS / "demo.yaml"), [f"out={out / 'training'}"])
     if quick:
         config = replace(config, max_seconds=config.max_seconds / 6)
@@ -60,6 +68,13 @@ def demo(out: Path, quick: bool = False) -> dict[str, Any]:
     }
     save_picture(comparison_grid(crops[:32], decoded[:32], zoom=2), out / "reconstructions.png")
     _curves(out / "training" / "log.jsonl", out / "curves.png")
+    write_json(out / "summary.json", summary)
+    if find_spec("transformers") is None:
+        print("The language model needs transformers: pip install 'tokenizers_mm[llm]'", file=sys.stderr)
+        return summary
+    from .demo_look import bridge_demo  # an optional package
+
+    summary |= bridge_demo(tokenizer, out, BRIDGE_SECONDS / 6 if quick else BRIDGE_SECONDS)
     write_json(out / "summary.json", summary)
     return summary
 
@@ -135,6 +150,9 @@ def main(arguments: list[str]) -> int:
     print(f"\nLook at {options.out / 'reconstructions.png'}: originals over reconstructions, never trained on,")
     print(f"and at {options.out / 'curves.png'}: the training.")
     print(f"The tokenizer is in {options.out / 'tokenizer'}: tokenizers_mm.load takes it.")
+    if "generation_accuracy" in summary:
+        print(f"What the language model sees: {options.out / 'understanding.md'}; what it draws from captions it never")
+        print(f"read: {options.out / 'generation.png'}. It is in {options.out / 'language_model'}.")
     return 0
 
 

@@ -1,90 +1,168 @@
-"""The demo's second half: a small language model learns to tell what it sees in scenes and to draw from captions."""
+"""The demo's second half: a small language model learns to tell what it sees in scenes and to draw from captions.
+
+It reads pictures as the features of their codes, and draws by next-scale prediction: TokenFlow's own two ways.
+"""
 
 import itertools
 import random
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tokenizers_mm._files import atomic_path
+from tokenizers_mm._check import fail
+from tokenizers_mm._files import write_json
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.scenes import COLOURS, COLUMNS, GROUNDS, ROWS, SHAPES, Scene, make_scene
-from tokenizers_mm.eval.pictures import write_pictures
-from tokenizers_mm.eval.scenes import judge_scene
 from tokenizers_mm.llm import (
-    Batch,
-    GenerationSettings,
-    Grammar,
+    FeatureProjector,
+    ImageFeatures,
     MultimodalProcessor,
-    Sampling,
+    ProjectorConfig,
     Segment,
     VisualVocabulary,
     extend,
-    generate,
+    next_token_loss,
 )
 from tokenizers_mm.llm.batch import pad_rows
+from tokenizers_mm.llm.next_scale import NextScaleInputs, next_scale_loss
+from tokenizers_mm.llm.projector import embed
 from tokenizers_mm.models import ImageTokenizer
+from tokenizers_mm.models.saving import save_tensors
 from tokenizers_mm.types import ImageCodes
 
-from .bridge import FitConfig, fit
 from .config import OptimizerConfig
+from .descent import descend
+from .schedule import learning_rate
 
 WIDTH, DEPTH, HEADS = 128, 4, 4
-NUM_SCENES, NUM_HELDOUT, SHOWN = 8000, 200, 16
-BATCH, CHUNK = 32, 50
+NUM_SCENES, DRAWN, TOLD = 8000, 8, 16
+"""Scenes to learn from, and how many of them a step of drawing and one of telling take."""
+
+TURNS = ("draw", "draw", "draw", "tell")
+UNCAPTIONED = 0.1
+"""Share of pictures that are drawn without a caption, which guidance needs."""
+
 COLOUR, SHAPE, TELL, DRAW = "what colour ?", "what shape ?", "describe :", "draw :"
-HELDOUT = 1 << 31
-"""Held-out scenes from here on, apart from those that the probes of the first half use."""
+LONGEST = "a large red circle at the top left and " * 3 + "on grey"
+
+MATRICES = OptimizerConfig(lr=2e-2, weight_decay=0.01, schedule="cosine", warmup=40, clip=1.0)
+OTHERS = OptimizerConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine", warmup=40, clip=1.0)
 
 
-def bridge_demo(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> dict[str, Any]:
-    """Train for so many seconds, ask and draw; leaves the model, understanding.md and generation.png in `out`."""
+class Bridge(nn.Module):
+    """The language model, and what stands between it and pictures.
+
+    projector: of the features that it reads. scales: what it reads of the scales already drawn. codes: [K, D], the
+    code vectors with mean 0 and spread 1 in every channel.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer[Any], processor: MultimodalProcessor) -> None:
+        super().__init__()
+        self.processor = processor
+        self.size = image_size(tokenizer)
+        (stream,) = tokenizer.streams(*self.size)
+        vectors = code_vectors(tokenizer)
+        self.codes = (vectors - vectors.mean(0)) / vectors.std(0)
+        self.prefix = len(processor.rows([[f"{DRAW} {LONGEST}", processor.opening()]], end=False)[0])
+        self.model: Any = make_model(processor, self.codes, 2 * self.prefix + stream.num_ids)
+        self.projector = FeatureProjector(ProjectorConfig(processor.feature_dims(), WIDTH))
+        self.scales = NextScaleInputs(stream.grids, self.codes.shape[1], WIDTH)
+        self.first_id = processor.vocabulary.codes[0].start
+
+    def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What comes before pictures, padded on the left to one length: ids and mask [B, P]; "" is no caption."""
+        opening = self.processor.opening()
+        rows = self.processor.rows([[f"{DRAW} {c}", opening] if c else [opening] for c in captions], end=False)
+        batch = pad_rows(rows, self.processor.pad, "left", self.prefix)
+        return batch.input_ids, batch.attention_mask.bool()
+
+    def drawing_loss(self, captions: Sequence[str], ids: Tensor) -> Tensor:
+        """Of the codes of pictures, int64 [B, L]."""
+        return next_scale_loss(self.model, self.scales, self.prompts(captions), ids, self.codes[ids], self.first_id)
+
+    def telling(self, rows: Sequence[Sequence[Any]], side: Any = "right", end: bool = True) -> dict[str, Tensor]:
+        """Rows with pictures as features, as the model takes them."""
+        return embed(self.model, self.processor(rows, end=end, side=side), self.projector)
+
+    def save(self, folder: Path) -> None:
+        """The model and its text tokenizer as `transformers` reads them; the projector and the scales beside them."""
+        self.model.save_pretrained(folder)
+        self.processor.save(folder)
+        self.projector.save(folder)
+        save_tensors(self.scales.state_dict(), folder / "scales.safetensors")
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Scenes with their codes, int64 [N, L], and features, [N, T, C]."""
+
+    scenes: list[Scene]
+    ids: Tensor
+    features: Tensor
+    size: tuple[int, int]
+
+    def shown(self, index: int) -> Segment:
+        """A scene's picture as features."""
+        return Segment(ImageFeatures((self.features[index],), *self.size), learn=False, as_features=True)
+
+
+def teach(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> tuple[Bridge, dict[str, Any]]:
+    """Train for so many seconds; leaves the model in `out/language_model`, and says how long and how far it went."""
     torch.manual_seed(0)
-    side = (tokenizer.image_size or (64, 64))[0]
-    processor = make_processor(tokenizer)
-    model = make_model(tokenizer, processor)
-    scenes = [make_scene(index) for index in range(NUM_SCENES)]
-    codes = encode_scenes(tokenizer, scenes, side)
-    rng, turn = random.Random(0), itertools.count()
+    bridge = Bridge(tokenizer, make_processor(tokenizer))
+    lessons = make_lessons(tokenizer, [make_scene(index) for index in range(NUM_SCENES)])
+    matrices = [p for p in bridge.model.transformer.h.parameters() if p.ndim == 2]
+    others = [p for p in bridge.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = (
+        (MATRICES, torch.optim.Muon(matrices, lr=MATRICES.lr, weight_decay=MATRICES.weight_decay)),
+        (OTHERS, torch.optim.AdamW(others, OTHERS.lr, OTHERS.betas, weight_decay=OTHERS.weight_decay)),
+    )
+    rng, turns, started, step = random.Random(0), itertools.cycle(TURNS), time.perf_counter(), 0
+    means: dict[str, float] = {}
+    bridge.train()
+    while (spent := time.perf_counter() - started) < seconds:
+        turn = next(turns)
+        loss = draw_loss(bridge, lessons, rng) if turn == "draw" else tell_loss(bridge, lessons, rng)
+        loss.backward()
+        for options, optimizer in optimizers:
+            descend(optimizer, learning_rate(options, step, spent / seconds), options.clip, step)
+        means[turn] = means.get(turn, loss.item()) * 0.98 + loss.item() * 0.02
+        step += 1
+        if step % 200 == 0:
+            print(f"bridge {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()), file=sys.stderr)
+    bridge.eval().save(out / "language_model")
+    report = {"bridge_seconds": time.perf_counter() - started, "bridge_steps": step}
+    write_json(out / "language_model" / "demo.json", report | {f"loss_{k}": v for k, v in means.items()})
+    return bridge, report
 
-    def next_batch() -> Batch:
-        """The directions take turns, so that a few words of an answer weigh as much as the many codes of a picture."""
-        row = drawing_row if next(turn) % 2 else telling_row
-        chosen = [rng.randrange(NUM_SCENES) for _ in range(BATCH)]
-        rows = [row(scenes[i], codes[i], rng) for i in chosen]
-        return pad_rows(processor.rows(rows), processor.pad)
 
-    options = OptimizerConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine", warmup=40, clip=1.0)
-    fitting = FitConfig(options, steps=100_000, max_seconds=seconds)
-    last = fit(list(model.train().parameters()), lambda: model(**next_batch().model_inputs()).loss, fitting, print)
-    model.eval()
-    model.save_pretrained(out / "language_model")
-    processor.save(out / "language_model")
+def draw_loss(bridge: Bridge, lessons: Lessons, rng: random.Random) -> Tensor:
+    """Captions and their pictures; now and then a picture alone."""
+    chosen = [rng.randrange(len(lessons.scenes)) for _ in range(DRAWN)]
+    captions = ["" if rng.random() < UNCAPTIONED else lessons.scenes[i].caption for i in chosen]
+    return bridge.drawing_loss(captions, lessons.ids[chosen])
 
-    heldout = [make_scene(HELDOUT + index, "heldout") for index in range(NUM_HELDOUT)]
-    answers = understand(model, processor, heldout, encode_scenes(tokenizer, heldout, side))
-    pictures = draw(model, processor, [scene.caption for scene in heldout])
-    right = [
-        picture is not None and judge_scene(picture) == (scene.objects[0].shape, scene.objects[0].colour)
-        for picture, scene in zip(pictures, heldout, strict=True)
-    ]
-    write_understanding(out / "understanding.md", heldout, answers)
-    drawn = [(picture, scene.caption) for picture, scene in zip(pictures, heldout, strict=True) if picture is not None]
-    write_pictures(out / "generation.png", drawn[:SHOWN])
-    exact = [answer == expected for row in answers for answer, expected in row[:2]]
-    return {
-        "understanding_accuracy": sum(exact) / len(exact),
-        "generation_accuracy": sum(right) / len(right),
-        "parse_rate": sum(picture is not None for picture in pictures) / len(pictures),
-        "bridge_seconds": last.get("seconds", 0.0),
-        "bridge_steps": last.get("step", 0),
-    }
+
+def tell_loss(bridge: Bridge, lessons: Lessons, rng: random.Random) -> Tensor:
+    """Pictures, each with two questions and a description, in any order."""
+    chosen = [rng.randrange(len(lessons.scenes)) for _ in range(TOLD)]
+    rows = []
+    for index in chosen:
+        scene = lessons.scenes[index]
+        largest = scene.objects[0]
+        pairs = [(COLOUR, largest.colour), (SHAPE, largest.shape), (TELL, scene.caption)]
+        rng.shuffle(pairs)
+        told = [part for question, answer in pairs for part in (Segment(question, learn=False), answer)]
+        rows.append([lessons.shown(index), *told])
+    return next_token_loss(bridge.model, bridge.telling(rows))
 
 
 def make_processor(tokenizer: ImageTokenizer[Any]) -> MultimodalProcessor:
@@ -94,15 +172,14 @@ def make_processor(tokenizer: ImageTokenizer[Any]) -> MultimodalProcessor:
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     text = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
-    vocabulary = VisualVocabulary.for_tokenizer(tokenizer, text)
-    return MultimodalProcessor(tokenizer, text, vocabulary, positions="slots")
+    return MultimodalProcessor(tokenizer, text, VisualVocabulary.for_tokenizer(tokenizer, text))
 
 
-def make_model(tokenizer: ImageTokenizer[Any], processor: MultimodalProcessor) -> Any:
-    """A small decoder with learned positions; rows of codes begin as projections of the codes."""
+def make_model(processor: MultimodalProcessor, codes: Tensor, positions: int) -> Any:
+    """A small decoder with learned positions; its rows of codes begin as projections of the codes."""
     config = GPT2Config(
         vocab_size=processor.vocabulary.text_size,
-        n_positions=processor.longest + 70,
+        n_positions=positions,
         n_embd=WIDTH,
         n_layer=DEPTH,
         n_head=HEADS,
@@ -112,94 +189,35 @@ def make_model(tokenizer: ImageTokenizer[Any], processor: MultimodalProcessor) -
         eos_token_id=processor.eos,
         bos_token_id=processor.eos,
     )
-    model = GPT2LMHeadModel(config)
     name = processor.vocabulary.codes[0].stream
-    return extend(model, processor.vocabulary, codebooks={name: code_vectors(tokenizer)})
+    return extend(GPT2LMHeadModel(config), processor.vocabulary, codebooks={name: codes})
+
+
+def image_size(tokenizer: ImageTokenizer[Any]) -> tuple[int, int]:
+    """(height, width) of a tokenizer of one size."""
+    size = tokenizer.image_size
+    return size if size is not None else fail("tokenizer", "one of a fixed size", "one of any size")
 
 
 @torch.no_grad()
 def code_vectors(tokenizer: ImageTokenizer[Any]) -> Tensor:
-    """The vector of each code of a one-stream tokenizer: what an image of that code alone gives."""
-    height, width = tokenizer.image_size or (64, 64)
+    """The vector [K, D] of each code of a one-stream tokenizer: what an image of that code alone gives."""
+    height, width = image_size(tokenizer)
     (stream,) = tokenizer.streams(height, width)
-    rows, columns = stream.grids[0]
-    ids = torch.arange(stream.codebook_size)[:, None].expand(-1, rows * columns)
+    ids = torch.arange(stream.codebook_size)[:, None].expand(-1, stream.num_ids)
     parts = [tokenizer.vectors(ImageCodes(part, height, width, (stream,))) for part in ids.split(512)]
     return torch.cat([part[:, 0, 0] for part in parts])
 
 
-def encode_scenes(tokenizer: ImageTokenizer[Any], scenes: list[Scene], side: int) -> list[ImageCodes]:
-    """The codes of each scene."""
-    found: list[ImageCodes] = []
+@torch.no_grad()
+def make_lessons(tokenizer: ImageTokenizer[Any], scenes: list[Scene]) -> Lessons:
+    """The codes and features of scenes."""
+    height, width = image_size(tokenizer)
+    ids, features = [], []
     for start in range(0, len(scenes), 64):
-        x = torch.stack([image_to_tensor(scene.render(side)) for scene in scenes[start : start + 64]])
+        x = torch.stack([image_to_tensor(scene.render(height)) for scene in scenes[start : start + 64]])
         codes = tokenizer.encode(x)
         assert isinstance(codes, ImageCodes)
-        found += [ImageCodes(ids[None], codes.height, codes.width, codes.streams) for ids in codes.ids]
-    return found
-
-
-def drawing_row(scene: Scene, codes: ImageCodes, rng: random.Random) -> list[Any]:
-    """A caption and its picture; one time in ten the picture alone, which guidance needs."""
-    return [codes] if rng.random() < 0.1 else [Segment(f"{DRAW} {scene.caption}", learn=False), codes]
-
-
-def telling_row(scene: Scene, codes: ImageCodes, rng: random.Random) -> list[Any]:
-    """A picture and two questions about it, in any order; now and then its description."""
-    largest = scene.objects[0]
-    turns = [(COLOUR, largest.colour), (SHAPE, largest.shape)]
-    turns += [(TELL, scene.caption)] if rng.random() < 0.3 else []
-    rng.shuffle(turns)
-    pairs = [(Segment(question, learn=False), answer) for question, answer in turns]
-    return [Segment(codes, learn=False), *(part for pair in pairs for part in pair)]
-
-
-def understand(
-    model: Any, processor: MultimodalProcessor, scenes: list[Scene], codes: list[ImageCodes]
-) -> list[list[tuple[str, str]]]:
-    """For each scene the answer and what is right, for colour, shape and description."""
-    grammar = Grammar(processor.vocabulary, "text", processor.eos)
-    columns = []
-    for question, length in ((COLOUR, 1), (SHAPE, 1), (TELL, 40)):
-        told: list[str] = []
-        for chunk in _chunks([[image, question] for image in codes]):
-            prompts = processor(chunk, end=False, side="left")
-            settings = GenerationSettings(length, Sampling(temperature=0))
-            ids = generate(model, prompts, grammar, settings)
-            told += ["".join(item for item in row if isinstance(item, str)) for row in processor.decode(ids)]
-        columns.append(told)
-    expected = [(s.objects[0].colour, s.objects[0].shape, s.caption) for s in scenes]
-    return [list(zip(row, want, strict=True)) for row, want in zip(zip(*columns, strict=True), expected, strict=True)]
-
-
-def draw(model: Any, processor: MultimodalProcessor, captions: list[str], guidance: float = 3.0) -> list[Any]:
-    """A picture for each caption, or None where what was said is no image."""
-    grammar = Grammar(processor.vocabulary, "image", processor.eos)
-    settings = GenerationSettings(1, Sampling(temperature=0.7, top_p=0.95), guidance=guidance)
-    pictures: list[Any] = []
-    generator = torch.Generator().manual_seed(0)
-    for chunk in _chunks([[f"{DRAW} {caption}", processor.opening()] for caption in captions]):
-        prompts = processor(chunk, end=False, side="left")
-        empty = processor([[processor.opening()]] * len(chunk), end=False, side="left")
-        ids = generate(model, prompts, grammar, settings, unconditional=empty, generator=generator)
-        rows = processor.decode(torch.cat([prompts.input_ids, ids], 1), malformed="skip")
-        pictures += [next((item for item in row if isinstance(item, Image.Image)), None) for row in rows]
-    return pictures
-
-
-def write_understanding(path: Path, scenes: list[Scene], answers: list[list[tuple[str, str]]]) -> None:
-    """A table of questions and answers."""
-    lines = [
-        "# What the model says about scenes it never saw",
-        "",
-        "| scene | colour | shape | description |",
-        "|---|---|---|---|",
-    ]
-    for scene, row in zip(scenes[:SHOWN], answers[:SHOWN], strict=True):
-        lines.append("| " + " | ".join([scene.caption, *(answer for answer, _ in row)]) + " |")
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _chunks(rows: list[Any]) -> Iterable[list[Any]]:
-    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+        ids.append(codes.ids)
+        features.append(tokenizer.features(codes))
+    return Lessons(scenes, torch.cat(ids), torch.cat(features), (height, width))

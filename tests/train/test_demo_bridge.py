@@ -7,21 +7,31 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.llm.fakes import multi_scale
-from tokenizers_mm.llm import VisualVocabulary
-from train import demo_bridge
-from train.demo_bridge import bridge_demo, code_vectors, make_model, make_processor
+from tokenizers_mm.data.scenes import make_scene
+from tokenizers_mm.llm import FeatureProjector, VisualVocabulary
+from train import demo_bridge, demo_look
+from train.demo_bridge import Bridge, code_vectors, make_lessons, make_processor
+from train.demo_look import bridge_demo, draw_each, reward_each
 
 
-def test_it_trains_asks_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"NUM_SCENES": 64, "NUM_HELDOUT": 8, "BATCH": 4, "CHUNK": 4, "SHOWN": 4}.items():
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in {"NUM_SCENES": 64, "DRAWN": 4, "TOLD": 4}.items():
         monkeypatch.setattr(demo_bridge, name, value)
+    for name, value in {"NUM_HELDOUT": 8, "TOGETHER": 4, "SHOWN": 4, "CANDIDATES": 2}.items():
+        monkeypatch.setattr(demo_look, name, value)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    summary = bridge_demo(multi_scale(), tmp_path, 1.0)
+    yield
     torch.set_num_threads(threads)
+
+
+def test_it_trains_asks_and_draws(tmp_path: Path) -> None:
+    summary = bridge_demo(multi_scale(), tmp_path, 1.0)
     assert summary["parse_rate"] == 1.0
     assert 0 <= summary["generation_accuracy"] <= 1
     assert 0 <= summary["understanding_accuracy"] <= 1
@@ -36,14 +46,53 @@ def test_it_trains_asks_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     vocabulary = VisualVocabulary.load(folder)
     assert len(text) == vocabulary.text_size
     assert len(model.get_input_embeddings().weight) == vocabulary.size  # pyright: ignore[reportArgumentType]
+    bridge = Bridge(multi_scale(), make_processor(multi_scale()))
+    bridge.scales.load_state_dict(load_file(folder / "scales.safetensors"))
+    assert FeatureProjector.load(folder).config == bridge.projector.config
+
+
+def test_a_taught_model_draws_what_it_was_taught_and_rewards_it() -> None:
+    """Two grey levels, two captions: each caption's picture is drawn, and is rewarded more than the other's."""
+    torch.manual_seed(0)
+    tokenizer = multi_scale()
+    bridge = Bridge(tokenizer, make_processor(tokenizer))
+    captions = ["a large red circle on black", "a large white square on grey"]
+    levels = torch.tensor([-0.9, 0.9])
+    codes: Any = tokenizer.encode(levels.view(2, 1, 1, 1).expand(-1, 3, 16, 16).contiguous())
+    features = tokenizer.features(codes).detach()
+    lessons = demo_bridge.Lessons([], codes.ids, features, (16, 16))
+    rows = [[lessons.shown(i), demo_bridge.Segment(demo_bridge.TELL, learn=False), captions[i]] for i in range(2)]
+    optimizer = torch.optim.AdamW(bridge.parameters(), 3e-3)
+    for _ in range(60):
+        loss = bridge.drawing_loss([*captions, "", ""], codes.ids.repeat(2, 1))
+        loss = loss + demo_bridge.next_token_loss(bridge.model, bridge.telling(rows))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    bridge.eval()
+    pictures = draw_each(bridge, captions * 2, torch.Generator().manual_seed(0))
+    assert all(picture is not None for picture in pictures)
+    means = [tokenizer.encode(picture).ids.float().mean() for picture in pictures]
+    assert [float(mean) for mean in means] == [0.0, 7.0, 0.0, 7.0]
+    right, wrong = (reward_each(bridge, pictures[:2], told) for told in (captions, captions[::-1]))
+    assert min(right) > 3 * max(wrong)
+    assert reward_each(bridge, [None, pictures[1]], captions) == [-1.0, pytest.approx(right[1], abs=1e-5)]
 
 
 def test_rows_begin_from_the_codes() -> None:
     tokenizer = multi_scale()
     vectors = code_vectors(tokenizer)
     assert vectors[:, 0].tolist() == pytest.approx([(i + 0.5) / 8 * 2 - 1 for i in range(8)])
-    model, processor = make_model(tokenizer, make_processor(tokenizer)), make_processor(tokenizer)
-    start = processor.vocabulary.codes[0].start
-    rows = model.get_input_embeddings().weight[start : start + 8]
+    bridge = Bridge(tokenizer, make_processor(tokenizer))
+    rows = bridge.model.get_input_embeddings().weight[bridge.first_id : bridge.first_id + 8]
     steps = (rows[1:] - rows[:-1]).norm(dim=1)
     torch.testing.assert_close(steps, steps.mean().expand(7), atol=1e-5, rtol=0)  # equal steps stay equal
+
+
+def test_lessons_are_the_scenes() -> None:
+    tokenizer = multi_scale()
+    scenes = [make_scene(index) for index in range(3)]
+    lessons = make_lessons(tokenizer, scenes)
+    one: Any = tokenizer.encode(scenes[2].render(16))
+    assert torch.equal(lessons.ids[2:], one.ids)
+    torch.testing.assert_close(lessons.features[2:], tokenizer.features(one))

@@ -45,3 +45,18 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], where: Tensor) -> Tensor
     if config.model_type not in PLAIN or getattr(config, "final_logit_softcapping", None) or head is None:
         return model(**inputs).logits[where]
     return head(plain.get_decoder()(**inputs, use_cache=False).last_hidden_state[where])
+
+
+def caption_rewards(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """How likely the model finds the labelled text of each row: the geometric mean of its tokens' probabilities, [B].
+
+    A model that understands what it draws can so rank its own drawings: rows of image, prompt and caption, of which
+    only the caption is labelled. inputs: as `next_token_loss`. Source: the intrinsic reward of GvU, where the prompt is
+    read back from the decoded picture.
+    """
+    labels = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    where = labels != IGNORED
+    logits = logits_at(model, {name: value for name, value in inputs.items() if name != "labels"}, where)
+    told = -F.cross_entropy(logits.float(), labels[where], reduction="none")
+    sums = told.new_zeros(len(labels)).index_add(0, where.nonzero()[:, 0], told)
+    return (sums / where.sum(1).clamp_min(1)).exp()

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm.functional import sampling as choice
 from tokenizers_mm.functional.multiscale import Grid, bicubic_up
+from tokenizers_mm.llm.loss import logits_at
 
 IGNORE = -100
 """Label of positions without loss, as transformers has it."""
@@ -120,6 +122,29 @@ class NextScaleInputs(nn.Module):
         end = level.expand(text.shape[0], 1, -1)
         after = text[:, prefix + last :] + level
         return torch.cat([self.prompt(text[:, :prefix]), *blocks, end, after], dim=1)
+
+
+def next_scale_loss(
+    model: Any, inputs: NextScaleInputs, prompt: tuple[Tensor, Tensor], ids: Tensor, vectors: Tensor, first_id: int
+) -> Tensor:
+    """Mean cross-entropy of the ids [B, L] of images, each predicted from the prompt and the scales before its own.
+
+    prompt: token ids int64 [B, P] and a mask [B, P], False at (left) padding. vectors: of the ids, [B, L, D], unsummed.
+    first_id: where the codes begin in the vocabulary. The prompt itself is not learned.
+    """
+    tokens, valid = prompt
+    count, prefix = ids.shape[1], tokens.shape[1]
+    features = next_scale_features(vectors, inputs.grids)
+    embeds = inputs(model.get_input_embeddings()(tokens), features, prefix)
+    valid = torch.cat([valid.bool(), valid.new_ones(ids.shape, dtype=torch.bool)], dim=1)
+    where = torch.zeros_like(valid)
+    where[:, prefix - 1 : prefix - 1 + count] = True
+    given = {
+        "inputs_embeds": embeds,
+        "attention_mask": additive_mask(block_mask(valid, prefix, inputs.grids), embeds.dtype),
+        "position_ids": torch.arange(valid.shape[1], device=embeds.device).expand(len(valid), -1),
+    }
+    return F.cross_entropy(logits_at(model, given, where).float(), (first_id + ids).flatten())
 
 
 @dataclass(frozen=True)
