@@ -17,11 +17,17 @@ def several() -> bool:
 
 
 def average_gradients(parameters: Iterable[Parameter]) -> None:
-    """The mean of the gradients over the ranks; a gradient that one rank lacks counts as zero."""
+    """The mean of the gradients over the ranks; one that some ranks lack counts as zero there.
+
+    What no rank has stays None, so that the optimizer leaves the parameter alone, as with one rank.
+    """
     if not several():
         return
+    parameters = list(parameters)
     bucket: list[Tensor] = []
-    for parameter in parameters:
+    for parameter, somewhere in zip(parameters, _anywhere(parameters), strict=True):
+        if not somewhere:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
@@ -43,6 +49,14 @@ def share_from_first(tensor: Tensor) -> Tensor:
     if several():
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def _anywhere(parameters: list[Parameter]) -> list[bool]:
+    """For each parameter, whether any rank has a gradient of it."""
+    if not parameters:
+        return []
+    has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    return (sum_counts(has.to(parameters[0].device)) > 0).tolist()
 
 
 def _average(gradients: list[Tensor]) -> None:

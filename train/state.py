@@ -148,6 +148,6 @@ def _teacher(config: TeacherConfig) -> SemanticEncoder:
     return teacher.requires_grad_(False).eval()
 
 
-def adam(parameters: list[nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW as the options say."""
+def adam(parameters: list[nn.Parameter] | list[dict[str, Any]], options: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW as the options say; parameters may be in groups with options of their own."""
     return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)

@@ -81,12 +81,12 @@ class Mixture(Dataset[dict[str, Any]]):
         self.files = [list_images(s.path) if s.kind == "folder" else [] for s in config.sources]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        rng = random.Random(_mix(self.seed, position))
+        rng = random.Random(mix_seeds(self.seed, position))
         weights = [source.weight for source in self.config.sources]
         index = rng.choices(range(len(weights)), weights)[0]
         source = self.config.sources[index]
         if source.kind == "scenes":
-            scene = make_scene(_mix(self.seed, position, 1) >> 24)
+            scene = make_scene(mix_seeds(self.seed, position, 1) >> 24)
             height, width = self.image_size
             image = scene.render(max(height, width)).resize((width, height))
             return {
@@ -105,7 +105,7 @@ class Mixture(Dataset[dict[str, Any]]):
     ) -> dict[str, Any]:
         """File `position` of a random order that is new in every pass."""
         epoch, place = divmod(position, len(files))
-        order = random.Random(_mix(self.seed, epoch, 2)).sample(range(len(files)), len(files))
+        order = random.Random(mix_seeds(self.seed, epoch, 2)).sample(range(len(files)), len(files))
         skipped: list[str] = []
         for offset in range(len(files)):
             path = files[order[(place + offset) % len(files)]]
@@ -181,6 +181,6 @@ def list_images(folder: str | Path) -> list[Path]:
     return files
 
 
-def _mix(*numbers: int) -> int:
-    """A 64-bit number that depends on all of several, the same on every machine."""
+def mix_seeds(*numbers: int) -> int:
+    """A seed (64 bits, not negative) that depends on all of several numbers, the same on every machine."""
     return int.from_bytes(blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest(), "little")

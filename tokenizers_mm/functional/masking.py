@@ -6,6 +6,7 @@ every sample of a batch has the same number of them.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,10 +54,20 @@ def mask_first(orders: Int[Tensor, "b m"], count: int, length: int | None = None
     return mask.scatter(1, orders[:, :count], torch.ones_like(orders[:, :count], dtype=torch.bool))
 
 
-def random_mask(batch: int, length: int, generator: torch.Generator | None = None) -> Bool[Tensor, "b l"]:
-    """A mask for training: one truncated normal ratio for the batch, rounded up to tokens; random places per sample."""
+def random_mask(
+    batch: int,
+    length: int,
+    generator: torch.Generator | None = None,
+    rows: Sequence[torch.Generator] | None = None,
+) -> Bool[Tensor, "b l"]:
+    """A mask for training: one truncated normal ratio for the batch, rounded up to tokens; random places per sample.
+
+    rows: a generator for the places of each sample, so that these do not depend on what else is in the batch.
+    """
     count = math.ceil(length * truncated_normal_ratio(generator))
-    return mask_first(random_orders(batch, length, generator), count)
+    if rows is None:
+        return mask_first(random_orders(batch, length, generator), count)
+    return mask_first(torch.cat([random_orders(1, length, row) for row in rows]), count)
 
 
 def positions_where(chosen: Bool[Tensor, "b l"], name: str = "mask") -> Int[Tensor, "b n"]:

@@ -4,7 +4,9 @@ The path of an image: KL autoencoder -> scaled latents [B, h * w, D], row-major 
 reads. The path back: tokens from `mar_sampling` (or any latents) -> KL decoder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,13 +162,27 @@ class MAR(ImageTokenizer[ImageLatents]):
         encoded = self.encoder(tokens, grid, draws.mask, condition)
         return self.terms(self.decoder(encoded, grid, draws.mask), tokens, draws)
 
-    def draw(self, batch: int, length: int, generator: torch.Generator | None = None) -> MARDraws:
-        """Random masks, steps and noise for one training step, drawn on the CPU."""
-        rows = self.config.noise_repeats * batch * length
+    def draw(
+        self,
+        batch: int,
+        length: int,
+        generator: torch.Generator | None = None,
+        rows: Sequence[torch.Generator] | None = None,
+    ) -> MARDraws:
+        """Random masks, steps and noise for one training step, drawn on the CPU.
+
+        rows: a generator for each sample; then `generator` only says how many tokens are hidden, and what is drawn for
+        a sample does not depend on what else is in the batch (several processes draw as one).
+        """
+        repeats, dim = self.config.noise_repeats, self.config.denoiser.token_dim
+        mask = random_mask(batch, length, generator, rows)
+        own = [(generator, batch)] if rows is None else [(row, 1) for row in rows]
+        steps = [torch.randint(TRAIN_STEPS, (repeats, size, length), generator=g) for g, size in own]
+        noise = [torch.randn(repeats, size, length, dim, generator=g) for g, size in own]
         return MARDraws(
-            mask=random_mask(batch, length, generator).to(self.device),
-            steps=torch.randint(TRAIN_STEPS, (rows,), generator=generator).to(self.device),
-            noise=torch.randn(rows, self.config.denoiser.token_dim, generator=generator).to(self.device),
+            mask=mask.to(self.device),
+            steps=torch.cat(steps, 1).flatten().to(self.device),
+            noise=torch.cat(noise, 1).flatten(0, 2).to(self.device),
         )
 
     def terms(self, z: Tensor, tokens: Tensor, draws: MARDraws) -> MARTerms:
@@ -199,7 +215,7 @@ def drop_labels(labels: Tensor, share: float, generator: torch.Generator | None 
     return labels.masked_fill(dropped, -1)
 
 
-def decay_groups(model: torch.nn.Module, weight_decay: float, prefix: str = "") -> list[dict[str, object]]:
+def decay_groups(model: torch.nn.Module, weight_decay: float, prefix: str = "") -> list[dict[str, Any]]:
     """Two groups for an optimizer: parameters that decay, and those that do not (see WITHOUT_DECAY).
 
     prefix: where MAR's own names begin inside `model`. Frozen parameters are left out.

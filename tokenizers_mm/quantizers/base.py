@@ -26,6 +26,10 @@ class Quantizer(nn.Module, ABC):
     def quantize(self, z: Tensor) -> Quantized:
         """Nearest codes of z [..., D]; the terms are computed in training mode only."""
 
+    def prepared(self) -> Callable[[Tensor], Quantized]:
+        """`quantize` for several calls in a row while nothing learns: what depends on the codes alone is made once."""
+        return self.quantize
+
     @abstractmethod
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors [..., D] of ids [...]; differentiable in the codebook."""

@@ -1,11 +1,14 @@
 """Residual quantization over scales with any quantizer inside (TokenFlow's MSVQ; VAR, arXiv 2404.02905)."""
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
+from operator import add
 
 import torch
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import require
 from tokenizers_mm.functional.multiscale import Grid, area_down, bicubic_up
 from tokenizers_mm.quantizers.base import Quantizer, in_float32, mean_terms
 from tokenizers_mm.types import Quantized
@@ -31,9 +34,9 @@ class MultiScaleQuantizer(Quantizer):
         last = self.grids[-1]
         require(z.ndim == 4 and z.shape[1:3] == last, "z", f"[B, {last[0]}, {last[1]}, {self.dim}]", z)
         residual, total = z, torch.zeros_like(z)
-        parts: list[Quantized] = []
+        quantize, parts = self.quantizer.prepared(), []
         for index in range(len(self.grids)) if keep is None else keep:
-            part = self.quantizer.quantize(area_down(residual, self.grids[index]))
+            part = quantize(area_down(residual, self.grids[index]))
             up = bicubic_up(part.vectors, last)
             total, residual = total + up, residual - up.detach()
             parts.append(part)
@@ -43,19 +46,15 @@ class MultiScaleQuantizer(Quantizer):
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors [B, h, w, D] of ids [B, L]; L may end after any whole scale."""
-        total, start = None, 0
-        for grid in self.grids:
-            if start == ids.shape[1]:
-                break
-            part = ids[:, start : start + grid[0] * grid[1]]
-            if part.shape[1] != grid[0] * grid[1]:
-                fail("ids", "a whole number of scales", ids)
-            start += part.shape[1]
-            up = bicubic_up(self.quantizer.look_up(part.unflatten(1, grid)), self.grids[-1])
-            total = up if total is None else total + up
-        if total is None or start != ids.shape[1]:
-            fail("ids", "a whole number of scales", ids)
-        return total
+        ends = list(accumulate(rows * columns for rows, columns in self.grids))
+        require(ids.shape[1] in ends, "ids", "a whole number of scales", ids)
+        vectors, last = self.quantizer.look_up(ids), self.grids[-1]
+        scales = [
+            vectors[:, end - rows * columns : end].unflatten(1, (rows, columns))
+            for (rows, columns), end in zip(self.grids, ends, strict=True)
+            if end <= ids.shape[1]
+        ]
+        return reduce(add, (bicubic_up(part, last) for part in scales))
 
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         self.quantizer.set_codes(ids, vectors)

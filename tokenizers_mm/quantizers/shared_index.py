@@ -1,6 +1,8 @@
 """Two (or more) codebooks with one shared index per position: the quantizer of TokenFlow (arXiv 2412.03069)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +49,14 @@ class SharedIndexQuantizer(Quantizer):
 
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
-        codebook, z = self.codebook(), self._normalized(z)
-        dims = self.config.dims
+        return self._quantize(z, self.codebook())
+
+    def prepared(self) -> Callable[[Tensor], Quantized]:
+        return partial(self._quantize, codebook=self.codebook())
+
+    @in_float32
+    def _quantize(self, z: Tensor, codebook: Tensor) -> Quantized:
+        z, dims = self._normalized(z), self.config.dims
         ids = kernels.nearest_code_shared(z.split(dims, -1), codebook.split(dims, -1), self.config.weights)
         vectors = look_up(codebook, ids)
         terms = vq_terms(z, vectors, self._entropy(z, codebook)) if self.training else None
