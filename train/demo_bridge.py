@@ -43,10 +43,10 @@ from .descent import descend
 from .schedule import learning_rate
 
 WIDTH, DEPTH, HEADS = 128, 4, 4
-NUM_SCENES, DRAWN, TOLD = 8000, 8, 16
+NUM_SCENES, DRAWN, TOLD = 8000, 8, 8
 """Scenes to learn from, and how many of them a step of drawing and one of telling take."""
 
-TURNS = ("draw", "draw", "draw", "tell")
+TURNS = (*["draw"] * 5, "tell")
 UNCAPTIONED = 0.1
 """Share of pictures that are drawn without a caption, which guidance needs."""
 
@@ -152,7 +152,7 @@ def draw_loss(bridge: Bridge, lessons: Lessons, rng: random.Random) -> Tensor:
 
 
 def tell_loss(bridge: Bridge, lessons: Lessons, rng: random.Random) -> Tensor:
-    """Pictures, each with two questions and a description, in any order."""
+    """Pictures, each with some of two questions and a description, in any order."""
     chosen = [rng.randrange(len(lessons.scenes)) for _ in range(TOLD)]
     rows = []
     for index in chosen:
@@ -160,7 +160,9 @@ def tell_loss(bridge: Bridge, lessons: Lessons, rng: random.Random) -> Tensor:
         largest = scene.objects[0]
         pairs = [(COLOUR, largest.colour), (SHAPE, largest.shape), (TELL, scene.caption)]
         rng.shuffle(pairs)
-        told = [part for question, answer in pairs for part in (Segment(question, learn=False), answer)]
+        told = [
+            part for question, answer in pairs[: rng.randint(1, 3)] for part in (Segment(question, learn=False), answer)
+        ]
         rows.append([lessons.shown(index), *told])
     return next_token_loss(bridge.model, bridge.telling(rows))
 

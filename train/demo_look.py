@@ -23,13 +23,13 @@ from tokenizers_mm.types import ImageCodes
 from .demo_bridge import COLOUR, SHAPE, TELL, Bridge, Lessons, make_lessons, teach
 
 NUM_HELDOUT, SHOWN, TOGETHER = 200, 16, 10
-CANDIDATES = 8
-"""Pictures drawn for each caption; the one in which the model itself best finds the caption again is shown."""
+CANDIDATES = 4
+"""Pictures drawn for each caption; the one about which the model itself best answers what was asked for is shown."""
 
 HELDOUT = 1 << 31
 """Held-out scenes from here on, apart from those that the probes of the first half use."""
 
-SAMPLING = ScaleSampling(steps=((0, 0.9),), guidance=2.0)
+SAMPLING = ScaleSampling(steps=((0, 0.8),), guidance=2.0)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def bridge_demo(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> di
     bridge, report = teach(tokenizer, out, seconds)
     heldout = [make_scene(HELDOUT + index, "heldout") for index in range(NUM_HELDOUT)]
     answers = understand(bridge, make_lessons(tokenizer, heldout))
-    drawings = draw(bridge, [scene.caption for scene in heldout])
+    drawings = draw(bridge, heldout)
     write_understanding(out / "understanding.md", heldout, answers)
     chosen = [(d.chosen, scene.caption) for d, scene in zip(drawings, heldout, strict=True)]
     write_pictures(out / "generation.png", [(p, text) for p, text in chosen if p is not None][:SHOWN])
@@ -92,13 +92,13 @@ def say(bridge: Bridge, given: dict[str, Tensor], length: int) -> list[str]:
 
 
 @torch.no_grad()
-def draw(bridge: Bridge, captions: list[str]) -> list[Drawing]:
-    """Several pictures for each caption, of which the model chooses one."""
+def draw(bridge: Bridge, scenes: list[Scene]) -> list[Drawing]:
+    """Several pictures for each caption, of which the model chooses one: it does not see the scenes' own pictures."""
     generator = torch.Generator().manual_seed(0)
     drawings = []
-    for chunk in _chunks(captions, TOGETHER):
-        wanted = [caption for caption in chunk for _ in range(CANDIDATES)]
-        pictures = draw_each(bridge, wanted, generator)
+    for chunk in _chunks(scenes, TOGETHER):
+        wanted = [scene for scene in chunk for _ in range(CANDIDATES)]
+        pictures = draw_each(bridge, [scene.caption for scene in wanted], generator)
         rewards = reward_each(bridge, pictures, wanted)
         for start in range(0, len(wanted), CANDIDATES):
             several = pictures[start : start + CANDIDATES]
@@ -118,20 +118,20 @@ def draw_each(bridge: Bridge, captions: list[str], generator: torch.Generator) -
     return [next((item for item in row if isinstance(item, Image.Image)), None) for row in rows]
 
 
-def reward_each(bridge: Bridge, pictures: list[Image.Image | None], captions: list[str]) -> list[float]:
-    """How well the model finds each caption in its picture; -1 where there is none."""
+def reward_each(bridge: Bridge, pictures: list[Image.Image | None], scenes: list[Scene]) -> list[float]:
+    """How sure the model is, looking at each picture, of the colour and shape asked for; -1 for no picture."""
     tokenizer = bridge.processor.tokenizer
-    found = [index for index, picture in enumerate(pictures) if picture is not None]
-    rewards = [-1.0] * len(pictures)
+    found = [(picture, scene) for picture, scene in zip(pictures, scenes, strict=True) if picture is not None]
     if not found:
-        return rewards
-    x = torch.stack([image_to_tensor(picture) for picture in pictures if picture is not None])
-    size = (x.shape[2], x.shape[3])
-    shown = [Segment(ImageFeatures((part,), *size), learn=False, as_features=True) for part in tokenizer.features(x)]
-    rows = [[image, Segment(TELL, learn=False), captions[i]] for image, i in zip(shown, found, strict=True)]
-    for index, reward in zip(found, caption_rewards(bridge.model, bridge.telling(rows)).tolist(), strict=True):
-        rewards[index] = reward
-    return rewards
+        return [-1.0] * len(pictures)
+    features = tokenizer.features(torch.stack([image_to_tensor(picture) for picture, _ in found]))
+    rows = []
+    for shown, (_, scene) in zip(features, found, strict=True):
+        image = Segment(ImageFeatures((shown,), *bridge.size), learn=False, as_features=True)
+        colour, shape = scene.objects[0].colour, scene.objects[0].shape
+        rows.append([image, Segment(COLOUR, learn=False), colour, Segment(SHAPE, learn=False), shape])
+    rewards = iter(caption_rewards(bridge.model, bridge.telling(rows, end=False)).tolist())
+    return [-1.0 if picture is None else next(rewards) for picture in pictures]
 
 
 def write_understanding(path: Path, scenes: list[Scene], answers: list[list[tuple[str, str]]]) -> None:

@@ -1,6 +1,7 @@
 """The demo's second half at a tiny size: every part runs and leaves what it says."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.llm.fakes import multi_scale
-from tokenizers_mm.data.scenes import make_scene
+from tokenizers_mm.data.scenes import Scene, SceneObject, make_scene
 from tokenizers_mm.llm import FeatureProjector, VisualVocabulary
 from train import demo_bridge, demo_look
-from train.demo_bridge import Bridge, code_vectors, make_lessons, make_processor
-from train.demo_look import bridge_demo, draw_each, reward_each
+from train.demo_bridge import Bridge, Lessons, code_vectors, make_lessons, make_processor, tell_loss
+from train.demo_look import bridge_demo, draw_each, reward_each, understand
 
 
 @pytest.fixture(autouse=True)
@@ -52,21 +53,21 @@ def test_it_trains_asks_and_draws(tmp_path: Path) -> None:
 
 
 def test_a_taught_model_draws_what_it_was_taught_and_rewards_it() -> None:
-    """Two grey levels, two captions: each caption's picture is drawn, and is rewarded more than the other's."""
+    """Two grey levels for two scenes: each caption's picture is drawn, and is rewarded more than the other's."""
     torch.manual_seed(0)
     tokenizer = multi_scale()
     bridge = Bridge(tokenizer, make_processor(tokenizer))
-    captions = ["a large red circle on black", "a large white square on grey"]
+    scenes = [
+        Scene((SceneObject("circle", "red", (0.5, 0.5), 0.3),), "black"),
+        Scene((SceneObject("square", "white", (0.5, 0.5), 0.3),), "grey"),
+    ]
+    captions = [scene.caption for scene in scenes]
     levels = torch.tensor([-0.9, 0.9])
     codes: Any = tokenizer.encode(levels.view(2, 1, 1, 1).expand(-1, 3, 16, 16).contiguous())
-    features = tokenizer.features(codes).detach()
-    lessons = demo_bridge.Lessons([], codes.ids, features, (16, 16))
-    rows = [[lessons.shown(i), demo_bridge.Segment(demo_bridge.TELL, learn=False), captions[i]] for i in range(2)]
-    optimizer = torch.optim.AdamW(bridge.parameters(), 3e-3)
+    lessons = Lessons(scenes, codes.ids, tokenizer.features(codes).detach(), (16, 16))
+    rng, optimizer = random.Random(0), torch.optim.AdamW(bridge.parameters(), 3e-3)
     for _ in range(60):
-        loss = bridge.drawing_loss([*captions, "", ""], codes.ids.repeat(2, 1))
-        loss = loss + demo_bridge.next_token_loss(bridge.model, bridge.telling(rows))
-        loss.backward()
+        (bridge.drawing_loss([*captions, "", ""], codes.ids.repeat(2, 1)) + tell_loss(bridge, lessons, rng)).backward()
         optimizer.step()
         optimizer.zero_grad()
     bridge.eval()
@@ -74,9 +75,11 @@ def test_a_taught_model_draws_what_it_was_taught_and_rewards_it() -> None:
     assert all(picture is not None for picture in pictures)
     means = [tokenizer.encode(picture).ids.float().mean() for picture in pictures]
     assert [float(mean) for mean in means] == [0.0, 7.0, 0.0, 7.0]
-    right, wrong = (reward_each(bridge, pictures[:2], told) for told in (captions, captions[::-1]))
+    right, wrong = (reward_each(bridge, pictures[:2], told) for told in (scenes, scenes[::-1]))
     assert min(right) > 3 * max(wrong)
-    assert reward_each(bridge, [None, pictures[1]], captions) == [-1.0, pytest.approx(right[1], abs=1e-5)]
+    assert reward_each(bridge, [None, pictures[1]], scenes) == [-1.0, pytest.approx(right[1], abs=1e-5)]
+    answers = understand(bridge, lessons)
+    assert [[told for told, _ in row] for row in answers] == [[want for _, want in row] for row in answers]
 
 
 def test_rows_begin_from_the_codes() -> None:
