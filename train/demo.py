@@ -38,11 +38,11 @@ NUM_CROPS, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 96, 6400, 960
 def demo(out: Path, quick: bool = False) -> dict[str, Any]:
     """Run all of it; leaves the tokenizer, the language model, pictures and summary.json in `out`; returns the summary.
 
-    quick: a sixth of the time, for a first look. Without `transformers` it ends with the tokenizer.
+    quick: an eighth of the time, for a first look. Without `transformers` it ends with the tokenizer.
     """
     config = read_config(str(CONFIGS / "demo.yaml"), [f"out={out / 'training'}"])
     if quick:
-        config = replace(config, max_seconds=config.max_seconds / 6)
+        config = replace(config, max_seconds=config.max_seconds / 8)
     state = run(config)
     state.averaged.eval().save(out / "tokenizer")
     tokenizer = tmm.load(out / "tokenizer")
@@ -74,7 +74,7 @@ def demo(out: Path, quick: bool = False) -> dict[str, Any]:
         return summary
     from .demo_look import bridge_demo  # an optional package
 
-    summary |= bridge_demo(tokenizer, out, BRIDGE_SECONDS / 6 if quick else BRIDGE_SECONDS)
+    summary |= bridge_demo(tokenizer, out, BRIDGE_SECONDS / 8 if quick else BRIDGE_SECONDS)
     write_json(out / "summary.json", summary)
     return summary
 
