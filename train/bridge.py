@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
@@ -18,16 +17,13 @@ from tokenizers_mm.llm.batch import Row, pad_rows
 from tokenizers_mm.llm.packing import pack_rows
 from tokenizers_mm.llm.records import RecordMixture, Records
 
-from .bridge_config import MAY_CHANGE, BridgeConfig, FitConfig, LanguageModelConfig
+from .bridge_config import MAY_CHANGE, BridgeConfig, LanguageModelConfig
 from .bridge_config import RecordConfig as RecordConfig
 from .bridge_config import read_bridge_config as read_bridge_config
 from .bridge_state import BridgeState, bridge_step, build_bridge_state, save_finished
 from .checkpoint import resume, save_checkpoint
-from .descent import descend
 from .log import Log
 from .loop import on_all_ranks, out_of_time, progress
-from .schedule import learning_rate
-from .state import adam
 
 
 def run_bridge(config: BridgeConfig) -> BridgeState:
@@ -62,33 +58,6 @@ def run_bridge(config: BridgeConfig) -> BridgeState:
         save_finished(state)
     accelerator.wait_for_everyone()
     return state
-
-
-def fit(
-    parameters: list[nn.Parameter],
-    loss: Callable[[], Tensor],
-    config: FitConfig,
-    report: Callable[[dict[str, float]], None] = lambda line: None,
-) -> dict[str, float]:
-    """Steps of AdamW on the parameters, each down the loss of a fresh batch; returns the last report."""
-    optimizer = adam(parameters, config.optimizer)
-    started, line = time.perf_counter(), {}
-    losses: list[float] = []
-    for step in range(config.steps):
-        seconds = time.perf_counter() - started
-        if config.max_seconds and seconds >= config.max_seconds:
-            break
-        done = max(step / config.steps, seconds / config.max_seconds if config.max_seconds else 0.0)
-        rate = learning_rate(config.optimizer, step, done)
-        value = loss()
-        value.backward()
-        norm = descend(optimizer, rate, config.optimizer.clip, step)
-        losses = [*losses, float(value.detach())][-config.log_every :]
-        line = {"step": step + 1, "seconds": time.perf_counter() - started, "loss": sum(losses) / len(losses)}
-        line |= {"grad_norm": norm, "lr": rate}
-        if (step + 1) % config.log_every == 0:
-            report(line)
-    return line
 
 
 def build_language_model(

@@ -75,19 +75,6 @@ class BridgeConfig:
     resume: Literal["auto", "never"] = "auto"
 
 
-@dataclass(frozen=True)
-class FitConfig:
-    """steps: optimizer steps at most. max_seconds: end (and finish the schedule) earlier, 0 for never.
-
-    log_every: steps between reports, over which the loss is averaged.
-    """
-
-    optimizer: OptimizerConfig
-    steps: int = 1000
-    max_seconds: float = 0.0
-    log_every: int = 20
-
-
 def read_bridge_config(path: str, overrides: list[str]) -> BridgeConfig:
     """The configuration of a file with `key=value` overrides."""
     config = from_mapping(BridgeConfig, read_yaml(path, overrides), "config")

@@ -18,7 +18,7 @@ import tokenizers_mm as tmm
 from tokenizers_mm._files import write_json
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.photographs import fixed_crops
-from tokenizers_mm.data.scenes import COLOURS, SHAPES, Scene, make_scene
+from tokenizers_mm.data.scenes import COLOURS, SHAPES, Scene, make_scene, scene_images
 from tokenizers_mm.eval.codebook import codebook_health
 from tokenizers_mm.eval.image import psnr, ssim
 from tokenizers_mm.eval.pictures import comparison_grid, plot_curves, save_picture
@@ -102,8 +102,7 @@ def _balanced(count: int, start: int = 0) -> list[Scene]:
 
 
 def _encode_scenes(tokenizer: ImageTokenizer[Any], scenes: list[Scene], side: int) -> list[tmm.ImageCodes]:
-    images = torch.stack([image_to_tensor(scene.render(side)) for scene in scenes])
-    return [tokenizer.encode(part) for part in images.split(64)]
+    return [tokenizer.encode(part) for part in scene_images(scenes, side).split(64)]
 
 
 def _probe(tokenizer: ImageTokenizer[Any], train: list[Scene], test: list[Scene], side: int) -> dict[str, float]:

@@ -19,8 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tokenizers_mm._check import fail
 from tokenizers_mm._files import write_json
-from tokenizers_mm._images import image_to_tensor
-from tokenizers_mm.data.scenes import COLOURS, COLUMNS, GROUNDS, ROWS, SHAPES, Scene, make_scene
+from tokenizers_mm.data.scenes import COLOURS, COLUMNS, GROUNDS, ROWS, SHAPES, Scene, make_scene, scene_images
 from tokenizers_mm.llm import (
     FeatureProjector,
     ImageFeatures,
@@ -217,8 +216,7 @@ def make_lessons(tokenizer: ImageTokenizer[Any], scenes: list[Scene]) -> Lessons
     height, width = image_size(tokenizer)
     ids, features = [], []
     for start in range(0, len(scenes), 64):
-        x = torch.stack([image_to_tensor(scene.render(height)) for scene in scenes[start : start + 64]])
-        codes = tokenizer.encode(x)
+        codes = tokenizer.encode(scene_images(scenes[start : start + 64], height))
         assert isinstance(codes, ImageCodes)
         ids.append(codes.ids)
         features.append(tokenizer.features(codes))

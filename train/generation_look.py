@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenizers_mm._images import image_to_tensor, tensor_to_images
 from tokenizers_mm.data.photographs import photographs
-from tokenizers_mm.data.scenes import Scene, make_scene
+from tokenizers_mm.data.scenes import Scene, make_scene, scene_images
 from tokenizers_mm.data.transforms import random_patch
 from tokenizers_mm.eval.pictures import comparison_grid, plot_curves, save_picture, write_pictures
 from tokenizers_mm.eval.scenes import judge_scene
@@ -35,7 +35,7 @@ def look(config: GenerationConfig, model: Generator, folder: Path) -> dict[str, 
     tokenizer = model.tokenizer
     scenes = [make_scene(index, "heldout") for index in range(config.scenes)]
     captions = [scene.caption for scene in scenes]
-    real = torch.stack([image_to_tensor(scene.render(config.image_size)) for scene in scenes]).to(tokenizer.device)
+    real = scene_images(scenes, config.image_size).to(tokenizer.device)
     generator = torch.Generator().manual_seed(config.seed)
     plan = plan_all(tokenizer, len(scenes), tokenizer.grid(*real.shape[-2:]), generator)
     drawn = _draw(config, model, captions, plan, generator)

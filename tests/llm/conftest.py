@@ -1,14 +1,8 @@
-"""Tiny models run faster on one thread."""
-
-from collections.abc import Iterator
+"""All tests of the bridge run on one thread."""
 
 import pytest
-import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread(one_thread: None) -> None:
+    """See the fixture that it asks for."""

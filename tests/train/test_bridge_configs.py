@@ -29,8 +29,7 @@ def build(family: str) -> ImageTokenizer[Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    torch.set_num_threads(1)
+def folders(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_folder(tmp_path_factory.mktemp(name), build(name), side) for name, side in SIDES.items()}
 
 

@@ -20,15 +20,11 @@ from train.demo_look import bridge_demo, draw_each, reward_each, understand
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Any:
+def small(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"NUM_SCENES": 64, "DRAWN": 4, "TOLD": 4}.items():
         monkeypatch.setattr(demo_bridge, name, value)
     for name, value in {"NUM_HELDOUT": 8, "TOGETHER": 4, "SHOWN": 4, "CANDIDATES": 2}.items():
         monkeypatch.setattr(demo_look, name, value)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_it_trains_asks_and_draws(tmp_path: Path) -> None:

@@ -44,14 +44,11 @@ SMALLER = [
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny networks on few cores are faster so; and accelerate allows one precision per process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _one_precision(one_thread: None) -> Iterator[None]:
+    """Accelerate allows one precision per process."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
-    torch.set_num_threads(before)
 
 
 def smaller(out: Path, *overrides: str) -> list[str]:

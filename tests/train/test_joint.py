@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,8 @@ from train.log import read_log
 from train.loop import sample_batches
 
 CONFIG = str(ROOT / "configs" / "joint_debug.yaml")
+pytestmark = pytest.mark.usefixtures("one_thread")
 RATES = ("tokenizer", "projector", "language_model")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Bitwise equality needs one fixed number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,8 @@ from train.loop import run
 from train.state import build_state
 from train.step import train_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DEBUG = str(ROOT / "configs" / "debug.yaml")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bitwise equality needs one fixed number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def debug(out: Path, *overrides: str) -> TrainConfig:
@@ -45,8 +37,7 @@ def losses(out: Path) -> list[tuple[float, ...]]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
+def unbroken(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken")
     run(debug(out))
     return out

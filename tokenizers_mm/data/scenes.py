@@ -5,12 +5,16 @@ Training and held-out scenes are two families that share no seed; the largest ob
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from tokenizers_mm._check import fail
+from tokenizers_mm._images import image_to_tensor
 
 Split = Literal["train", "heldout"]
 
@@ -96,6 +100,11 @@ def make_scene(index: int, split: Split = "train") -> Scene:
                 things.append(thing)
                 break
     return Scene(tuple(things), ground)
+
+
+def scene_images(scenes: Sequence[Scene], side: int) -> Tensor:
+    """Scenes as images, float [N, 3, side, side] in [-1, 1]."""
+    return torch.stack([image_to_tensor(scene.render(side)) for scene in scenes])
 
 
 def _object(rng: random.Random, radius: float, shapes: tuple[str, ...], colours: tuple[str, ...]) -> SceneObject:
