@@ -15,6 +15,7 @@ class PixelDecoderConfig:
 
     context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
+    linear: add a linear map of every 3x3 neighbourhood of z to a patch, which a training run can start by regression.
     """
 
     in_channels: int
@@ -27,6 +28,7 @@ class PixelDecoderConfig:
     resampling: Resampling = "conv"
     context_channels: int | None = None
     num_groups: int = 32
+    linear: bool = False
 
 
 class PixelDecoder(nn.Module):
@@ -56,6 +58,11 @@ class PixelDecoder(nn.Module):
             width = widths[index]
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, 3 * config.head_patch**2, 3, padding=1)
+        self.factor = config.head_patch * 2 ** (len(widths) - 1)
+        self.linear = None
+        if config.linear:
+            self.linear = nn.Conv2d(config.in_channels, 3 * self.factor**2, 3, padding=1)
+            nn.init.zeros_(self.conv_out.weight)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -74,8 +81,8 @@ class PixelDecoder(nn.Module):
             for block in level:  # type: ignore[attr-defined]
                 h = block(h, context)
         h = silu(self.norm_out(h, context))
-        h = self.conv_out(h)
-        return F.pixel_shuffle(h, self.config.head_patch)
+        image = F.pixel_shuffle(self.conv_out(h), self.config.head_patch)
+        return image if self.linear is None else image + F.pixel_shuffle(self.linear(z), self.factor)
 
 
 def _norm_factory(config: PixelDecoderConfig) -> NormFactory:
