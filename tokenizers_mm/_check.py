@@ -22,8 +22,9 @@ def describe(value: Any) -> str:
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """A text on one line of at most `longest` characters: the two ends, and how many characters were left out."""
+    """A text on one line of at most `longest` characters: unprintable ones escaped, the middle left out."""
     line = " ".join(text.split())
+    line = line if line.isprintable() else repr(line)[1:-1]
     if len(line) <= longest:
         return line
     mark = f" [{len(line)} characters] "
@@ -33,7 +34,7 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:
     """Raise the one ValueError of this library."""
-    raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
+    raise ValueError(f"{shorten(name)}: expected {expected}, got {describe(got)}")
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
