@@ -93,6 +93,13 @@ def make_case(name: str, rows: int) -> tuple[Tensor, Tensor]:
     return z, c
 
 
+def hidden_second_case() -> tuple[Tensor, Tensor]:
+    """Tokens beside a group of equal codes; every other code is so far that the pass leaves it out of its records."""
+    g = torch.Generator().manual_seed(0)
+    far = 10 * torch.nn.functional.normalize(torch.randn(32, 4, generator=g), dim=1)
+    return 0.01 * torch.randn(9, 4, generator=g), torch.cat([torch.zeros(16, 4), far, -far])
+
+
 def random_case(seed: int) -> tuple[Tensor, Tensor]:
     """Tokens and codebook of a random shape, put through random changes of scale, offset, norms and duplicates."""
     choose, g = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda_data import CASES, TWO_PART_WEIGHTS, assert_margins, assert_nearest, make_case, random_case
+from tests.kernels.cuda_data import (
+    CASES,
+    TWO_PART_WEIGHTS,
+    assert_margins,
+    assert_nearest,
+    hidden_second_case,
+    make_case,
+    random_case,
+)
 from tokenizers_mm.kernels import _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +93,13 @@ def test_emulation_returns_the_margin(emulation: Emulation, name: str) -> None:
     z, codebook = make_case(name, rows=32)
     run = emulation.nearest((z,), (codebook,), (1.0,), margin=True)
     assert_nearest(run.ids, run.distances, (z,), (codebook,), (1.0,))
+    assert_margins(run.margins, run.ids, (z,), (codebook,), (1.0,))
+
+
+def test_emulation_finds_a_second_nearest_outside_the_records(emulation: Emulation) -> None:
+    z, codebook = hidden_second_case()
+    run = emulation.nearest((z,), (codebook,), (1.0,), margin=True)
+    assert torch.isfinite(run.margins).all()
     assert_margins(run.margins, run.ids, (z,), (codebook,), (1.0,))
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda_data import TWO_PART_WEIGHTS, assert_margins, assert_nearest, make_case
+from tests.kernels.cuda_data import TWO_PART_WEIGHTS, assert_margins, assert_nearest, hidden_second_case, make_case
 from tokenizers_mm import kernels
 from tokenizers_mm.kernels import _cuda, _ops, reference
 from tokenizers_mm.kernels._packed import joint_rows
@@ -182,14 +182,20 @@ def test_margins(host: None, name: str, pass_name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("num_codes", [1, 2, 3])
 def test_margins_of_few_codes(host: None, num_codes: int) -> None:
-    """The second nearest code may score below zero in the pass, and there may be none."""
     z, codebook = random_pair(20, num_codes, 4)
-    codebook[0] *= 1e-3
-    ids, distances, margins = _cuda.search((z * 3,), (codebook,), (1.0,), margin=True)
+    ids, distances, margins = _cuda.search((z,), (codebook,), (1.0,), margin=True)
     assert margins is not None
-    assert_nearest(ids, distances, (z * 3,), (codebook,), (1.0,))
-    assert_margins(margins, ids, (z * 3,), (codebook,), (1.0,))
+    assert_nearest(ids, distances, (z,), (codebook,), (1.0,))
+    assert_margins(margins, ids, (z,), (codebook,), (1.0,))
     assert bool(torch.isinf(margins).all()) == (num_codes == 1)
+
+
+def test_the_second_nearest_code_may_be_outside_the_records(host: None) -> None:
+    z, codebook = hidden_second_case()
+    ids, _, margins = _cuda.search((z,), (codebook,), (1.0,), margin=True)
+    assert margins is not None
+    assert torch.isfinite(margins).all()
+    assert_margins(margins, ids, (z,), (codebook,), (1.0,))
 
 
 def test_a_pack_is_kept_and_follows_the_version(host: None) -> None:

@@ -119,9 +119,9 @@ def why_unavailable(device: torch.device) -> str | None:
 
 
 class Faults:
-    """`tmm_cuda_faults` of csrc/cuda_nearest.h, a row for each packed codebook: written by kernels, read without a wait.
+    """Rows of `tmm_cuda_faults` (csrc/cuda_nearest.h) in pinned memory: written by kernels, read without a wait.
 
-    Row 0 serves calls whose codebook is not kept.
+    Every packed codebook has a row. Row 0 serves calls whose codebook is not kept.
     """
 
     STALE, NOT_FINITE, BAD_IDS = range(3)
@@ -175,7 +175,7 @@ def saw_not_finite(wait: bool = False) -> bool:
 
 
 def raise_reported() -> None:
-    """ValueError for a fault of the caller that an earlier call met on the device and that leaves it no right answer."""
+    """Raise ValueError for a fault of the caller that an earlier call, without a right answer, met on the device."""
     if faults().bad_ids() and faults().take(Faults.BAD_IDS):
         fail("ids", "values in 0 .. num_codes - 1 in every call of code_sums", "one outside, in an earlier call")
 
