@@ -17,6 +17,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import write_json
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import Batch
+from tokenizers_mm.llm.transformers_api import embeddings
 from tokenizers_mm.models.loading import fill, read_json, read_safetensors
 from tokenizers_mm.models.saving import save_tensors
 
@@ -83,7 +84,7 @@ def embed(model: Any, batch: Batch, projector: FeatureProjector) -> dict[str, Te
     places = int(batch.is_feature.sum())
     if places != projected.shape[0]:
         fail("features", f"{places} vectors, one for each place", f"{projected.shape[0]}")
-    embeddings = model.get_input_embeddings()(batch.input_ids)
-    embeddings = embeddings.masked_scatter(batch.is_feature[..., None], projected.to(embeddings.dtype))
-    inputs = {"inputs_embeds": embeddings, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    embedded = embeddings(model)(batch.input_ids)
+    embedded = embedded.masked_scatter(batch.is_feature[..., None], projected.to(embedded.dtype))
+    inputs = {"inputs_embeds": embedded, "attention_mask": batch.attention_mask, "labels": batch.labels}
     return {**inputs, "position_ids": batch.position_ids}
