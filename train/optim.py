@@ -70,12 +70,16 @@ def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
 
 
 def descend(
-    optimizer: torch.optim.Optimizer, rate: float, clip: float, scaler: Any, not_finite: Callable[[], None]
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    clip: float,
+    scaler: Any = None,
+    not_finite: Callable[[], None] | None = None,
 ) -> float:
     """Clip, step, clear; returns the norm before clipping. A step whose norm is not finite is left out.
 
     scaler: of float16 gradients; it leaves such a step out itself and tries a smaller scale; None without one.
-    not_finite: called for such a step when there is no scaler; it may raise.
+    not_finite: called for such a step when there is no scaler; it may raise. By default it is an error.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -87,7 +91,9 @@ def descend(
         scaler.update()
     elif math.isfinite(norm):
         optimizer.step()
-    else:
+    elif not_finite is not None:
         not_finite()
+    else:
+        raise FloatingPointError("gradients are not finite")
     optimizer.zero_grad(set_to_none=True)
     return norm
