@@ -130,9 +130,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         return self.reconstruct(x)
 
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
-        require(
-            disturbance.perturb is None, "disturbance.perturb", "None (no pixel stream here)", "a function"
-        )
+        require(disturbance.perturb is None, "disturbance.perturb", "None (no pixel stream here)", "a function")
         quantized = self.quantizer.quantize(self.encode_features(x), disturbance.keep)
         image, semantic = self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors)
         return Reconstruction(image, semantic, None, {"shared": quantized}, quantized.vectors)
