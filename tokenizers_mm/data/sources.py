@@ -5,6 +5,7 @@ sample whatever came before it, in whichever worker process it is made.
 """
 
 import random
+import signal
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -136,17 +137,19 @@ class Mixture(Dataset[dict[str, Any]]):
 
 
 class Positions(Sampler[list[int]]):
-    """Endless batches of positions for one of `world` ranks, beginning at a step: this is all there is to resuming."""
+    """Endless batches of positions for one of `world` ranks, beginning at position `start` of all ranks together.
 
-    def __init__(self, batch_size: int, start_step: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.batch_size, self.start_step, self.rank, self.world = batch_size, start_step, rank, world
+    The ranks take turns, a batch each, so the samples of a step are the same however they are shared out.
+    """
+
+    def __init__(self, batch_size: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.batch_size, self.start, self.rank, self.world = batch_size, start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
+        first = self.start + self.rank * self.batch_size
         while True:
-            first = (step * self.world + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-            step += 1
+            first += self.world * self.batch_size
 
 
 def make_loader(dataset: Mixture | AnySize, positions: Positions | BucketBatches) -> "DataLoader[Any]":
@@ -160,7 +163,13 @@ def make_loader(dataset: Mixture | AnySize, positions: Positions | BucketBatches
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Workers go on at an interrupt from the keyboard: the main process ends them when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:

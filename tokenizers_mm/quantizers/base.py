@@ -22,6 +22,11 @@ class Quantizer(nn.Module, ABC):
     codebook_size: int
     dim: int
 
+    @property
+    def revivable(self) -> bool:
+        """Whether `set_codes` can move single codes."""
+        return True
+
     @abstractmethod
     def quantize(self, z: Tensor) -> Quantized:
         """Nearest codes of z [..., D]; the terms are computed in training mode only."""
