@@ -83,7 +83,7 @@ def test_empty_and_missing_folders_get_one_sentence(tmp_path: Path) -> None:
 
 def test_photographs_are_split_by_photograph() -> None:
     assert not PHOTOGRAPHS["train"].keys() & PHOTOGRAPHS["heldout"].keys()
-    assert len(photographs("train")) == 11
+    assert len(photographs("train")) == 16
     crops = fixed_crops("heldout", 64, 64)
     assert [c.size for c in crops] == [(64, 64)] * 64
     assert [c.tobytes() for c in crops] == [c.tobytes() for c in fixed_crops("heldout", 64, 64)]

@@ -23,6 +23,7 @@ from tokenizers_mm._images import image_to_tensor, read_image
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
 from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import make_scene
+from tokenizers_mm.data.text_images import text_image
 from tokenizers_mm.data.transforms import random_crop, random_flip, random_patch
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
@@ -32,17 +33,19 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 class SourceConfig:
     """One part of a mixture.
 
-    kind: "photographs" (built in), "scenes" (rendered, with captions) or "folder" (images below `path`; a text file of
-    the same name beside an image is its caption).
+    kind: "photographs" (built in), "scenes" (rendered, with captions), "text" (rendered words) or "folder" (images
+    below `path`; a text file of the same name beside an image is its caption).
     weight: share of the samples. zoom: for photographs, bounds of output pixels per picture pixel. colour: strength of
-    random brightness, contrast, saturation and hue, from 0 (none) to 1. turns: turn by multiples of 90 degrees too.
+    random brightness, contrast, saturation and hue, from 0 (none) to 1. channels: share of the samples whose colour
+    channels change places. turns: turn by multiples of 90 degrees too.
     """
 
-    kind: Literal["photographs", "scenes", "folder"]
+    kind: Literal["photographs", "scenes", "text", "folder"]
     path: str = ""
     weight: float = 1.0
     zoom: tuple[float, float] = (0.5, 1.5)
     colour: float = 0.0
+    channels: float = 0.0
     turns: bool = False
 
 
@@ -95,6 +98,9 @@ class Mixture(Dataset[dict[str, Any]]):
                 "caption": scene.caption,
                 "skipped": [],
             }
+        if source.kind == "text":
+            image = text_image(rng, self.image_size)
+            return {"image": self._augmented(image, source, rng), "caption": "", "skipped": []}
         if source.kind == "photographs":
             picture = rng.choice(list(photographs("train").values()))
             image = random_patch(picture, self.image_size, rng, source.zoom)
@@ -133,6 +139,8 @@ class Mixture(Dataset[dict[str, Any]]):
             image = Image.merge("HSV", (hue.point([(h + turn) % 256 for h in range(256)]), saturation, value)).convert(
                 "RGB"
             )
+        if source.channels > 0 and rng.random() < source.channels:
+            image = Image.merge("RGB", rng.sample(image.split(), 3))
         return image_to_tensor(image)
 
 
