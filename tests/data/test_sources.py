@@ -1,5 +1,6 @@
 """Data: a position decides everything; files that cannot be read are reported, counted and skipped."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,25 @@ def test_scenes_are_decided_by_their_seed_and_say_what_they_show() -> None:
         assert scene.render(64).getpixel((x, y)) == COLOURS[first.colour]
     with pytest.raises(ValueError, match="scene: expected split"):
         make_scene(1 << 40)
+
+
+def test_text_is_rendered_by_its_position() -> None:
+    mixture = Mixture(DataConfig((SourceConfig("text"),)), (32, 48), 0)
+    first, second = mixture[0]["image"], mixture[1]["image"]
+    assert first.shape == (3, 32, 48)
+    assert torch.equal(first, mixture[0]["image"])
+    assert not torch.equal(first, second)
+    ink = [float(mixture[i]["image"].flatten(1).std(1).mean()) for i in range(8)]
+    assert min(ink) > 0.1  # letters on a ground, never a plain image
+
+
+def test_channels_change_places_and_nothing_else() -> None:
+    plain = SourceConfig("photographs", zoom=(1.0, 1.0))
+    mixed = replace(plain, channels=1.0)
+    changed = 0
+    for position in range(12):
+        a, b = (Mixture(DataConfig((source,)), (16, 16), 0)[position]["image"] for source in (plain, mixed))
+        changed += not torch.equal(a, b)
+        assert sorted(channel.sum().item() for channel in a) == pytest.approx(sorted(c.sum().item() for c in b))
+        assert torch.equal(a.sort(0).values, b.sort(0).values)
+    assert changed > 0
