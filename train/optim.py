@@ -85,7 +85,10 @@ def descend(
         group["lr"] = rate
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if math.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()

@@ -1,6 +1,7 @@
 """A tiny run of every kind of objective, and processes that run them. Not a test by itself."""
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
@@ -91,11 +92,12 @@ def without_dropout(kind: str) -> dict[str, Any]:
             "objective.loss.captions": {},
             "objective.loss.discriminator.norm": "none",
             "objective.loss.adaptive": False,
+            "objective.optimizer.lr": 0.0003,
             "objective.revival.every": 0,  # queries of one micro-batch of rank 0
         }
     if kind == "mar":
         return {"objective.model.encoder.dropout": 0.0, "objective.model.decoder.dropout": 0.0}
-    still = {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     edits: dict[str, Any] = {"objective.language_model.config": GPT2 | still}
     if kind == "joint":
         edits |= {"objective.loss.discriminator.norm": "none", "objective.loss.adaptive": False}
@@ -196,6 +198,23 @@ def run_ranks(data: dict[str, Any], file: Path, world: int) -> list[int]:
     return [process.exitcode for process in processes]
 
 
+def same_on_all_ranks(data: dict[str, Any], file: Path, world: int) -> bool:
+    """Run on several processes; whether all networks, averages and moments end equal to the bit on all of them."""
+    assert run_ranks(data | {"keep": 99}, file, world) == [0] * world, Path(
+        f"{file.with_name(f'0_{file.name}')}.stderr"
+    ).read_text()
+    return len({file.with_name(f"{rank}_{file.name}.hash").read_text() for rank in range(world)}) == 1
+
+
+def _hash(state: Any) -> str:
+    found = hashlib.sha256()
+    named = {f"{n}.{k}": v for n, network in state.objective.networks.items() for k, v in network.state_dict().items()}
+    for name, tensor in sorted(named.items()):
+        if "running_" not in name and "num_batches" not in name:  # batch norm's own, per rank, of the discriminator
+            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _program(file: str, rank: int, world: int, port: int) -> None:
     if world > 1:
         os.environ |= {
@@ -208,8 +227,14 @@ def _program(file: str, rank: int, world: int, port: int) -> None:
     os.environ |= {"ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     sys.stderr = open(f"{file}.stderr", "w")  # noqa: SIM115 (read by the test)
-    from train.__main__ import main
+    from train import __main__ as program
 
-    code = main([file])
+    def run(config: Any) -> Any:
+        state = whole(config)
+        Path(f"{file}.hash").write_text(_hash(state))
+        return state
+
+    whole, program.run = program.run, run
+    code = program.main([file])
     sys.stderr.flush()
     sys.exit(code)

@@ -2,14 +2,12 @@
 
 import os
 import random
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 
 import train.loop
@@ -25,6 +23,7 @@ from tests.train.kinds import (
     tiny,
     without_dropout,
 )
+from tokenizers_mm.data.scenes import make_scene
 from train.checkpoint import list_checkpoints
 from train.config import parse_config
 from train.log import read_log
@@ -129,7 +128,7 @@ def test_a_signal_ends_with_a_checkpoint_and_its_code(
     out = tmp_path / "run"
     data = plain(kind, place, out, {"save_every": 0})
     process = start(data, tmp_path / "run.yaml")
-    while process.is_alive() and not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+    while (process.is_alive() and not (out / "log.jsonl").exists()) or not (out / "log.jsonl").read_text():
         time.sleep(0.005)
     os.kill(process.pid, number)
     process.join()
@@ -154,8 +153,9 @@ def test_ranks_and_micro_batches_learn_as_one_large_batch(kind: str, place: Path
         for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / other), strict=True):
             assert a.keys() == b.keys()
             for name in a:
-                close = b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5) if a[name] is not None else True
-                assert close, (other, a["step"], name, a[name], b[name])
+                if isinstance(a[name], float):
+                    close = b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5)
+                    assert close, (other, a["step"], name, a[name], b[name])
         # Adam divides by the size of the gradient: rounding moves a weight whose gradient is nothing but rounding
         assert_networks(final(tmp_path / "one"), final(tmp_path / other), 2e-4)
 
@@ -165,6 +165,22 @@ def assert_networks(a: dict[str, Any], b: dict[str, Any], atol: float) -> None:
     for name in a:
         if name.startswith(("network", "average")):
             assert_same(a[name], b[name], atol, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_end_with_the_same_bits(kind: str, place: Path, tmp_path: Path) -> None:
+    """With everything on: dropout, revival, the discriminator, accumulation, one rank's unreadable image."""
+    edits: dict[str, Any] = {"batch_size": 2, "accumulate": 2}
+    if kind == "reconstruction":
+        for index in range(7):
+            make_scene(index).render(40).save(tmp_path / f"{index}.png")
+        (tmp_path / "3.png").write_bytes(b"no image")
+        edits |= {"objective.data.sources": [{"kind": "folder", "path": str(tmp_path)}]}
+    assert same_on_all_ranks(plain(kind, place, tmp_path / "run", edits), tmp_path / "run.yaml", 2)
+    if kind == "reconstruction":
+        log = read_log(tmp_path / "run" / "log.jsonl")
+        assert sum(line.get("skipped", 0) for line in log) > 0
+        assert sum(line.get("revived", 0) for line in log) > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -36,7 +36,7 @@ from .language import (
     record_batches,
     save_language_model,
 )
-from .reconstruction import FIXED_DATA, image_batches
+from .reconstruction import FIXED_DATA, image_batches, image_size
 from .start import saved_size
 from .terms import ImageTerms, LossConfig, check_loss
 
@@ -127,10 +127,8 @@ class Joint(Objective):
         config, device = self.config, accelerator.device
         _check_captions(config.data)
         self.tokenizer = tokenizer = load(config.tokenizer).to(device).train()
-        size = tokenizer.image_size or config.data.image_size
-        if size is None:
-            fail("config.objective.data.image_size", "the size of the images, for this tokenizer", "nothing")
-        tokenizer.check_size(*size)
+        size = image_size(tokenizer, config.data)
+        assert size is not None
         self.size = size
         require(len(tokenizer.streams(*size)) > 0, "config.objective.tokenizer", "one with codes", "a continuous one")
         self.terms = ImageTerms(config.loss, tokenizer, size)

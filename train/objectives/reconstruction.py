@@ -97,7 +97,7 @@ class Reconstruction(Objective):
         super().__init__(run, accelerator)
         self.tokenizer = build_tokenizer(self.config.model).to(accelerator.device).train()
         _freeze(self.tokenizer, self.config.trainable)
-        self.size = self.tokenizer.image_size or self.config.data.image_size
+        self.size = image_size(self.tokenizer, self.config.data)
         self._check_disturbances()
         self.terms = ImageTerms(self.config.loss, self.tokenizer, self.size or (256, 256))
         self.health = CodebookHealth(self.tokenizer, self.config.revival)
@@ -211,22 +211,32 @@ class Reconstruction(Objective):
         self.health.load_state_dict(state["health"])
 
 
+def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, int] | None:
+    """(height, width) of all images, None with buckets of sizes; what contradicts itself is refused."""
+    own, given, where = tokenizer.image_size, data.image_size, "config.objective.data"
+    require(own is None or given in (None, own), f"{where}.image_size", f"{own}, the size of the tokenizer", given)
+    size = own or given
+    if size is None and data.buckets is None:
+        fail(where, "image_size or buckets for a tokenizer of any size", "neither")
+    if size is not None:
+        tokenizer.check_size(*size)
+    if data.buckets is not None:
+        require(size is None, f"{where}.buckets", "a tokenizer of any size and no image_size", size)
+        folders = all(source.kind == "folder" for source in data.sources)
+        require(folders, f"{where}.buckets", "folders as sources", "another kind")
+    return size
+
+
 def image_batches(
     objective: Objective, data: DataConfig, tokenizer: ImageTokenizer[Any], start: int
 ) -> Iterator[Batch]:
     """Micro-batches of images of this process from sample `start` of the run on."""
     run, (rank, world) = objective.run, objective.rank()
-    size = tokenizer.image_size or data.image_size
-    where = "config.objective.data"
+    size = image_size(tokenizer, data)
     if data.buckets is None:
-        if size is None:
-            fail(where, "image_size or buckets for a tokenizer of any size", "neither")
-        tokenizer.check_size(*size)
+        assert size is not None
         dataset, positions = Mixture(data, size, run.seed), Positions(run.batch_size, start, rank, world)
     else:
-        require(size is None, f"{where}.buckets", "a tokenizer of any size and no image_size", size)
-        folders = all(source.kind == "folder" for source in data.sources)
-        require(folders, f"{where}.buckets", "folders as sources", "another kind")
         files = [file for source in data.sources for file in list_images(source.path)]
         dataset = AnySize(files, data.buckets, data.workers)
         first = start // (run.batch_size * world)

@@ -51,7 +51,7 @@ def check_model(model: ModelConfig) -> None:
 
 def model_size(model: ModelConfig) -> int | str:
     """Number of parameters, without memory for them; or where they are, if that is not on this machine."""
-    if model.config:
+    if model.config or not model.start_from:
         family = MODELS[model.family]
         with torch.device("meta"):
             tokenizer = family.from_config(from_mapping(family.Config, model.config, "config.objective.model.config"))
@@ -68,7 +68,7 @@ def saved_size(source: str) -> int | str:
 
 def build_tokenizer(model: ModelConfig) -> ImageTokenizer[Any]:
     """Tokenizer with the weights of the start of a run."""
-    if not model.config:
+    if model.start_from and not model.config:
         return load(model.start_from)
     family = MODELS[model.family]
     tokenizer = family.from_config(from_mapping(family.Config, model.config, "config.objective.model.config"))
