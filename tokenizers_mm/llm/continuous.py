@@ -27,13 +27,13 @@ from tokenizers_mm.llm.presets import ChatFormat
 from tokenizers_mm.llm.projector import FeatureProjector, ProjectorConfig, embed
 from tokenizers_mm.llm.transformers_api import (
     cache_of,
+    decoder,
     embeddings,
     forward,
     head,
     keep_for_rewind,
     load_language_model,
     rewind,
-    unwrap,
 )
 from tokenizers_mm.models.loading import load_directory, read_config, read_safetensors
 from tokenizers_mm.models.mar import MAR, Grid, MARDraws, buffers_first, buffers_last
@@ -244,7 +244,7 @@ class ContinuousLM(nn.Module):
     def _call(self, vectors: Tensor, mask: Tensor, start: int, keys: Any = None, *, use_cache: bool) -> Any:
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, start:]
         inputs = {"inputs_embeds": vectors, "attention_mask": mask.long(), "position_ids": positions}
-        return forward(unwrap(self.language_model).get_decoder(), inputs, cache=keys, use_cache=use_cache)
+        return forward(decoder(self.language_model), inputs, cache=keys, use_cache=use_cache)
 
 
 @dataclass(frozen=True)
