@@ -19,7 +19,7 @@ BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
 ALLOWED = {
     "_check": set(),
-    "_files": set(),
+    "_files": {"_check"},
     "config": {"_check"},
     "types": {"_check"},
     "_images": {"_check", "resolutions"},
