@@ -21,19 +21,19 @@ def describe(value: Any) -> str:
     return shorten(value if isinstance(value, str) else _REPR.repr(value))
 
 
-def shorten(text: str, longest: int = LONGEST) -> str:
-    """A text on one line of at most `longest` characters: the two ends, and how many characters were left out."""
-    line = " ".join(text.split())
-    if len(line) <= longest:
-        return line
-    mark = f" [{len(line)} characters] "
-    half = (longest - len(mark)) // 2
-    return line[:half] + mark + line[-half:]
+def shorten(text: str, limit: int = LONGEST) -> str:
+    """A text on one line: control characters and bytes that are no UTF-8 escaped, the middle of a long one left out."""
+    text = " ".join(text.split())
+    if len(text) > limit:
+        mark = f" ... ({len(text)} characters) ... "
+        kept = (limit - len(mark)) // 2
+        text = text[:kept] + mark + text[-kept:]
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def fail(name: str, expected: str, got: Any) -> NoReturn:
     """Raise the one ValueError of this library."""
-    raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
+    raise ValueError(f"{shorten(name, 1000)}: expected {expected}, got {describe(got)}")
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import atomic_directory
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_images
 from tokenizers_mm.llm.batch import (
     Batch,
@@ -149,8 +150,9 @@ class MultimodalProcessor:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the text tokenizer and visual_vocab.json. The image tokenizer is saved by its own `save`."""
-        self.text_tokenizer.save_pretrained(str(directory))
-        self.vocabulary.save(directory)
+        with atomic_directory(directory) as folder:
+            self.text_tokenizer.save_pretrained(str(folder))
+            self.vocabulary.save(folder)
 
     @torch.no_grad()
     def _to_images(self, rows: list[list[Any]]) -> list[list[Any]]:
