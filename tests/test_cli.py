@@ -70,8 +70,8 @@ def test_bad_input_is_one_sentence_and_code_2(saved: Path, tmp_path: Path, capsy
     config = str(Path(__file__).parents[1] / "configs" / "debug.yaml")
     for arguments, message in [
         (["encode", str(tmp_path / "small.png"), *out], "images: expected 32 x 32 pixels, got 32 x 20"),
-        (["encode", str(tmp_path / "text.png"), *out], "expected a readable picture file"),
-        (["encode", str(tmp_path / "no.png"), *out], "expected a picture file, got no such file"),
+        (["encode", str(tmp_path / "text.png"), *out], "expected a readable image"),
+        (["encode", str(tmp_path / "no.png"), *out], "expected an image file, got no such file"),
         (["eval", "--images", str(tmp_path / "empty"), *out], "images: expected image files"),
         (["info", str(tmp_path / "empty")], "config.json: expected a config.json"),
         (

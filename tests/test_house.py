@@ -22,7 +22,7 @@ ALLOWED = {
     "_files": {"_check"},
     "config": {"_check"},
     "types": {"_check"},
-    "_images": {"_check", "resolutions"},
+    "_images": {"_check", "_files", "resolutions"},
     "resolutions": {"_check"},
     "kernels": {"types", "_check"},
     "functional": {"kernels", "types", "_check"},

@@ -11,14 +11,14 @@ _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdi
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST
 
 
-def describe(value: Any) -> str:
-    """A form of a value for an error, on one line of at most `LONGEST` characters.
+def describe(value: Any, limit: int = LONGEST) -> str:
+    """A form of a value for an error, on one line of at most `limit` characters.
 
     Arrays and tensors give dtype and shape, strings themselves, collections their first members.
     """
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return shorten(value if isinstance(value, str) else _REPR.repr(value))
+    return shorten(value if isinstance(value, str) else _REPR.repr(value), limit)
 
 
 def shorten(text: str, limit: int = LONGEST) -> str:
@@ -31,9 +31,9 @@ def shorten(text: str, limit: int = LONGEST) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def fail(name: str, expected: str, got: Any) -> NoReturn:
-    """Raise the one ValueError of this library."""
-    raise ValueError(f"{shorten(name, 1000)}: expected {expected}, got {describe(got)}")
+def fail(name: str, expected: str, got: Any, limit: int = LONGEST) -> NoReturn:
+    """Raise the one ValueError of this library; `limit` is for a `got` that is a list of faults."""
+    raise ValueError(f"{shorten(name, 1000)}: expected {expected}, got {describe(got, limit)}")
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory
-from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_images
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_image
 from tokenizers_mm.llm.batch import (
     Batch,
     ImageFeatures,
@@ -275,7 +275,7 @@ class MultimodalProcessor:
         if isinstance(content, Tensor):
             require(content.ndim == 3 and content.shape[0] == 3, "image", "float [3, H, W] in [-1, 1]", content)
             return content
-        picture = open_images(content)[0]
+        picture = open_image(content)
         if self.fit != "refuse" and self.vocabulary.sizes:
             picture = fit_image(picture, *self.nearest_size(picture.height, picture.width), self.fit)
         return image_to_tensor(picture)

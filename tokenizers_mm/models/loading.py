@@ -90,7 +90,7 @@ def account(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tenso
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     found = [f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names]
     if found:
-        fail(where, "exactly the tensors of the model", "; ".join(found))
+        fail(where, "exactly the tensors of the model", "; ".join(found), limit=1000)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
