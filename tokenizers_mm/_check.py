@@ -6,7 +6,14 @@ from typing import Any, NoReturn
 LONGEST = 200
 """Characters of a described value: a longer text keeps its two ends."""
 
-_REPR = Repr()
+
+class _Repr(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print very large integers."""
+        return repr(x) if x.bit_length() < 1000 else f"an integer of {x.bit_length()} bits"
+
+
+_REPR = _Repr()
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = _REPR.maxarray = 8
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST
 

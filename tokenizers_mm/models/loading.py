@@ -56,7 +56,7 @@ def usable_device(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         count = torch.cuda.device_count()
         here = f"cpu{f' or cuda:0 to cuda:{count - 1}' if count else ' (torch finds no CUDA device here)'}"
         fail("device", here, f"{str(device)!r} ({shorten(str(error), 80)})")
