@@ -9,6 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers_mm._check import fail
+
+
+def regular_file(path: str | os.PathLike[str], expected: str = "a file") -> Path:
+    """The path, if it is a regular file or a link to one. A FIFO or a device could block a reader or never end."""
+    file = Path(path)
+    if not file.is_file():
+        fail(str(file), expected, "something that is no regular file" if file.exists() else "no such file")
+    return file
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
