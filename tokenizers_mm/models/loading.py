@@ -15,7 +15,6 @@ from tokenizers_mm.config import MAX_BYTES, check_plain, from_mapping
 from tokenizers_mm.models import MODELS, ImageTokenizer, Provenance
 from tokenizers_mm.models.saving import CONFIG, FORMAT, WEIGHTS
 
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Kinds of numbers that weights may have; 8-bit ones mean nothing without a scale, which a checkpoint does not say."""
 
@@ -28,14 +27,14 @@ def load_directory(directory: Path) -> ImageTokenizer[Any]:
     data = read_config(directory / CONFIG)
     family = data.get("family")
     if not isinstance(family, str) or family not in MODELS:
-        fail(f"{directory / CONFIG}: family", f"one of {sorted(MODELS)}", family)
+        fail(f"{directory / CONFIG}: family", f"one of {sorted(MODELS)}", repr(family))
     model, where = MODELS[family], str(directory / CONFIG)
-    config = from_mapping(model.Config, data.get("config", {}), f"{where}: config")
-    provenance = from_mapping(Provenance, data.get("provenance", {}), f"{where}: provenance")
+    config = from_mapping(model.Config, data.get("config", {}), f"{where}.config")
+    provenance = from_mapping(Provenance, data.get("provenance", {}), f"{where}.provenance")
     try:
         tokenizer = build(model, config)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}.config: {error}") from None
     fill(tokenizer, read_safetensors(directory / WEIGHTS), str(directory / WEIGHTS))
     tokenizer.provenance = provenance
     return tokenizer.eval()
