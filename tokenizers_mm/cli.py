@@ -1,7 +1,6 @@
 """`tokenizers-mm VERB`: exit code 0 on success, 2 for bad usage or input (one sentence), 1 for a failure of ours."""
 
 import argparse
-import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -182,13 +181,9 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from tokenizers_mm.checkpoints.convert import convert
+    from tokenizers_mm.models.loading import read_json
 
-    config = None
-    if options.config is not None:
-        try:
-            config = json.loads(options.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            fail("config", "a JSON file", f"{options.config} ({error})")
+    config = None if options.config is None else read_json(options.config)
     bad = [item for item in options.options if "=" not in item]
     if bad:
         fail("option", "key=value", bad[0])
