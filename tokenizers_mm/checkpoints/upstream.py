@@ -127,7 +127,9 @@ def _mappable(file: Path) -> Iterator[tuple[Path, list[int] | None]]:
             place = Path(folder) / "unpacked.pt"
             with zipfile.ZipFile(place, "w", zipfile.ZIP_STORED) as unpacked:
                 for record in records:
-                    with archive.open(record) as source, unpacked.open(record.filename, "w") as target:
+                    copy = zipfile.ZipInfo(record.filename)
+                    copy.file_size = record.file_size
+                    with archive.open(record) as source, unpacked.open(copy, "w") as target:
                         shutil.copyfileobj(source, target, 1 << 20)
             yield place, sizes
 
