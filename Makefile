@@ -26,7 +26,7 @@ NEWEST ?= tests/llm tests/train tests/export tests/checkpoints
 test-newest:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager $(BUILD_TOOLS)
-	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" .venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager \
+	TOKENIZERS_MM_BUILD_CUDA=0 PATH="$(CURDIR)/.venv-newest/bin:$$PATH" .venv-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager \
 	  --no-build-isolation --config-settings=build-dir=build/newest -e ".[$(EXTRAS)]"
 	.venv-newest/bin/python .ci/upstream.py $(VERSIONS) $(NEWEST)
 

@@ -62,7 +62,7 @@ def test_a_taught_model_draws_what_it_was_taught_and_rewards_it() -> None:
     codes: Any = tokenizer.encode(levels.view(2, 1, 1, 1).expand(-1, 3, 16, 16).contiguous())
     lessons = Lessons(scenes, codes.ids, tokenizer.features(codes).detach(), (16, 16))
     rng, optimizer = random.Random(0), torch.optim.AdamW(bridge.parameters(), 3e-3)
-    for _ in range(80):
+    for _ in range(120):
         (bridge.drawing_loss([*captions, "", ""], codes.ids.repeat(2, 1)) + tell_loss(bridge, lessons, rng)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -90,7 +90,9 @@ def small_language(objective: dict[str, Any], place: Path) -> dict[str, Any]:
     return {
         "objective.tokenizer": str(place / "tokenizer"),
         "objective.language_model": {"kind": "llama", "config": TINY, "text_tokenizer": str(place / "text")},
-        "objective.records": [{"path": str(place / ("ids" if objective.get("projector", "none") == "none" else "records")) + ".jsonl"}],
+        "objective.records": [
+            {"path": str(place / ("ids" if objective.get("projector", "none") == "none" else "records")) + ".jsonl"}
+        ],
         **({"objective.mask_token": "<mask>"} if objective.get("mask_token") else {}),
         **({"objective.pack": 160} if objective.get("pack") else {}),
     }
@@ -114,7 +116,6 @@ def small_joint(objective: dict[str, Any], place: Path) -> dict[str, Any]:
     return edits
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_trains(path: Path, place: Path, tmp_path: Path) -> None:
     data = small(path, place)

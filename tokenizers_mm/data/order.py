@@ -54,7 +54,9 @@ class Interleaving:
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         total = sum(weights)
-        require(len(weights) > 0 and min(weights) >= 0 and total > 0, "weights", "numbers from 0 on, not all 0", weights)
+        require(
+            len(weights) > 0 and min(weights) >= 0 and total > 0, "weights", "numbers from 0 on, not all 0", weights
+        )
         require(len(weights) <= BLOCK, "weights", f"at most {BLOCK} sources", f"{len(weights)}")
         shares = [BLOCK * weight / total for weight in weights]
         self.counts = [max(int(share), int(share > 0)) for share in shares]

@@ -19,6 +19,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import image_to_tensor, read_image
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
+from tokenizers_mm.data.captions import read_caption
 from tokenizers_mm.data.files import FileList
 from tokenizers_mm.data.files import list_images as list_images
 from tokenizers_mm.data.order import Interleaving, shuffled
@@ -80,10 +81,11 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """An image of the size that was asked for, before augmentation, and its caption ("" for none)."""
+    """An image of the size that was asked for, before augmentation, its caption ("" for none), and what was left out."""
 
     image: Image.Image
     caption: str
+    skipped: Sequence[str] = ()
 
 
 class Source(Protocol):
@@ -140,8 +142,8 @@ class Folder:
         self.size = len(self.files)
 
     def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
-        path = self.files[index]
-        return Sample(_cut(read_image(path), image_size, rng), read_caption(path))
+        path, skipped = self.files[index], []
+        return Sample(_cut(read_image(path), image_size, rng), read_caption(path, skipped), skipped)
 
 
 class ShardFolder:
@@ -154,8 +156,8 @@ class ShardFolder:
         self.size = len(self.shards)
 
     def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
-        image, caption = self.shards[index]
-        return Sample(_cut(image, image_size, rng), caption)
+        image, caption, skipped = self.shards[index]
+        return Sample(_cut(image, image_size, rng), caption, skipped)
 
 
 SOURCES: dict[str, Any] = {"photographs": Photographs, "scenes": Scenes, "folder": Folder, "shards": ShardFolder}
@@ -191,12 +193,12 @@ class Mixture(Dataset[dict[str, Any]]):
             if source.size is not None and offset >= source.size:
                 break
             try:
-                image, caption = source.sample(index, self.image_size, rng)
+                image, caption, also = source.sample(index, self.image_size, rng)
             except ValueError as error:
                 skipped.append(str(error))
                 continue
             image = _augmented(image, self.config.sources[number], rng) if source.augmented else image
-            return {"image": image_to_tensor(image), "caption": caption, "skipped": skipped}
+            return {"image": image_to_tensor(image), "caption": caption, "skipped": [*skipped, *also]}
         fail("data.path", "a source with at least one readable image", skipped[0])
 
 

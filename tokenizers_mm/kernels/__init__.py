@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.kernels import _native, _ops
+from tokenizers_mm.kernels import _cuda, _native, _ops
 
 __all__ = ["code_sums", "describe", "invalidate", "nearest_code", "nearest_code_shared", "use_kernels"]
 
@@ -127,6 +127,7 @@ def use_kernels(mode: str) -> Iterator[None]:
 def invalidate() -> None:
     """Forget every packed codebook. Needed only after writing to a codebook through `.data` or a foreign pointer."""
     _ops.cache.clear()
+    _cuda.packs.clear()
 
 
 def describe() -> dict[str, str]:
