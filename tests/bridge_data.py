@@ -41,7 +41,12 @@ def make_folder(place: Path, tokenizer: ImageTokenizer[Any], side: int = 32) -> 
 
 def arguments(folder: Path, out: Path, records: str = "ids", config: str = DEBUG, **options: Any) -> list[str]:
     """Of the program, for the records of a folder."""
-    given = [config, f"out={out}", f"objective.tokenizer={folder / 'tokenizer'}", f"objective.records=[{{path: {folder}/{records}.jsonl}}]"]
+    given = [
+        config,
+        f"out={out}",
+        f"objective.tokenizer={folder / 'tokenizer'}",
+        f"objective.records=[{{path: {folder}/{records}.jsonl}}]",
+    ]
     if "language_model.source" not in options:
         given.append(f"objective.language_model.text_tokenizer={folder / 'text'}")
     return [*given, *(f"{key if key in SHARED else f'objective.{key}'}={value}" for key, value in options.items())]

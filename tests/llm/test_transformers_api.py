@@ -87,6 +87,10 @@ def test_a_cache_that_cannot_forget_is_refused() -> None:
 MOVING = {
     *api.CACHE_NAMES[1:],
     "torch_dtype",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "get_decoder",
     "resize_token_embeddings",
     "get_output_embeddings",
     "tie_weights",

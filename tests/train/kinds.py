@@ -129,6 +129,8 @@ def make_place(place: Path) -> Path:
         image = {"image": f"{index}.png", "learn": False, "features": True}
         lines.append({"content": [image, {"text": scene.caption}]})
     (place / "records.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    ids = [{"content": [{"text": make_scene(i).caption, "learn": False}, {"image": f"{i}.png"}]} for i in range(6)]
+    (place / "ids.jsonl").write_text("\n".join(json.dumps(line) for line in ids))
     return place
 
 

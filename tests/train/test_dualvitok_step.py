@@ -18,7 +18,7 @@ from tests.cases import Case, case
 from tests.dualvitok_weights import dualvitok_weights
 from tokenizers_mm.checkpoints.dualvitok import convert, links_of
 from tokenizers_mm.checkpoints.upstream import give
-from tokenizers_mm.data.sources import Batch
+from tokenizers_mm.data.sources import Batch, DataConfig
 from tokenizers_mm.losses.discriminators import PatchGAN, PatchGANConfig
 from tokenizers_mm.models import DualViTok
 from train.config import RunConfig
@@ -55,8 +55,9 @@ def state_of(
     )
     monkeypatch.setattr("train.objectives.reconstruction.build_tokenizer", lambda _: model)
     monkeypatch.setattr("train.objectives.terms.load_lpips", lambda _: PooledDifference())
+    data = DataConfig(image_size=(model.size_multiple * 4,) * 2)  # not read: the steps get their images
     objective = ReconstructionConfig(
-        ModelConfig("dualvitok"), loss=loss, noise=noise, optimizer=OptimizerConfig(lr=0.0)
+        ModelConfig("dualvitok"), data=data, loss=loss, noise=noise, optimizer=OptimizerConfig(lr=0.0)
     )
     state = build_state(RunConfig("", objective, steps=1 << 20), Accelerator(cpu=True))
     stored = reference.tensors("train")

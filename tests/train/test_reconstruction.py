@@ -178,8 +178,8 @@ OTHER: dict[str, Any] = {
 }
 """Other values of keys for which a little more will not do."""
 
-ELSEWHERE = ("precision", "out", "objective.kind", "device", "non_finite", "log_every", "sample_every", "save_every", "keep", "resume",
-             "max_seconds", "objective.data.workers")  # fmt: skip
+ELSEWHERE = ("out", "objective.kind", "device", "precision", "non_finite", "log_every", "sample_every", "save_every",
+             "keep", "resume", "max_seconds", "objective.data.workers")  # fmt: skip
 """Keys that change no step; other tests see their effects."""
 
 

@@ -45,10 +45,8 @@ def test_full_size_configuration_is_the_released_model(name: str) -> None:
     assert config.loss.pixel == "l2"
 
 
-def reduced(name: str, **edits: Any) -> dict[str, Any]:
-    """The same run with small networks and without downloads; images, scales, terms and recipe stay."""
-    run = read_yaml(path(name))
-    data = run["objective"]
+def reduced_model(data: dict[str, Any]) -> None:
+    """The same objective with small networks and without downloads; images, scales, terms and recipe stay."""
     model = data["model"]["config"]
     small: dict[str, Any] = {"embed_dim": 48, "depth": 1, "num_heads": 2}
     if "vitamin" in model["semantic_encoder"]["name"]:
@@ -65,10 +63,16 @@ def reduced(name: str, **edits: Any) -> dict[str, Any]:
         wider = 2 if model[part]["channels"] == 256 else 1  # the enhanced decoder stays the larger one
         model[part] |= {"channels": 16 * wider, "multipliers": [1] * 5, "num_blocks": wider, "num_groups": 8}
     model["pixel_encoder"]["out_channels"] = model["pixel_decoder"]["in_channels"] = 16
+
+
+def reduced(name: str) -> dict[str, Any]:
+    """A run of two steps with the reduced model."""
+    run = read_yaml(path(name))
+    data = run["objective"]
+    reduced_model(data)
     data["loss"] |= {"gan_start": 1, "discriminator": {"channels": 8, "num_layers": 2, "norm": "batch"}}
     data["loss"]["weights"]["perceptual"] = 0.0  # needs VGG's weights
-    data["revival"]["every"] = 0
-    return run | {"precision": "fp32", "batch_size": 1, "steps": 2, **edits}
+    return run | {"precision": "fp32", "batch_size": 1, "steps": 2}
 
 
 def take_steps(data: dict[str, Any]) -> tuple[TokenFlow, dict[str, torch.Tensor], list[dict[str, float]]]:

@@ -20,20 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_directory, write_json
+from tokenizers_mm._files import atomic_directory, settle, write_json
 from tokenizers_mm.functional.gradients import scale_gradient
 from tokenizers_mm.llm.batch import IGNORED, Batch, Segment
 from tokenizers_mm.llm.presets import ChatFormat
 from tokenizers_mm.llm.projector import FeatureProjector, ProjectorConfig, embed
 from tokenizers_mm.llm.transformers_api import (
     cache_of,
+    decoder,
     embeddings,
     forward,
     head,
     keep_for_rewind,
     load_language_model,
     rewind,
-    unwrap,
 )
 from tokenizers_mm.models.loading import load_directory, read_config, read_safetensors
 from tokenizers_mm.models.mar import MAR, Grid, MARDraws, buffers_first, buffers_last
@@ -122,6 +122,7 @@ class ContinuousLM(nn.Module):
     def load(cls, directory: str | os.PathLike[str]) -> "ContinuousLM":
         """Read what `save` wrote, in evaluation mode; ValueError names the first file that is missing or foreign."""
         folder = Path(directory)
+        settle(folder)
         kind = read_config(folder / CONFIG).get("kind")
         require(kind == KIND, f"{folder / CONFIG}: kind", KIND, repr(kind))
         tokenizer = load_directory(folder / "tokenizer")
@@ -244,7 +245,7 @@ class ContinuousLM(nn.Module):
     def _call(self, vectors: Tensor, mask: Tensor, start: int, keys: Any = None, *, use_cache: bool) -> Any:
         positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, start:]
         inputs = {"inputs_embeds": vectors, "attention_mask": mask.long(), "position_ids": positions}
-        return forward(unwrap(self.language_model).get_decoder(), inputs, cache=keys, use_cache=use_cache)
+        return forward(decoder(self.language_model), inputs, cache=keys, use_cache=use_cache)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizers_mm.llm.batch import IGNORED
-from tokenizers_mm.llm.transformers_api import forward, head, only_adapters, unwrap
+from tokenizers_mm.llm.transformers_api import decoder, forward, head, only_adapters, unwrap
 
 PLAIN = frozenset(
     ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"],
@@ -40,12 +40,11 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], where: Tensor) -> Tensor
     The head runs at these places alone for the kinds of `PLAIN`, also under adapters of peft; for all others the
     model computes every logit, in its own way.
     """
-    plain = unwrap(model)
-    config, to_logits = plain.config, head(model)
+    config, to_logits = unwrap(model).config, head(model)
     capped = getattr(config, "final_logit_softcapping", None)
     if config.model_type not in PLAIN or capped or to_logits is None or not only_adapters(model):
         return forward(model, inputs).logits[where]
-    return to_logits(forward(plain.get_decoder(), inputs).last_hidden_state[where])
+    return to_logits(forward(decoder(model), inputs).last_hidden_state[where])
 
 
 def caption_rewards(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -98,6 +98,22 @@ def head(model: Any) -> nn.Module | None:
     return unwrap(model).get_output_embeddings()
 
 
+def decoder(model: Any) -> nn.Module:
+    """The language model without its head: hidden states from embeddings."""
+    inner = unwrap(model)
+    found = inner.get_decoder()
+    return inner.base_model if found is inner else found  # before version 5, GPT-2 and GPT-NeoX answer with themselves
+
+
+def rope(theta: float) -> dict[str, Any]:
+    """Settings of a configuration for rotary positions with this base frequency."""
+    from transformers import LlamaConfig
+
+    if "rope_theta" in inspect.signature(LlamaConfig.__init__).parameters:
+        return {"rope_theta": theta}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
 def grow(model: Any, rows: int) -> None:
     """Give the embeddings and the head so many rows; what new rows hold is not defined."""
     unwrap(model).resize_token_embeddings(rows, mean_resizing=False)

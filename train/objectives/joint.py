@@ -21,6 +21,7 @@ from tokenizers_mm.llm import Batch as Rows
 from tokenizers_mm.llm import FeatureProjector, ProjectorConfig
 from tokenizers_mm.llm.joint import caption_batch, caption_loss, num_labels, read_codes
 from tokenizers_mm.llm.loss import num_predicted
+from tokenizers_mm.llm.transformers_api import embeddings
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
@@ -146,7 +147,7 @@ class Joint(Objective):
 
     def _projector(self, model: Any) -> FeatureProjector:
         dims = (read_codes(self.tokenizer, torch.zeros(1, 3, *self.size, device=self.tokenizer.device)).shape[-1],)
-        width, source = model.get_input_embeddings().weight.shape[1], self.config.projector_from
+        width, source = embeddings(model).weight.shape[1], self.config.projector_from
         if not source:
             return FeatureProjector(ProjectorConfig(dims, width, self.config.activation))
         projector = FeatureProjector.load(source)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tokenizers_mm import load
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import require
 from tokenizers_mm._files import atomic_directory
 from tokenizers_mm._images import Fit
 from tokenizers_mm.config import Range, to_mapping
@@ -31,6 +31,12 @@ from tokenizers_mm.llm.model import add_lora
 from tokenizers_mm.llm.packing import pack_rows
 from tokenizers_mm.llm.projector import embed
 from tokenizers_mm.llm.records import RecordMixture, Records
+from tokenizers_mm.llm.transformers_api import (
+    embeddings,
+    load_language_model,
+    load_text_tokenizer,
+    new_language_model,
+)
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
@@ -161,7 +167,7 @@ class Language(Objective):
         self.networks: dict[str, nn.Module] = {"model": self.model}
         self.projector: FeatureProjector | None = None
         if config.projector != "none":
-            width = model.get_input_embeddings().weight.shape[1]
+            width = embeddings(model).weight.shape[1]
             shape = ProjectorConfig(self.processor.feature_dims(), width, config.projector)
             self.projector = FeatureProjector(shape).to(device)
             self.networks["projector"] = self.projector
@@ -232,11 +238,11 @@ def model_size(config: LanguageModelConfig) -> int | str:
     if config.kind:
         settings = AutoConfig.for_model(config.kind, **config.config)
     elif Path(config.source).is_dir():
-        settings = AutoConfig.from_pretrained(config.source)
+        settings = AutoConfig.from_pretrained(config.source, trust_remote_code=False)
     else:
         return f"{config.source}, which is not on this machine"
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(settings).parameters())
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(settings, trust_remote_code=False).parameters())
 
 
 def build_language_model(
@@ -249,21 +255,15 @@ def build_language_model(
 
     A vocabulary that lies beside the text tokenizer is kept.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     where = "config.objective.language_model"
     require(bool(config.source) != bool(config.kind), where, "either source or kind", to_mapping(config))
     named = config.text_tokenizer or config.source
     require(bool(named), f"{where}.text_tokenizer", "a directory or hub id", "nothing")
-    try:
-        text = AutoTokenizer.from_pretrained(named)
-        if config.source:
-            model = AutoModelForCausalLM.from_pretrained(config.source, dtype=torch.float32)
-        else:
-            rows = {"vocab_size": len(text), **config.config}
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.kind, **rows))
-    except (OSError, ValueError) as error:
-        fail(where, "a causal language model and its text tokenizer", str(error).splitlines()[0])
+    text = load_text_tokenizer(named, f"{where}.text_tokenizer")
+    if config.source:
+        model = load_language_model(config.source, where, dtype=torch.float32)
+    else:
+        model = new_language_model(config.kind, where, {"vocab_size": len(text), **config.config})
     kept = (Path(named) / "visual_vocab.json").is_file()
     if kept:
         vocabulary = VisualVocabulary.load(named)
