@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, shorten
 from tokenizers_mm._files import kind_of, settle
+from tokenizers_mm._summary import CONFIG, SAVE_ID, WEIGHTS
 from tokenizers_mm.config import from_mapping
 from tokenizers_mm.models import MODELS, ImageTokenizer, Provenance
-from tokenizers_mm.models.saving import CONFIG, FORMAT, SAVE_ID, WEIGHTS
+from tokenizers_mm.models.saving import FORMAT
 
 
 def load_directory(directory: Path) -> ImageTokenizer[Any]:
