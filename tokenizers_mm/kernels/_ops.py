@@ -43,6 +43,7 @@ def _twin(device: torch.device) -> ModuleType:
     if device.type == "cuda" and mode.get() != "reference":
         reason = _cuda.why_unavailable(device)
         if reason is None:
+            _cuda.raise_reported()
             return _cuda
     elif device.type == "cpu" or mode.get() != "native":
         return reference
@@ -147,8 +148,10 @@ def _nearest_shared(zs: list[Tensor], codebooks: list[Tensor], weights: list[flo
 
     library = _library(parts[0].device)
     if library is None:
+        twin = _twin(parts[0].device)
+        if twin is _cuda and len(parts) <= 2:
+            return _cuda.nearest_shared(tuple(rows), codes, scale, normalize)[0].view(shape)
         joint = joint_codebook()
-        twin = _twin(joint.device)
         found = [twin.nearest_code(block, joint)[0] for block in blocks()]
         return torch.cat(found).view(shape) if found else parts[0].new_empty(shape, dtype=torch.int64)
     ids = torch.empty(shape, dtype=torch.int64)
@@ -164,9 +167,11 @@ def _nearest_shared(zs: list[Tensor], codebooks: list[Tensor], weights: list[flo
 def _code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     library = _library(vectors.device)
     if library is None:
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_codes:
+        twin = _twin(vectors.device)
+        # The CUDA library reports a bad id later: looking at the ids here would wait for the device.
+        if twin is reference and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_codes:
             _bad_ids(num_codes)
-        counts, sums = _twin(vectors.device).code_sums(vectors, ids, num_codes)
+        counts, sums = twin.code_sums(vectors, ids, num_codes)
         return sums, counts
     rows = vectors.to(_common_dtype((vectors,))).contiguous()
     ids = ids.contiguous()

@@ -1,6 +1,7 @@
 """Reading a directory that `ImageTokenizer.save` wrote, and tensors into modules; strict, and no code is executed."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import regular_file
+from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm._files import regular_file, settle
 from tokenizers_mm.config import MAX_BYTES, check_plain, from_mapping
 from tokenizers_mm.models import MODELS, ImageTokenizer, Provenance
-from tokenizers_mm.models.saving import CONFIG, FORMAT, WEIGHTS
+from tokenizers_mm.models.saving import CONFIG, FORMAT, SAVE_ID, WEIGHTS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Kinds of numbers that weights may have; 8-bit ones mean nothing without a scale, which a checkpoint does not say."""
@@ -24,7 +25,7 @@ MAX_COMPUTED = 1 << 28
 
 def load_directory(directory: Path) -> ImageTokenizer[Any]:
     """The tokenizer of a directory, in evaluation mode: every tensor must be there with its shape, and no other."""
-    data = read_config(directory / CONFIG)
+    data, tensors = _read_pair(directory)
     family = data.get("family")
     if not isinstance(family, str) or family not in MODELS:
         fail(f"{directory / CONFIG}: family", f"one of {sorted(MODELS)}", repr(family))
@@ -35,9 +36,41 @@ def load_directory(directory: Path) -> ImageTokenizer[Any]:
         tokenizer = build(model, config)
     except ValueError as error:
         raise ValueError(f"{where}.config: {error}") from None
-    fill(tokenizer, read_safetensors(directory / WEIGHTS), str(directory / WEIGHTS))
+    fill(tokenizer, tensors, str(directory / WEIGHTS))
     tokenizer.provenance = provenance
     return tokenizer.eval()
+
+
+def _read_pair(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the weights of one save, also while another process replaces them.
+
+    Files without the mark of `saving`, of older versions or written by hand, are taken as they are.
+    """
+    for _ in range(10):
+        settle(directory)
+        data = read_config(directory / CONFIG)
+        tensors, metadata = read_safetensors_with_metadata(directory / WEIGHTS)
+        marks = {data.get(SAVE_ID), metadata.get(SAVE_ID)} - {None}
+        if len(marks) < 2:
+            return data, tensors
+        time.sleep(0.02)
+    fail(
+        str(directory),
+        f"{CONFIG} and {WEIGHTS} of one save",
+        "files of two (a copy or a save was interrupted: copy or save the tokenizer again)",
+    )
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device by name, tried with an allocation; ValueError where torch has no such device here."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        here = f"cpu{f' or cuda:0 to cuda:{count - 1}' if count else ' (torch finds no CUDA device here)'}"
+        fail("device", here, f"{str(device)!r} ({shorten(str(error), 80)})")
+    return found
 
 
 def build(model: type[ImageTokenizer[Any]], config: Any) -> ImageTokenizer[Any]:
@@ -91,15 +124,21 @@ def account(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tenso
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     found = [f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names]
     if found:
-        fail(where, "exactly the tensors of the model", "; ".join(found))
+        fail(where, "exactly the tensors of the model", "; ".join(found), limit=1000)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; one error for a file that is missing, truncated or something else."""
+    return read_safetensors_with_metadata(path)[0]
+
+
+def read_safetensors_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, and the texts beside the tensors."""
     regular_file(path, "a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         fail(str(path), "a whole safetensors file", f"{type(error).__name__}: {error}")
 
