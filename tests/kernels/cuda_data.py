@@ -94,7 +94,7 @@ def make_case(name: str, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def hidden_second_case() -> tuple[Tensor, Tensor]:
-    """Tokens beside a group of equal codes; the rest of a full tile is so far that the pass leaves it out of its records."""
+    """Tokens beside a group of equal codes; the rest of the tile is so far that the pass leaves it out of its records."""
     g = torch.Generator().manual_seed(0)
     far = 10 * torch.nn.functional.normalize(torch.randn(120, 4, generator=g), dim=1)
     return 0.01 * torch.randn(9, 4, generator=g), torch.cat([torch.zeros(16, 4), far, -far])

@@ -184,7 +184,6 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
         "transposed": tensor.T.contiguous().T,
         "off the line": shifted,
         "every second column": wide[:, 1::2],
-        "reversed twice": tensor.flip(0).contiguous().flip(0),
     }
 
 

@@ -296,7 +296,11 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _record(device: torch.device) -> torch.cuda.Event | None:
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _share(buffer: Tensor, device: torch.device) -> None:
