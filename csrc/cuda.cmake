@@ -1,7 +1,7 @@
 # libtokenizers_mm_cuda.so, for compute capability 8.0 and 9.0a with PTX for everything newer; the environment variable
-# TOKENIZERS_MM_CUDA_ARCHITECTURES (as "90a" or "80 89") builds for these alone, without PTX. Include this file from the
-# top CMakeLists.txt; it needs no CUDA support in CMake. Without nvcc it does nothing. A failing build is reported and
-# leaves the CPU library alone, unless TOKENIZERS_MM_BUILD_CUDA=1 asks for it; 0 leaves CUDA out.
+# TOKENIZERS_MM_CUDA_ARCHITECTURES (as "90a" or "80 89") builds for these alone, without PTX and with line numbers for
+# profilers. Include this file from the top CMakeLists.txt; it needs no CUDA support in CMake. Without nvcc it does
+# nothing. A failing build is reported and leaves the CPU library alone, unless TOKENIZERS_MM_BUILD_CUDA=1 asks for it; 0 leaves CUDA out.
 
 set(build_cuda "$ENV{TOKENIZERS_MM_BUILD_CUDA}")
 if(build_cuda STREQUAL "0")
@@ -29,7 +29,7 @@ message(STATUS "CUDA library: nvcc ${nvcc_version} at ${TOKENIZERS_MM_NVCC}")
 set(cuda_targets -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
   -gencode arch=compute_90a,code=sm_90a)
 if(NOT "$ENV{TOKENIZERS_MM_CUDA_ARCHITECTURES}" STREQUAL "")
-  set(cuda_targets)
+  set(cuda_targets -lineinfo)
   separate_arguments(architectures UNIX_COMMAND "$ENV{TOKENIZERS_MM_CUDA_ARCHITECTURES}")
   foreach(architecture ${architectures})
     list(APPEND cuda_targets -gencode arch=compute_${architecture},code=sm_${architecture})
@@ -46,7 +46,7 @@ endif()
 add_custom_command(
   OUTPUT "${cuda_library}"
   COMMAND
-    "${TOKENIZERS_MM_NVCC}" -std=c++17 -O3 -lineinfo -shared -cudart static ${cuda_targets}
+    "${TOKENIZERS_MM_NVCC}" -std=c++17 -O3 -shared -cudart static ${cuda_targets}
     -Xcompiler=-fPIC,-fvisibility=hidden,-static-libstdc++,-static-libgcc -Xlinker=--exclude-libs,ALL,-s
     -o "${cuda_library}" "${cuda_source}" ${cuda_failure}
   DEPENDS "${cuda_source}" ${cuda_headers}
