@@ -34,8 +34,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(REASON is not None, reason=st
 @pytest.fixture(autouse=True)
 def nothing_reported() -> None:
     _cuda.packs.clear()
-    for kind in (_cuda.Faults.NOT_FINITE, _cuda.Faults.BAD_IDS):
-        _cuda.faults().take(kind)
+    _cuda.faults().take_bad_ids()
 
 
 @pytest.fixture(params=PASSES)
@@ -315,16 +314,6 @@ def test_a_change_behind_torch_is_noticed(cuda_pass: str) -> None:
     codebook.data.mul_(0.5)
     assert not _cuda.packs.get((codebook,), (1.0,))[1]
     assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
-
-
-def test_queries_that_are_not_finite_are_reported() -> None:
-    z, codebook = random_pair(400, 90, 8)
-    kernels.nearest_code(z, codebook)
-    assert not _cuda.saw_not_finite(wait=True)
-    z[333, 2] = torch.inf
-    kernels.nearest_code(z, codebook)
-    assert _cuda.saw_not_finite(wait=True)
-    assert not _cuda.saw_not_finite(wait=True)
 
 
 def test_ids_that_are_no_codes_are_reported_by_a_later_call() -> None:
