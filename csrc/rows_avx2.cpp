@@ -27,6 +27,11 @@ uint32_t not_above(Floats v, float limit) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_NGT_UQ)));
 }
 
+Floats load_first(const float* p, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (Floats)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+}
+
 }  // namespace
 
 const RowKernels* row_kernels_8() { return &kKernels; }

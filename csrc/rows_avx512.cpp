@@ -35,6 +35,10 @@ Floats reduce(const Floats* s) {
 
 uint32_t not_above(Floats v, float limit) { return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NGT_UQ); }
 
+Floats load_first(const float* p, int64_t count) {
+  return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+
 }  // namespace
 
 const RowKernels* row_kernels_16() { return &kKernels; }

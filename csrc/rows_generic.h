@@ -19,7 +19,8 @@ inline __attribute__((always_inline)) V load(const void* p) {
 
 inline Words multiply_halves(Words v);              // low 32 bits times high 32 bits of every word
 inline Floats reduce(const Floats* sums);           // lane i: the sum of the lanes of sums[i], for kLanes vectors
-inline uint32_t not_above(Floats v, float limit);  // bit i: lane i is not above the limit (NaN is not)
+inline uint32_t not_above(Floats v, float limit);   // bit i: lane i is not above the limit (NaN is not)
+inline Floats load_first(const float* p, int64_t count);  // the first `count` < kLanes lanes, and zeros
 
 // Sum over stripes s and words w of x + low(x + key) * high(x + key) with a key for every (s, w), in the manner of NH and XXH3:
 // the key makes the place count, the product makes changes in several words not cancel, and x itself keeps the sum from losing
@@ -55,39 +56,46 @@ void digest(const char* data, int64_t bytes, uint64_t stripe, uint64_t* sums) {
   for (int p = 0; p < kParts; ++p) __builtin_memcpy(sums + p * kWords, &sum[p], sizeof(Words));
 }
 
-inline __attribute__((always_inline)) Floats load_first(const float* p, int64_t count) {
-  Floats v = {};
-  __builtin_memcpy(&v, p, static_cast<uint64_t>(count) * 4);
-  return v;
+// Distances to kLanes codes, each `stride` values after the one before (0: the same one again).
+inline __attribute__((always_inline)) Floats gaps(const float* z, const float* codes, int64_t stride, int64_t d) {
+  const int64_t whole = d / kLanes * kLanes, rest = d - whole;
+  Floats sums[kLanes];
+#pragma GCC unroll 4
+  for (int c = 0; c < kLanes; c += 4) {  // four at a time, whose additions overlap
+    const float* code = codes + c * stride;
+    Floats sum[4] = {};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Floats x = load<Floats>(z + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Floats gap = load<Floats>(code + j * stride + i) - x;
+        sum[j] = TMM_MULTIPLY_ADD(gap, gap, sum[j]);
+      }
+    }
+    if (rest) {
+      const Floats x = load_first(z + whole, rest);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Floats gap = load_first(code + j * stride + whole, rest) - x;
+        sum[j] = TMM_MULTIPLY_ADD(gap, gap, sum[j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[c + j] = sum[j];
+  }
+  return reduce(sums);
 }
 
 int64_t near(const float* z, const float* codes, int64_t n, int64_t d, float limit, int32_t* out, float* total) {
-  const int64_t whole = d / kLanes * kLanes, rest = d - whole;
-  const Floats z_rest = load_first(z + whole, rest);
   Floats all = {};
-  int64_t count = 0;
-  for (int64_t first = 0; first < n; first += kLanes) {
-    Floats sums[kLanes];
-#pragma GCC unroll 16
-    for (int c = 0; c < kLanes; ++c) {
-      const float* code = codes + (first + c < n ? first + c : n - 1) * d;
-      Floats sum = {};
-      for (int64_t i = 0; i < whole; i += kLanes) {
-        const Floats gap = load<Floats>(code + i) - load<Floats>(z + i);
-        sum = TMM_MULTIPLY_ADD(gap, gap, sum);
-      }
-      if (rest) {
-        const Floats gap = load_first(code + whole, rest) - z_rest;
-        sum = TMM_MULTIPLY_ADD(gap, gap, sum);
-      }
-      sums[c] = sum;
-    }
-    const Floats found = reduce(sums);
+  int64_t count = 0, first = 0;
+  const auto list = [&](Floats found, uint32_t lanes) __attribute__((always_inline)) {
     all += found;
-    uint32_t mask = not_above(found, limit);
-    if (n - first < kLanes) mask &= (1u << (n - first)) - 1;
-    for (; mask; mask &= mask - 1) out[count++] = static_cast<int32_t>(first) + __builtin_ctz(mask);
-  }
+    for (uint32_t mask = not_above(found, limit) & lanes; mask; mask &= mask - 1)
+      out[count++] = static_cast<int32_t>(first) + __builtin_ctz(mask);
+  };
+  for (; first + kLanes <= n; first += kLanes) list(gaps(z, codes + first * d, d, d), ~0u);
+  for (; first < n; ++first) list(gaps(z, codes + first * d, 0, d), 1);
   for (int lane = 0; lane < kLanes; ++lane) *total += all[lane];
   return count;
 }

@@ -20,6 +20,12 @@ uint32_t not_above(Floats v, float limit) {
   return mask;
 }
 
+Floats load_first(const float* p, int64_t count) {
+  Floats v = {};
+  for (int lane = 0; lane < count; ++lane) v[lane] = p[lane];
+  return v;
+}
+
 }  // namespace
 
 const RowKernels* row_kernels_4() { return &kKernels; }

@@ -139,7 +139,7 @@ def nearest_code_shared(
     zs[i] is [..., D_i] and codebooks[i] is [K, D_i]; weights are >= 0. `normalize` first divides every row of each part
     by its L2 norm (at least 1e-12), in float64. `return_distance` adds the joint distance [...], differentiable; it
     takes the memory of the looked up rows. `return_margin` adds the margin between the square roots of joint distances.
-    `names` are what errors call the zs. All else as in `nearest_code`. Source: TokenFlow (arXiv 2412.03069), equation 2.
+    `names` are what errors call the zs. All else as in `nearest_code`. Source: TokenFlow (arXiv 2412.03069), eq. 2.
     """
     count = len(codebooks)
     require(count > 0 and len(zs) == count and len(weights) == count, "zs", f"{count} parts and weights", str(len(zs)))

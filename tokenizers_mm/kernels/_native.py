@@ -55,9 +55,7 @@ class CpuLibrary:
         self.destroy = _function(library.tmm_codebook_destroy, None, pointer)
         self.bytes = _function(library.tmm_codebook_bytes, size, pointer)
         self.method = _function(library.tmm_codebook_method, number, pointer)
-        self.nearest_code = _function(
-            library.tmm_nearest_code, number, *[pointer] * 3, size, *[pointer] * 3, number
-        )
+        self.nearest_code = _function(library.tmm_nearest_code, number, *[pointer] * 3, size, *[pointer] * 3, number)
         self.nearest_code_live = _function(
             library.tmm_nearest_code_live, number, pointer, size, size, number, pointer, size, *[pointer] * 3, number
         )

@@ -17,7 +17,10 @@ COPY_ELEMENTS = 1 << 20
 """Elements of z converted at a time (4 or 8 MB) where its rows cannot be read in place."""
 
 LIVE_ROWS = 2
-"""Rows up to which one pass over the codebook as it lies in memory costs no more than reading it to find its pack."""
+"""Rows up to which one pass over the codebook as it lies in memory costs no more than reading it to find its pack,"""
+
+LIVE_DIM, LIVE_ELEMENTS = 9, 4096
+"""from this many dimensions on or up to this many elements; otherwise the box tree is so fast that reading wins."""
 
 cache = Cache()
 os.register_at_fork(after_in_child=cache.renew_lock)
@@ -113,7 +116,9 @@ def _nearest(z: Tensor, codebook: Tensor, want: str, trust_version: bool, name: 
     dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else _common_dtype((z, codebook))
     shape = z.shape[:-1]
     if library is None:
-        ids, distance, margin = _twin(z.device, "m" in want).nearest_code(z.reshape(-1, z.shape[-1]), codebook, "m" in want)
+        ids, distance, margin = _twin(z.device, "m" in want).nearest_code(
+            z.reshape(-1, z.shape[-1]), codebook, "m" in want
+        )
         answer = Answer(
             ids.view(shape),
             distance.to(dtype).view(shape) if "d" in want else None,
@@ -124,14 +129,14 @@ def _nearest(z: Tensor, codebook: Tensor, want: str, trust_version: bool, name: 
     answer = _empty(shape, dtype, want)
     plain = z.dtype == dtype and z.is_contiguous()
     try:
-        if plain and answer.ids.numel() <= LIVE_ROWS and codebook.dtype == dtype and codebook.is_contiguous():
+        if plain and codebook.dtype == dtype and _prefers_live(answer.ids.numel(), codebook):
             _search_live(library, codebook, z, answer)
         else:
             blocks = iter((z.view(-1, z.shape[-1]),)) if plain else _row_blocks(z, dtype)
             _search(
                 library,
                 (codebook,),
-                dtype,
+                (dtype, codebook.is_contiguous()),  # a pack of rows used in place does not serve a copy of them
                 lambda: PackedCodebook(library, *plain_rows(codebook, dtype)),
                 blocks,
                 answer,
@@ -140,6 +145,11 @@ def _nearest(z: Tensor, codebook: Tensor, want: str, trust_version: bool, name: 
     except _native.NotFiniteError:
         _refuse((codebook,), ("codebook",), (z,), (name,))
     return answer
+
+
+def _prefers_live(rows: int, codebook: Tensor) -> bool:
+    small = codebook.shape[1] >= LIVE_DIM or codebook.numel() <= LIVE_ELEMENTS
+    return rows <= LIVE_ROWS and small and codebook.is_contiguous()
 
 
 def _search_live(library: _native.CpuLibrary, codebook: Tensor, z: Tensor, answer: Answer) -> None:
