@@ -503,8 +503,9 @@ def test_gradients_of_the_distance(path: str) -> None:
 def test_opcheck(path: str) -> None:
     z, c = gauss(6, 5, 3)
     torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code.default, (z, c))
-    arguments = (z.requires_grad_(), c.requires_grad_())
-    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_distance.default, arguments)
+    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_distance.default, (z, c))
+    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_margin.default, (z, c, True, "features"))
+    torch.library.opcheck(torch.ops.tokenizers_mm.finite_ids.default, (z, torch.arange(6), "features"))
 
 
 def test_compile_and_export(path: str) -> None:

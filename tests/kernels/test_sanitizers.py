@@ -20,7 +20,7 @@ FLAGS = {"avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfm
 
 
 def build(folder: Path, sanitizer: str) -> Path:
-    """The driver with the library's sources, each with its instruction set's flags; skipped where it cannot be linked."""
+    """The driver and the library, each file with its instruction set; skipped where the sanitizer is missing."""
     assert COMPILER is not None
     common = [COMPILER, "-std=c++17", "-O1", "-g", "-ffp-contract=off", f"-fsanitize={sanitizer}", "-DTMM_DELAY_HOOK"]
     common += ["-fno-sanitize-recover=all"] if "undefined" in sanitizer else []

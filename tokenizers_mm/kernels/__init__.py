@@ -86,13 +86,19 @@ def nearest_code(
     back, so there the index of a row that is not finite is -1 instead, and a code that is not is never chosen.
     """
     _check_pair(name, z, "codebook", codebook)
+    margin = None
     if return_margin:
-        distance, margin, ids = _nearest_margin(z, codebook, trust_version, name)
-        return (ids, distance, margin) if return_distance else (ids, margin)
-    if return_distance:
-        distance, ids = _nearest_distance(z, codebook, trust_version, name)
-        return ids, distance
-    return _nearest(z, codebook, trust_version, name)
+        distance, margin, ids = _nearest_margin(z.detach(), codebook.detach(), trust_version, name)
+    elif return_distance:
+        distance, ids = _nearest_distance(z.detach(), codebook.detach(), trust_version, name)
+    else:
+        return _nearest(z, codebook, trust_version, name)
+    if not return_distance:
+        return ids, margin
+    if _ops.may_be_differentiated(z, codebook):
+        gap = z.to(distance.dtype) - _rows(codebook, ids).to(distance.dtype)
+        distance = _with_derivative(distance, gap.square().sum(-1))
+    return (ids, distance) if margin is None else (ids, distance, margin)
 
 
 @overload
@@ -160,7 +166,7 @@ def nearest_code_shared(
     wide = torch.float64 if any(t.dtype == torch.float64 for t in (*zs, *codebooks)) else torch.float32
     distance = torch.zeros(ids.shape, dtype=wide, device=ids.device)
     for z, codebook, weight in zip(zs, codebooks, weights, strict=True):
-        query, chosen = z.to(wide), codebook[ids].to(wide)
+        query, chosen = z.to(wide), _rows(codebook, ids).to(wide)
         if normalize:
             query, chosen = torch.nn.functional.normalize(query, dim=-1), torch.nn.functional.normalize(chosen, dim=-1)
         distance = distance + weight * (query - chosen).square().sum(-1)
@@ -185,7 +191,10 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
     require(vectors.ndim == 2 and vectors.dtype in _FLOATS, "vectors", "float [N, D]", vectors)
     require(ids.dtype == torch.int64 and ids.shape == vectors.shape[:1], "ids", f"int64 [{vectors.shape[0]}]", ids)
     require(num_codes > 0, "num_codes", ">= 1", num_codes)
-    sums, counts = _code_sums(vectors, ids, num_codes)
+    sums, counts = _code_sums(vectors.detach(), ids, num_codes)
+    if _ops.may_be_differentiated(vectors):
+        same = vectors.new_zeros(sums.shape, dtype=torch.float64).index_add(0, ids, vectors.double())
+        sums = _with_derivative(sums, same)
     return counts, sums
 
 
@@ -217,6 +226,16 @@ def describe() -> dict[str, str]:
     path = "reference" if mode == "reference" else "native"
     reason = "asked for by use_kernels or TOKENIZERS_MM_KERNELS" if path == "reference" else "the library loaded"
     return {"mode": mode, "path": path, "isa": library.isa, "library": str(library.path), "reason": reason}
+
+
+def _rows(codebook: Tensor, ids: Tensor) -> Tensor:
+    """Rows of the codebook; any for the id -1 (see `nearest_code`, CUDA)."""
+    return torch.nn.functional.embedding(ids.clamp_min(0), codebook)
+
+
+def _with_derivative(exact: Tensor, same: Tensor) -> Tensor:
+    """The value of `exact` with the derivatives of `same`, which has that value up to rounding."""
+    return exact + (same - same.detach())
 
 
 def _check_pair(z_name: str, z: Tensor, codebook_name: str, codebook: Tensor) -> None:

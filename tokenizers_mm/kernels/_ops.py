@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tokenizers_mm._check import fail
+from tokenizers_mm._check import require_finite
 from tokenizers_mm.kernels import _cuda, _native, reference
 from tokenizers_mm.kernels._packed import Answer, Cache, PackedCodebook, joint_rows, plain_rows
 
@@ -45,10 +45,10 @@ def _library(device: torch.device) -> _native.CpuLibrary | None:
     return _native.cpu() if mode.get() == "native" else _native.cpu_or_none()
 
 
-def _twin(device: torch.device, margins: bool = False) -> ModuleType:
+def _twin(device: torch.device) -> ModuleType:
     """The module with `nearest_code` and `code_sums` for tensors that the CPU library does not take: the CUDA library's
-    (which has no margins) or plain torch."""
-    if device.type == "cuda" and mode.get() != "reference" and not margins:
+    or plain torch."""
+    if device.type == "cuda" and mode.get() != "reference":
         reason = _cuda.why_unavailable(device)
         if reason is None:
             return _cuda
@@ -59,6 +59,15 @@ def _twin(device: torch.device, margins: bool = False) -> ModuleType:
     if mode.get() == "native":
         raise _native.NativeUnavailableError(reason)
     return reference
+
+
+def _search_twin(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, squared distances and margins by the twin; margins are plain torch's on every device. Without a wait for the
+    device: the id of a row that is not finite is -1, which is refused where ids are read on the host (ImageCodes)."""
+    if margins:
+        return reference.nearest_code_margin(z, codebook)
+    ids, distance = _twin(z.device).nearest_code(z, codebook)
+    return ids.masked_fill(distance.isnan(), -1), distance, None
 
 
 def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
@@ -116,9 +125,7 @@ def _nearest(z: Tensor, codebook: Tensor, want: str, trust_version: bool, name: 
     dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else _common_dtype((z, codebook))
     shape = z.shape[:-1]
     if library is None:
-        ids, distance, margin = _twin(z.device, "m" in want).nearest_code(
-            z.reshape(-1, z.shape[-1]), codebook, "m" in want
-        )
+        ids, distance, margin = _search_twin(z.reshape(-1, z.shape[-1]), codebook, "m" in want)
         answer = Answer(
             ids.view(shape),
             distance.to(dtype).view(shape) if "d" in want else None,
@@ -176,22 +183,20 @@ def _refuse_if_not_finite(
     zs: tuple[Tensor, ...],
     names: tuple[str, ...],
 ) -> None:
-    """What the native library does by itself, for answers of the twins. On a device nothing is read back here, which
-    would wait for it: there the id of a row that is not finite is -1, and whoever reads ids on the host (ImageCodes,
-    for one) refuses it."""
+    """The check that the native library does by itself, for answers of plain torch on a CPU."""
     if ids.device.type == "cpu" and (bool((ids < 0).any()) or not all(bool(c.isfinite().all()) for c in codebooks)):
         _refuse(codebooks, codebook_names, zs, names)
 
 
-def _refuse(codebooks, codebook_names, zs, names) -> None:
+def _refuse(
+    codebooks: tuple[Tensor, ...], codebook_names: tuple[str, ...], zs: tuple[Tensor, ...], names: tuple[str, ...]
+) -> None:
     """Raise the error that names the tensor with NaN or infinity in it, and the first place."""
-    for what, tensors, labels in (("codes", codebooks, codebook_names), ("features", zs, names)):
-        for tensor, label in zip(tensors, labels, strict=True):
-            bad = (~tensor.isfinite()).nonzero()
-            if len(bad):
-                place = bad[0].tolist()
-                fail(label, f"finite {what}", f"{'NaN' if tensor[tuple(place)].isnan() else 'infinity'} at {place}")
-    raise AssertionError("expected NaN or infinity in the codebook or in the features")
+    for codebook, name in zip(codebooks, codebook_names, strict=True):
+        require_finite(name, "codes", codebook)
+    for z, name in zip(zs, names, strict=True):
+        require_finite(name, "features", z)
+    raise RuntimeError("nearest_code: expected codes and features that nobody writes to during the call")
 
 
 def _nearest_ids(z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z") -> Tensor:
@@ -269,13 +274,10 @@ def _shared(
     library = _library(parts[0].device)
     if library is None:
         joint = joint_codebook()
-        twin = _twin(joint.device, bool(want))
-        found = [twin.nearest_code(block, joint, bool(want)) for block in blocks()]
-        ids = torch.cat([part[0] for part in found]) if found else parts[0].new_empty(0, dtype=torch.int64)
-        margin = None
-        if want:
-            margin = torch.cat([part[2] for part in found]) if found else parts[0].new_empty(0)
-            margin = margin.to(result).view(shape)
+        found = [_search_twin(block, joint, bool(want)) for block in blocks()]
+        found = found or [_search_twin(parts[0].new_empty(0, width), joint, bool(want))]
+        ids = torch.cat([part[0] for part in found])
+        margin = torch.cat([part[2] for part in found if part[2] is not None]).to(result).view(shape) if want else None
         _refuse_if_not_finite(codes, code_labels, ids, parts, labels)
         return Answer(ids.view(shape), None, margin)
     answer = _empty(shape, dtype, want)
@@ -296,12 +298,10 @@ def _shared(
 
 
 def _finite_ids(z: Tensor, ids: Tensor, name: str) -> Tensor:
-    bad = ~z.isfinite().all(-1)
     if z.device.type == "cpu":
-        if bool(bad.any()):
-            _refuse((), (), (z,), (name,))
+        require_finite(name, "features", z)
         return ids.clone()
-    return torch.where(bad, -1, ids)
+    return torch.where(z.isfinite().all(-1), ids, -1)
 
 
 def _code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -394,39 +394,44 @@ def _fake_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Te
     return sums, ids.new_empty((num_codes,))
 
 
-def _save_distance(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:2], output[-1])
+def _batched(op, row_arguments: int):
+    """The rule of torch.vmap for an operator whose first arguments are rows of any leading shape: a batch of them alone
+    is one more axis of rows. A batch of codebooks is searched one by one."""
+
+    def rule(info, in_dims, *arguments):
+        size = info.batch_size
+
+        def select(argument, dims, index):
+            if isinstance(argument, list):
+                return [
+                    select(part, dim, index) for part, dim in zip(argument, dims or [None] * len(argument), strict=True)
+                ]
+            return argument if dims is None else argument.select(dims, index)
+
+        def lead(argument, dims):
+            if isinstance(argument, list):
+                return [lead(part, dim) for part, dim in zip(argument, dims or [None] * len(argument), strict=True)]
+            return argument.expand(size, *argument.shape) if dims is None else argument.movedim(dims, 0)
+
+        def unbatched(dims) -> bool:
+            return dims is None or (isinstance(dims, list | tuple) and all(dim is None for dim in dims))
+
+        if all(map(unbatched, in_dims[row_arguments:])):
+            rows = [lead(*pair) for pair in zip(arguments[:row_arguments], in_dims[:row_arguments], strict=True)]
+            result = op(*rows, *arguments[row_arguments:])
+        else:
+            results = [
+                op(*(select(argument, dims, i) for argument, dims in zip(arguments, in_dims, strict=True)))
+                for i in range(size)
+            ]
+            single = isinstance(results[0], Tensor)
+            result = torch.stack(results) if single else tuple(map(torch.stack, zip(*results, strict=True)))
+        return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+
+    return rule
 
 
-def _distance_backward(ctx, grad: Tensor | None, *_):
-    """d |z - c|^2 = 2 (z - c) . (dz - dc); the codebook's part is summed in a fixed order."""
-    no_grads = [None] * (len(ctx.needs_input_grad) - 2)
-    if grad is None:
-        return None, None, *no_grads
-    z, codebook, ids = ctx.saved_tensors
-    gap = 2 * grad[..., None] * (z.to(grad.dtype) - codebook[ids].to(grad.dtype))
-    grad_codebook = None
-    if ctx.needs_input_grad[1]:
-        rows = gap.reshape(-1, gap.shape[-1])
-        sums, _ = torch.ops.tokenizers_mm.code_sums(rows, ids.reshape(-1), codebook.shape[0])
-        grad_codebook = -sums.to(codebook.dtype)
-    return gap.to(z.dtype) if ctx.needs_input_grad[0] else None, grad_codebook, *no_grads
-
-
-def _save_sums(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[1])
-    ctx.dtype = inputs[0].dtype
-
-
-def _sums_backward(ctx, grad: Tensor | None, _):
-    (ids,) = ctx.saved_tensors
-    return None if grad is None else grad[ids].to(ctx.dtype), None, None
-
-
-# A floating-point output comes first: with an int64 one there, torch's tracing of the gradient fails.
+# A floating-point output comes first: with an int64 one there, torch's tracing of gradients fails.
 _PLAIN = "Tensor z, Tensor codebook, bool trust_version=False, str name='z'"
 _SHARED = (
     "Tensor[] zs, Tensor[] codebooks, float[] weights, bool normalize, bool trust_version=False, str[]? names=None"
@@ -438,8 +443,29 @@ _define(f"nearest_code_shared({_SHARED}) -> Tensor", _nearest_shared, _fake_shar
 _define(f"nearest_code_shared_margin({_SHARED}) -> (Tensor, Tensor)", _shared_margin, _fake_shared_margin)
 _define("code_sums(Tensor vectors, Tensor ids, SymInt num_codes) -> (Tensor, Tensor)", _code_sums, _fake_sums)
 _define("finite_ids(Tensor z, Tensor ids, str name) -> Tensor", _finite_ids, _fake_finite_ids)
-for _name in ("nearest_code_distance", "nearest_code_margin"):
-    torch.library.register_autograd(
-        f"tokenizers_mm::{_name}", _distance_backward, setup_context=_save_distance, lib=_namespace
+_ROW_ARGUMENTS = {
+    "nearest_code": 1,
+    "nearest_code_distance": 1,
+    "nearest_code_margin": 1,
+    "nearest_code_shared": 1,
+    "nearest_code_shared_margin": 1,
+    "code_sums": 0,
+    "finite_ids": 2,
+}
+for _name, _count in _ROW_ARGUMENTS.items():
+    _op = getattr(torch.ops.tokenizers_mm, _name).default
+    torch.library.register_vmap(f"tokenizers_mm::{_name}", _batched(_op, _count), lib=_namespace)
+
+
+def may_be_differentiated(*tensors: Tensor) -> bool:
+    """Whether any kind of derivative may be taken with respect to these tensors, a transform of torch.func included.
+
+    The operators have no formulas of their own: where this is true, their values are joined with a differentiable
+    expression of the same value, which serves every mode and order of differentiation.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or any(tensor.requires_grad for tensor in tensors)
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
     )
-torch.library.register_autograd("tokenizers_mm::code_sums", _sums_backward, setup_context=_save_sums, lib=_namespace)

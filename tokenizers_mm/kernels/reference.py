@@ -14,15 +14,29 @@ BAND = 4e-16
 """Rounding of the float64 product form, relative to the squared norms, per D + 8 operations: two units and more."""
 
 
-def nearest_code(z: Tensor, codebook: Tensor, margins: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Index of the nearest code, its squared distance, and (where asked for) its margin.
+def nearest_code(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the nearest code and its squared distance.
 
-    z [N, D] and codebook [K, D], any float dtypes; returns int64 [N], float64 [N] and float64 [N] or None. The margin
-    is how much farther the nearest code of another value is, not squared; infinity where all codes are equal. A code
-    that holds NaN or infinity is never chosen; a query that does gets index -1, a NaN distance and a NaN margin. A
-    finite query without a finite distance (overflow) gets index 0, an infinite distance and a zero margin. Source: the
-    definition.
+    z [N, D] and codebook [K, D], any float dtypes; returns int64 [N] and float64 [N]. A code that holds NaN or infinity
+    is never chosen; a query that does gets index -1 and a NaN distance. A finite query without a finite distance
+    (overflow) gets index 0 and an infinite distance. Source: the definition.
     """
+    ids, distances, _ = _search(z, codebook, margins=False)
+    return ids, distances
+
+
+def nearest_code_margin(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `nearest_code`, and the margin, float64 [N]: how much farther, not squared, the nearest code of another value
+    is. Infinity where all codes are equal, zero where distances overflow, NaN for a query that is not finite.
+    """
+    ids, distances, others = _search(z, codebook, margins=True)
+    margin = torch.where(torch.isfinite(others), (others - distances) / (others.sqrt() + distances.sqrt()), torch.inf)
+    margin = torch.where(others > distances, margin, 0.0)
+    return ids, distances, torch.where(distances.isnan(), torch.nan, margin)
+
+
+def _search(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, squared distance, and with `margins` the squared distance of the nearest code of another value."""
     codebook = codebook.double()
     usable = torch.isfinite(codebook).all(1)
     safe = torch.where(usable[:, None], codebook, 0.0)
@@ -30,11 +44,11 @@ def nearest_code(z: Tensor, codebook: Tensor, margins: bool = False) -> tuple[Te
     codes = torch.where(usable[:, None], codebook - centre, 0.0)
     norms = torch.where(usable, codes.square().sum(1), torch.inf)
     size_of_codes = torch.where(usable, norms, 0.0).max()
-    value = _first_equal(safe) if margins else None
+    value = _first_equal(safe) if margins else torch.empty(0)
     rows = max(1, TILE_ELEMENTS // max(codebook.shape))
     ids = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
     distances = torch.full((z.shape[0],), torch.inf, dtype=torch.float64, device=z.device)
-    others = distances.clone() if margins else None
+    others = distances.clone()
     for start in range(0, z.shape[0], rows):
         tile = slice(start, start + rows)
         query = z[tile].double()
@@ -42,18 +56,12 @@ def nearest_code(z: Tensor, codebook: Tensor, margins: bool = False) -> tuple[Te
         scores = torch.where(torch.isfinite(scores) | ~usable, scores, -torch.inf)  # overflow: compare in full
         rounding = BAND * (codebook.shape[1] + 8) * ((query - centre).square().sum(1) + size_of_codes)
         ids[tile], distances[tile] = _decide(query, safe, _within(scores, rounding) & usable)
-        if value is not None and others is not None:
-            rest = torch.where(value == value[ids[tile]][:, None], torch.inf, scores)
-            near = _within(rest, rounding) & usable & (value != value[ids[tile]][:, None])
+        if margins:
+            other = usable & (value != value[ids[tile]][:, None])
+            near = _within(torch.where(other, scores, torch.inf), rounding) & other
             others[tile] = _decide(query, safe, near)[1]
     finite = torch.isfinite(z).all(1)
-    margin = None
-    if others is not None:
-        gap = others.sqrt() - distances.sqrt()
-        gap = torch.where(torch.isfinite(others), (others - distances) / (others.sqrt() + distances.sqrt()), gap)
-        margin = torch.where(torch.isfinite(distances), torch.where(others > distances, gap, 0.0), 0.0)
-        margin = torch.where(finite, margin, torch.nan)
-    return torch.where(finite, ids, -1), torch.where(finite, distances, torch.nan), margin
+    return torch.where(finite, ids, -1), torch.where(finite, distances, torch.nan), others
 
 
 def _within(scores: Tensor, rounding: Tensor) -> Tensor:
