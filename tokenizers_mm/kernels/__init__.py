@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.kernels import _native, _ops
+from tokenizers_mm.kernels import _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
 
 __all__ = [
     "code_sums",
