@@ -7,6 +7,7 @@ import platform
 import torch
 
 from tokenizers_mm import kernels
+from tokenizers_mm.kernels import _native
 
 EXTRAS = {
     "train": ("accelerate", "lpips", "tqdm", "matplotlib", "tensorboard", "scikit-image", "scikit-learn"),
@@ -28,6 +29,8 @@ def report() -> list[str]:
         lines.append("device         CPU (torch sees no CUDA device)")
     live = kernels.describe()
     lines.append(f"kernels        {live['path']} {live['isa']} ({live['reason']})")
+    if live["isa_cap"] != _native.ISAS[-1]:
+        lines.append(f"isa            at most {live['isa_cap']} (TOKENIZERS_MM_ISA)")
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if _version(package) == "missing"]
         state = "complete" if not missing else f"missing {', '.join(missing)}: pip install 'tokenizers_mm[{extra}]'"

@@ -9,13 +9,14 @@ import torch
 from accelerate import Accelerator
 
 from tokenizers_mm import load
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import require
 from tokenizers_mm._images import Fit
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.llm import Batch, MultimodalProcessor, VisualVocabulary, extend
 from tokenizers_mm.llm.batch import Row, pad_rows
 from tokenizers_mm.llm.packing import pack_rows
 from tokenizers_mm.llm.records import RecordMixture, Records
+from tokenizers_mm.llm.transformers_api import load_language_model, load_text_tokenizer, new_language_model
 
 from .bridge_config import MAY_CHANGE, BridgeConfig, LanguageModelConfig
 from .bridge_config import RecordConfig as RecordConfig
@@ -70,20 +71,15 @@ def build_language_model(
 
     A vocabulary that lies beside the text tokenizer is kept.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     require(bool(config.source) != bool(config.kind), "language_model", "either source or kind", to_mapping(config))
     named = config.text_tokenizer or config.source
     require(bool(named), "language_model.text_tokenizer", "a directory or hub id", "nothing")
-    try:
-        text = AutoTokenizer.from_pretrained(named)
-        if config.source:
-            model = AutoModelForCausalLM.from_pretrained(config.source, dtype=torch.float32)
-        else:
-            rows = {"vocab_size": len(text), **config.config}
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.kind, **rows))
-    except (OSError, ValueError) as error:
-        fail("language_model", "a causal language model and its text tokenizer", str(error).splitlines()[0])
+    text = load_text_tokenizer(named, "language_model.text_tokenizer")
+    if config.source:
+        model = load_language_model(config.source, "language_model", dtype=torch.float32)
+    else:
+        rows = {"vocab_size": len(text), **config.config}
+        model = new_language_model(config.kind, "language_model", rows)
     kept = (Path(named) / "visual_vocab.json").is_file()
     if kept:
         vocabulary = VisualVocabulary.load(named)

@@ -18,6 +18,7 @@ from tokenizers_mm.llm.diffuse import diffusion_loss
 from tokenizers_mm.llm.loss import next_token_loss, num_predicted
 from tokenizers_mm.llm.model import add_lora
 from tokenizers_mm.llm.projector import embed
+from tokenizers_mm.llm.transformers_api import embeddings
 
 from .bridge_config import BridgeConfig
 from .descent import descend
@@ -96,7 +97,7 @@ def build_bridge_state(
         require(known, "mask_token", "a token of the text tokenizer", config.mask_token)
     projector = None
     if config.projector != "none":
-        width = model.get_input_embeddings().weight.shape[1]
+        width = embeddings(model).weight.shape[1]
         projector = FeatureProjector(ProjectorConfig(processor.feature_dims(), width, config.projector)).to(device)
     if config.learns == "lora":
         model = add_lora(model, processor.vocabulary, config.lora_rank)

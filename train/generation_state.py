@@ -10,14 +10,14 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizers_mm import load
-from tokenizers_mm._files import atomic_path
 from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.models.mar import MAR, decay_groups
+from tokenizers_mm.models.saving import save_tensors
 
 from .generation_config import CaptionEmbeddingConfig, GenerationConfig
 from .state import adam
@@ -135,8 +135,7 @@ def build_state(config: GenerationConfig, accelerator: Accelerator) -> Generatio
 def save_networks(model: Generator, folder: Path) -> None:
     """The tokenizer in our format, and the captions' embedding beside it."""
     model.tokenizer.save(folder / "tokenizer")
-    with atomic_path(folder / "captions.safetensors") as path:
-        save_file({n: t.detach().cpu().contiguous() for n, t in model.captions.state_dict().items()}, path)
+    save_tensors(model.captions.state_dict(), folder / "captions.safetensors")
 
 
 def _tokenizer(config: GenerationConfig) -> MAR:

@@ -23,6 +23,7 @@ from tokenizers_mm.llm.batch import pad_rows
 from tokenizers_mm.llm.joint import caption_batch, caption_loss, joint_loss, num_labels, read_codes
 from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.records import RecordMixture, Records
+from tokenizers_mm.llm.transformers_api import embeddings
 
 from .bridge import build_language_model
 from .checkpoint import resume, save_checkpoint
@@ -114,7 +115,7 @@ def build_joint(config: JointConfig, accelerator: Accelerator) -> JointState:
     require(len(tokenizer.streams(*size)) > 0, "config.tokenizer", "one with codes", "a continuous one")
     model, processor = build_language_model(config.language_model, tokenizer)
     dims = (read_codes(tokenizer, torch.zeros(1, 3, *size)).shape[-1],)
-    width = model.get_input_embeddings().weight.shape[1]
+    width = embeddings(model).weight.shape[1]
     if config.joint.projector_from:
         projector = FeatureProjector.load(config.joint.projector_from)
         fitting = projector.config.dims == dims and projector.config.width == width

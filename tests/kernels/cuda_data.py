@@ -93,6 +93,13 @@ def make_case(name: str, rows: int) -> tuple[Tensor, Tensor]:
     return z, c
 
 
+def hidden_second_case() -> tuple[Tensor, Tensor]:
+    """Tokens beside a group of equal codes; every other code is so far that the pass leaves it out of its records."""
+    g = torch.Generator().manual_seed(0)
+    far = 10 * torch.nn.functional.normalize(torch.randn(32, 4, generator=g), dim=1)
+    return 0.01 * torch.randn(9, 4, generator=g), torch.cat([torch.zeros(16, 4), far, -far])
+
+
 def random_case(seed: int) -> tuple[Tensor, Tensor]:
     """Tokens and codebook of a random shape, put through random changes of scale, offset, norms and duplicates."""
     choose, g = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -135,6 +142,38 @@ def float64_distances(zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], wei
             total[rows] += weight * (z[rows, None].double() - codebook.double()).square().sum(-1)
         total[:, ~torch.isfinite(codebook).all(1)] = torch.nan
     return total
+
+
+def float64_margins(
+    ids: Tensor, zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """Distance of the nearest code that differs from code ids[i] in some value, less the distance of code ids[i]; and
+    the former alone. Infinity where no other code can be chosen; rows that are not finite mean nothing.
+    """
+    table = float64_distances(zs, codebooks, weights)
+    same = torch.ones(len(ids), table.shape[1], dtype=torch.bool, device=ids.device)
+    for codebook in codebooks:
+        for rows in torch.arange(len(ids), device=ids.device).split(64):
+            same[rows] &= (codebook[ids[rows], None] == codebook).all(-1)
+    others = torch.where(same | torch.isnan(table), torch.inf, table).amin(1)
+    return others - table[torch.arange(len(ids), device=ids.device), ids], others
+
+
+def assert_margins(
+    margins: Tensor,
+    ids: Tensor,
+    zs: tuple[Tensor, ...],
+    codebooks: tuple[Tensor, ...],
+    weights: tuple[float, ...],
+) -> None:
+    """Margins equal the float64 ones to 1e-12 of the distances they are made of."""
+    expected, others = float64_margins(ids, zs, codebooks, weights)
+    for row in range(len(ids)):
+        if not all(bool(torch.isfinite(z[row]).all()) for z in zs) or not bool(torch.isfinite(others[row])):
+            assert margins[row] == torch.inf or torch.isnan(margins[row]), f"row {row}: {margins[row]}"
+        elif torch.isfinite(expected[row]):
+            assert margins[row] >= 0
+            assert abs(margins[row] - expected[row]) <= 1e-12 * others[row], f"row {row}"
 
 
 def assert_nearest(

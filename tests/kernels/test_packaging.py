@@ -97,7 +97,7 @@ def test_wheel(tmp_path: Path) -> None:
         assert library.startswith("tokenizers_mm/kernels/")
         archive.extract(library, tmp_path)
     native = _native.CpuLibrary(tmp_path / library)
-    assert native.isa in ("avx512_vnni", "avx2", "portable")
+    assert native.isa in _native.ISAS
     if readelf := shutil.which("readelf"):
         needed = subprocess.run(
             [readelf, "-d", str(tmp_path / library)], capture_output=True, text=True, check=True

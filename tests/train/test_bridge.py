@@ -99,7 +99,6 @@ def test_killed_at_a_random_step_and_resumed(folder: Path, unbroken: Path, tmp_p
     assert lines[-1]["loss"] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("more", [{"objective": "masked_diffusion", "mask_token": "<mask>"}, {"learns": "lora"}])
 def test_stopped_and_resumed(folder: Path, tmp_path: Path, more: dict[str, Any]) -> None:
     """The draws of masked diffusion go on where they were; a checkpoint of adapters holds only what learns."""
@@ -161,7 +160,6 @@ def test_bf16_trains_packed_rows(folder: Path, tmp_path: Path) -> None:
     assert lines["bf16"][-1]["loss"] == pytest.approx(lines["fp32"][-1]["loss"], rel=0.02)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 def test_adapters(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     train(folder, tmp_path / "a", learns="lora", steps=5)

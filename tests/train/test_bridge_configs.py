@@ -33,7 +33,6 @@ def folders(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: make_folder(tmp_path_factory.mktemp(name), build(name), side) for name, side in SIDES.items()}
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_trains(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Only sizes, paths and the text tokenizer's mask token are other than in the file."""

@@ -8,7 +8,7 @@ import torch
 
 from tokenizers_mm._check import fail
 from tokenizers_mm.models import ImageTokenizer
-from tokenizers_mm.models.loading import load_directory
+from tokenizers_mm.models.loading import load_directory, usable_device
 from tokenizers_mm.models.saving import CONFIG, WEIGHTS
 
 
@@ -19,8 +19,9 @@ def load(
 
     Strict: every tensor must be there with its shape, and no other. No code of the checkpoint is executed.
     """
+    place = None if device is None else usable_device(device)
     tokenizer = load_directory(_directory(source, revision))
-    return tokenizer if device is None else tokenizer.to(device)
+    return tokenizer if place is None else tokenizer.to(place)
 
 
 def _directory(source: str | os.PathLike[str], revision: str | None) -> Path:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import image_to_tensor, read_image
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
+from tokenizers_mm.data.captions import read_caption
 from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.transforms import random_crop, random_flip, random_patch
@@ -116,10 +117,8 @@ class Mixture(Dataset[dict[str, Any]]):
                 continue
             height, width = self.image_size
             require(height == width, "image_size", "a square for folders of images", self.image_size)
-            caption = path.with_suffix(".txt")
             image = self._augmented(random_crop(picture, height, rng), source, rng)
-            text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
-            return {"image": image, "caption": text, "skipped": skipped}
+            return {"image": image, "caption": read_caption(path, skipped), "skipped": skipped}
         fail("data.path", "a folder with at least one readable image", skipped[0])
 
     def _augmented(self, image: Image.Image, source: SourceConfig, rng: random.Random) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.kernels import _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
+from tokenizers_mm.kernels import _cuda, _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
 
 __all__ = [
     "code_sums",
@@ -214,18 +214,25 @@ def use_kernels(mode: str) -> Iterator[None]:
 def invalidate() -> None:
     """Free every packed codebook. Never needed for right answers, unless a writer was hidden from `trust_version`."""
     _ops.cache.clear()
+    _cuda.packs.clear()
 
 
 def describe() -> dict[str, str]:
-    """Which code is live and why: mode, path ("native" or "reference"), isa, library, reason."""
-    mode = _ops.mode.get()
+    """Which code is live and why: mode, path ("native" or "reference"), isa, isa_cap, library, reason.
+
+    `isa` is the instruction set of the native CPU code: the strongest one of this CPU that is not above `isa_cap`. The
+    environment variable TOKENIZERS_MM_ISA sets the cap: portable, avx2, avx_vnni or avx512_vnni (as without it).
+    Raises ValueError when the variable holds another value.
+    """
+    mode, cap = _ops.mode.get(), _native.isa_cap()
     try:
         library = _native.cpu()
     except _native.NativeUnavailableError as error:
-        return {"mode": mode, "path": "reference", "isa": "", "library": "", "reason": str(error)}
+        return {"mode": mode, "path": "reference", "isa": "", "isa_cap": cap, "library": "", "reason": str(error)}
     path = "reference" if mode == "reference" else "native"
     reason = "asked for by use_kernels or TOKENIZERS_MM_KERNELS" if path == "reference" else "the library loaded"
-    return {"mode": mode, "path": path, "isa": library.isa, "library": str(library.path), "reason": reason}
+    isa = {"isa": library.isa, "isa_cap": cap}
+    return {"mode": mode, "path": path, **isa, "library": str(library.path), "reason": reason}
 
 
 def _rows(codebook: Tensor, ids: Tensor) -> Tensor:

@@ -7,14 +7,19 @@ import ctypes
 import functools
 import importlib.metadata
 import logging
+import os
 import sys
 from pathlib import Path
 
 from torch import Tensor
 
+from tokenizers_mm._check import require
+
 ABI_VERSION = 2
 OK, NO_MEMORY, BAD_ARGUMENT, BAD_QUERY, BAD_CODES = range(5)
 METHODS = ("auto", "int8", "int16", "float32", "difference", "tree", "brute")
+ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni")
+"""Instruction sets with loops of their own, the weakest first. TOKENIZERS_MM_ISA names the strongest one to use."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +74,7 @@ class CpuLibrary:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: avx512_vnni, avx2 or portable."""
+        """The instruction set in use, one of ISAS."""
         return self._library.tmm_isa().decode()
 
     def select_isa(self, name: str) -> None:
@@ -77,19 +82,34 @@ class CpuLibrary:
         if self._library.tmm_select_isa(name.encode()) != OK:
             raise ValueError(f"isa: expected one this CPU has, got {name}")
 
+    def cap_isa(self, cap: str) -> None:
+        """Pin the strongest instruction set that this CPU has and that is not stronger than `cap`."""
+        for name in reversed(ISAS[: ISAS.index(cap) + 1]):
+            if self._library.tmm_select_isa(name.encode()) == OK:
+                return
+
 
 def _function(function, result, *arguments):
     function.restype, function.argtypes = result, arguments
     return function
 
 
+def isa_cap() -> str:
+    """The strongest instruction set that TOKENIZERS_MM_ISA allows; ValueError if it names none."""
+    cap = os.environ.get("TOKENIZERS_MM_ISA", ISAS[-1])
+    require(cap in ISAS, "TOKENIZERS_MM_ISA", f"one of {', '.join(ISAS)}", cap)
+    return cap
+
+
 @functools.cache
 def _load() -> CpuLibrary | str:
+    cap = isa_cap()
     path = library_path("tokenizers_mm")
     if path is None:
         return "the native library is not installed: install a C++ compiler and run pip install again"
     try:
         library = CpuLibrary(path)
+        library.cap_isa(cap)
     except (OSError, AttributeError, NativeUnavailableError) as error:
         return f"the native library cannot be loaded: {error}"
     _log.info("native kernels: %s (%s)", library.isa, path)

@@ -51,6 +51,7 @@ def _twin(device: torch.device) -> ModuleType:
     if device.type == "cuda" and mode.get() != "reference":
         reason = _cuda.why_unavailable(device)
         if reason is None:
+            _cuda.raise_reported()
             return _cuda
     elif device.type == "cpu" or mode.get() != "native":
         return reference
@@ -62,12 +63,22 @@ def _twin(device: torch.device) -> ModuleType:
 
 
 def _search_twin(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids, squared distances and margins by the twin; margins are plain torch's on every device. Without a wait for the
-    device: the id of a row that is not finite is -1, which is refused where ids are read on the host (ImageCodes)."""
-    if margins:
-        return reference.nearest_code_margin(z, codebook)
-    ids, distance = _twin(z.device).nearest_code(z, codebook)
-    return ids.masked_fill(distance.isnan(), -1), distance, None
+    """Ids, squared distances and margins by the twin."""
+    twin = _twin(z.device)
+    if twin is _cuda:
+        ids, distance, squared = _cuda.search((z,), (codebook,), (1.0,), margins)
+        margin = None if squared is None else reference.margin_of(distance, distance + squared)
+    elif margins:
+        ids, distance, margin = reference.nearest_code_margin(z, codebook)
+    else:
+        ids, distance, margin = *reference.nearest_code(z, codebook), None
+    return _mark_not_finite(ids, distance), distance, margin
+
+
+def _mark_not_finite(ids: Tensor, distance: Tensor) -> Tensor:
+    """The id -1 for a row that is not finite, without a wait for the device: it is refused where ids are read on the
+    host (ImageCodes)."""
+    return ids.masked_fill(distance.isnan(), -1)
 
 
 def common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
@@ -273,6 +284,9 @@ def _shared(
 
     library = _library(parts[0].device)
     if library is None:
+        if not want and len(parts) <= 2 and _twin(parts[0].device) is _cuda:
+            ids, distance = _cuda.nearest_shared(tuple(rows), codes, scale, normalize)
+            return Answer(_mark_not_finite(ids, distance).view(shape), None, None)
         joint = joint_codebook()
         found = [_search_twin(block, joint, bool(want)) for block in blocks()]
         found = found or [_search_twin(parts[0].new_empty(0, width), joint, bool(want))]
@@ -307,9 +321,11 @@ def finite_ids(z: Tensor, ids: Tensor, name: str) -> Tensor:
 def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     library = _library(vectors.device)
     if library is None:
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_codes:
+        twin = _twin(vectors.device)
+        # The CUDA library reports a bad id later: looking at the ids here would wait for the device.
+        if twin is reference and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_codes:
             _bad_ids(num_codes)
-        counts, sums = _twin(vectors.device).code_sums(vectors, ids, num_codes)
+        counts, sums = twin.code_sums(vectors, ids, num_codes)
         return sums, counts
     rows = vectors.to(common_dtype((vectors,))).contiguous()
     ids = ids.contiguous()

@@ -5,7 +5,6 @@ that may differ by stream, and a callback that sees images grow. The grammar als
 `grammar.GrammarProcessor`).
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from tokenizers_mm.llm.batch import Batch
 from tokenizers_mm.llm.grammar import IMAGE, MARKER, NOTHING, ROW, SCALE, TEXT, Grammar
 from tokenizers_mm.llm.layout import ImagePlan
 from tokenizers_mm.llm.model import check_rows
+from tokenizers_mm.llm.transformers_api import cache_of, embeddings, forward, takes
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
 
@@ -97,7 +97,7 @@ def generate(
             require(bool(batch.attention_mask[:, -1].all()), "prompts", "padding on the left", "padding on the right")
             require(len(batch) == len(prompts), "unconditional", f"{len(prompts)} rows", len(batch))
             require(not batch.features, "prompts", "images as ids", "images as features")
-    device = model.get_input_embeddings().weight.device
+    device = embeddings(model).weight.device
     branches = [prompts, unconditional] if guided and unconditional is not None else [prompts]
     decoder = _Decoder(model, *_stack([branch.to(device) for branch in branches]))
     state = grammar.read(prompts.input_ids.to(device))
@@ -152,22 +152,13 @@ class _Decoder:
     def __init__(self, model: Any, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
         self.model, self.mask, self.cache = model, mask, None
         self.tokens, self.positions = tokens, positions
-        accepted = inspect.signature(model.forward).parameters
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.takes_positions = "position_ids" in accepted
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
     def logits(self) -> Tensor:
         """Logits [B, V] of the next token."""
-        positions = {"position_ids": self.positions} if self.takes_positions else {}
-        out = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **positions,
-            **self.options,
-        )
-        self.cache = out.past_key_values
+        inputs = {"input_ids": self.tokens, "attention_mask": self.mask, "position_ids": self.positions}
+        out = forward(self.model, {**inputs, **self.options}, cache=self.cache, use_cache=True)
+        self.cache = cache_of(out)
         return out.logits[:, -1]
 
     def append(self, tokens: Tensor) -> None:

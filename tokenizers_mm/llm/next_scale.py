@@ -18,6 +18,7 @@ from tokenizers_mm._check import require
 from tokenizers_mm.functional import sampling as choice
 from tokenizers_mm.functional.multiscale import Grid, bicubic_up
 from tokenizers_mm.llm.loss import logits_at
+from tokenizers_mm.llm.transformers_api import cache_of, embeddings, forward, keep_for_rewind, rewind
 
 IGNORE = -100
 """Label of positions without loss, as transformers has it."""
@@ -135,7 +136,7 @@ def next_scale_loss(
     tokens, valid = prompt
     count, prefix = ids.shape[1], tokens.shape[1]
     features = next_scale_features(vectors, inputs.grids)
-    embeds = inputs(model.get_input_embeddings()(tokens), features, prefix)
+    embeds = inputs(embeddings(model)(tokens), features, prefix)
     valid = torch.cat([valid.bool(), valid.new_ones(ids.shape, dtype=torch.bool)], dim=1)
     where = torch.zeros_like(valid)
     where[:, prefix - 1 : prefix - 1 + count] = True
@@ -210,7 +211,7 @@ class NextScaleGenerator:
         guide = sampling.guidance != 0
         require(not guide or negative is not None, "negative", "token ids and mask, for guidance", negative)
         ids, valid = prompt if negative is None or not guide else _both(prompt, negative)
-        embeds = self.inputs.prompt(self.model.get_input_embeddings()(ids))
+        embeds = self.inputs.prompt(embeddings(self.model)(ids))
         run = _CachedRun(self.model, valid.bool())
         grids, carried, drawn = self.inputs.grids, None, []
         for scale, grid in enumerate(grids):
@@ -261,16 +262,16 @@ class _CachedRun:
                 keys = torch.cat([keys, keys[:, self.start :]], dim=1)
                 keys[:, self.start : self.end] = False
             allowed = keys[:, None, None, :].expand(-1, 1, count, -1)
-        out = self.model(
-            inputs_embeds=embeds,
-            attention_mask=additive_mask(allowed, embeds.dtype),
-            position_ids=torch.arange(self.start, self.end, device=embeds.device).expand(len(embeds), -1),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache = out.past_key_values
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": additive_mask(allowed, embeds.dtype),
+            "position_ids": torch.arange(self.start, self.end, device=embeds.device).expand(len(embeds), -1),
+        }
+        cache = keep_for_rewind(self.cache) if again else self.cache
+        out = forward(self.model, inputs, cache=cache, use_cache=True)
+        self.cache = cache_of(out)
         if again:
-            self.cache.crop(-count)
+            rewind(self.cache, count)
         return out.logits
 
 

@@ -1,8 +1,10 @@
 """Our format on disk: config.json, model.safetensors, preprocessor_config.json and a model card.
 
-Reading it back is `models.loading.load_directory`.
+config.json and the metadata of model.safetensors carry the same `save_id`, a hash of all that config.json says, so that
+files of two saves are never taken for one tokenizer. Reading it back is `models.loading.load_directory`.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenizers_mm._files import atomic_directory, atomic_path
+from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
 from tokenizers_mm.config import to_mapping
 
 if TYPE_CHECKING:
@@ -23,23 +25,30 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of config.json; raised when a file of an older library could no longer be read as it is."""
 
+SAVE_ID = "save_id"
+"""The key of the hash that binds the weights to their configuration."""
+
 CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
 
 
 def write(tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str]) -> None:
-    """Write the four files; the directory is whole or unchanged."""
+    """Write the four files, which replace those of an earlier save as a set."""
+    config = _config(tokenizer)
+    save_id = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:32]
     with atomic_directory(directory) as folder:
-        (folder / CONFIG).write_text(_json(_config(tokenizer)), encoding="utf-8")
-        (folder / PREPROCESSOR).write_text(_json(_preprocessor(tokenizer)), encoding="utf-8")
-        (folder / CARD).write_text(_card(tokenizer), encoding="utf-8")
-        save_tensors(tokenizer.state_dict(), folder / WEIGHTS)
+        write_json(folder / CONFIG, config | {SAVE_ID: save_id})
+        write_json(folder / PREPROCESSOR, _preprocessor(tokenizer))
+        write_text(folder / CARD, _card(tokenizer))
+        save_tensors(tokenizer.state_dict(), folder / WEIGHTS, {SAVE_ID: save_id})
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all."""
     with atomic_path(path) as temporary:
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(ready, temporary, metadata={"format": "pt"})
+        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def push(tokenizer: "ImageTokenizer[Any]", repo_id: str, private: bool) -> str:
@@ -102,7 +111,3 @@ def _card(tokenizer: "ImageTokenizer[Any]") -> str:
     lines += ["", "```python", "import tokenizers_mm as tmm", "", "tok = tmm.load('this directory')"]
     lines += ["codes = tok.encode('picture.png', fit='crop')", "image = tok.to_pil(tok.decode(codes))[0]", "```", ""]
     return "\n".join(lines)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

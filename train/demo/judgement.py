@@ -20,7 +20,7 @@ from tokenizers_mm.llm.next_scale import NextScaleGenerator, ScaleSampling
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
 
-from .demo_bridge import COLOUR, SHAPE, TELL, Bridge, Lessons, make_lessons, teach
+from .language_model import COLOUR, SHAPE, TELL, Bridge, Lessons, make_lessons, teach
 
 NUM_HELDOUT, SHOWN, TOGETHER = 200, 16, 10
 CANDIDATES = 4

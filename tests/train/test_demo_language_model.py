@@ -14,17 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.llm.fakes import multi_scale
 from tokenizers_mm.data.scenes import Scene, SceneObject, make_scene
 from tokenizers_mm.llm import FeatureProjector, VisualVocabulary
-from train import demo_bridge, demo_look
-from train.demo_bridge import Bridge, Lessons, code_vectors, make_lessons, make_processor, tell_loss
-from train.demo_look import bridge_demo, draw_each, reward_each, understand
+from train.demo import judgement, language_model
+from train.demo.judgement import bridge_demo, draw_each, reward_each, understand
+from train.demo.language_model import Bridge, Lessons, code_vectors, make_lessons, make_processor, tell_loss
 
 
 @pytest.fixture(autouse=True)
 def small(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"NUM_SCENES": 64, "DRAWN": 4, "TOLD": 4}.items():
-        monkeypatch.setattr(demo_bridge, name, value)
+        monkeypatch.setattr(language_model, name, value)
     for name, value in {"NUM_HELDOUT": 8, "TOGETHER": 4, "SHOWN": 4, "CANDIDATES": 2}.items():
-        monkeypatch.setattr(demo_look, name, value)
+        monkeypatch.setattr(judgement, name, value)
 
 
 def test_it_trains_asks_and_draws(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_taught_model_draws_what_it_was_taught_and_rewards_it() -> None:
     codes: Any = tokenizer.encode(levels.view(2, 1, 1, 1).expand(-1, 3, 16, 16).contiguous())
     lessons = Lessons(scenes, codes.ids, tokenizer.features(codes).detach(), (16, 16))
     rng, optimizer = random.Random(0), torch.optim.AdamW(bridge.parameters(), 3e-3)
-    for _ in range(80):
+    for _ in range(120):
         (bridge.drawing_loss([*captions, "", ""], codes.ids.repeat(2, 1)) + tell_loss(bridge, lessons, rng)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """The demo: train a small two-codebook tokenizer, measure it on what it never saw, save it, load it, look at it.
 
-Then a small language model learns to read and to write its codes (`demo_bridge`, `demo_look`).
+Then a small language model learns to read and to write its codes (`language_model`, `judgement`).
 """
 
 import argparse
@@ -26,11 +26,11 @@ from tokenizers_mm.eval.report import reconstruct
 from tokenizers_mm.eval.semantics import linear_probe
 from tokenizers_mm.models import ImageTokenizer
 
-from .config import read_config
-from .log import read_log
-from .loop import run
+from ..config import read_config
+from ..log import read_log
+from ..loop import run
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BRIDGE_SECONDS = 580.0
 NUM_CROPS, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 96, 6400, 960
 
@@ -72,7 +72,7 @@ def demo(out: Path, quick: bool = False) -> dict[str, Any]:
     if find_spec("transformers") is None:
         print("The language model needs transformers: pip install 'tokenizers_mm[llm]'", file=sys.stderr)
         return summary
-    from .demo_look import bridge_demo  # an optional package
+    from .judgement import bridge_demo  # an optional package
 
     summary |= bridge_demo(tokenizer, out, BRIDGE_SECONDS / 8 if quick else BRIDGE_SECONDS)
     write_json(out / "summary.json", summary)

@@ -37,9 +37,9 @@ from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.models.saving import save_tensors
 from tokenizers_mm.types import ImageCodes
 
-from .config import OptimizerConfig
-from .descent import descend
-from .schedule import learning_rate
+from ..config import OptimizerConfig
+from ..descent import descend
+from ..schedule import learning_rate
 
 WIDTH, DEPTH, HEADS = 128, 4, 4
 NUM_SCENES, DRAWN, TOLD = 8000, 8, 8
