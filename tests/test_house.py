@@ -13,13 +13,14 @@ import pytest
 from tests.cases import ROOT
 
 PACKAGE = ROOT / "tokenizers_mm"
-LEAVES = {"types", "_check", "config", "_files", "_images", "resolutions"}
+LEAVES = {"types", "_check", "config", "_files", "_images", "_summary", "resolutions"}
 PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
 ALLOWED = {
     "_check": set(),
     "_files": {"_check"},
+    "_summary": {"_files"},
     "config": {"_check"},
     "types": {"_check"},
     "_images": {"_check", "_files", "resolutions"},
@@ -74,7 +75,7 @@ def test_imports_flow_downhill(path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    """`load` needs no native library, transformers or timm; less than twice the time of torch alone (best of three)."""
+    """All that `load` needs: no native library, transformers or timm; under twice the time of torch (best of three)."""
     code = (
         "import sys, tokenizers_mm; tokenizers_mm.load;"
         "heavy = {'transformers', 'timm', 'xformers', 'matplotlib', 'sklearn', 'skimage'} & set(sys.modules);"

@@ -131,6 +131,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         mode = Path(path).stat().st_mode
     except OSError as error:
         return "no such file" if error.errno == errno.ENOENT else str(error.strerror)
+    except ValueError:
+        return "a name with a null byte"
     kinds = {
         "a file": stat.S_ISREG,
         "a folder": stat.S_ISDIR,
