@@ -84,7 +84,7 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """An image of the size that was asked for, before augmentation, its caption ("" for none), and what was left out."""
+    """An image of the size that was asked for, before augmentation, its caption ("" for none) and what was left out."""
 
     image: Image.Image
     caption: str
