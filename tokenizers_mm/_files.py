@@ -29,6 +29,14 @@ REPLACING = ".tmm-replacing"
 """Name of the hidden folder, inside a folder, with the files of a complete set that are not all in their places yet."""
 
 
+def regular_file(path: str | os.PathLike[str], expected: str = "a file") -> Path:
+    """The path, if it is a regular file or a link to one. A FIFO or a device could block a reader or never end."""
+    file = Path(path)
+    if not file.is_file():
+        fail(str(file), expected, kind_of(file))
+    return file
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name to write one file at; the file takes the place of `path` when the block ends without an error.

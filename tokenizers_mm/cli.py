@@ -6,7 +6,6 @@ Nothing heavy is imported at the top: `--help` and wrong usage answer without to
 import argparse
 import io
 import itertools
-import json
 import os
 import runpy
 import sys
@@ -272,13 +271,9 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from tokenizers_mm.checkpoints.convert import convert
+    from tokenizers_mm.models.loading import read_json
 
-    config = None
-    if options.config is not None:
-        try:
-            config = json.loads(options.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            fail("config", "a JSON file", f"{options.config} ({error})")
+    config = None if options.config is None else read_json(options.config)
     bad = [item for item in options.options if "=" not in item]
     if bad:
         fail("option", "key=value", bad[0])

@@ -5,7 +5,21 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.conv import Level, Middle, NormFactory, Resampling, Upsample, silu
+from tokenizers_mm._check import require
+from tokenizers_mm.config import Width, checked
+from tokenizers_mm.layers.conv import (
+    AttentionLevels,
+    Level,
+    Middle,
+    Multipliers,
+    NormFactory,
+    NumBlocks,
+    Patch,
+    Resampling,
+    Upsample,
+    check_widths,
+    silu,
+)
 from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm
 
 
@@ -17,16 +31,28 @@ class PixelDecoderConfig:
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
     """
 
-    in_channels: int
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_blocks: int = 2
-    attention_levels: tuple[int, ...] = (4,)
+    in_channels: Width
+    channels: Width = 128
+    multipliers: Multipliers = (1, 1, 2, 2, 4)
+    num_blocks: NumBlocks = 2
+    attention_levels: AttentionLevels = (4,)
     middle: bool = True
-    head_patch: int = 1
+    head_patch: Patch = 1
     resampling: Resampling = "conv"
-    context_channels: int | None = None
-    num_groups: int = 32
+    context_channels: Width | None = None
+    num_groups: Width = 32
+
+    @property
+    def factor(self) -> int:
+        """Pixels per cell and side."""
+        return self.head_patch * 2 ** (len(self.multipliers) - 1)
+
+    def check(self) -> None:
+        """Refuse widths that do not go together."""
+        check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
+        first = self.channels * self.multipliers[-1]
+        if self.resampling == "dc":
+            require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)
 
 
 class PixelDecoder(nn.Module):
@@ -37,7 +63,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: PixelDecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         norm = _norm_factory(config)
         widths = [config.channels * m for m in config.multipliers]
         width = widths[-1]

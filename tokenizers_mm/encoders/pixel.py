@@ -4,7 +4,20 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.conv import Downsample, Level, Middle, Resampling, silu
+from tokenizers_mm._check import require
+from tokenizers_mm.config import Width, checked
+from tokenizers_mm.layers.conv import (
+    AttentionLevels,
+    Downsample,
+    Level,
+    Middle,
+    Multipliers,
+    NumBlocks,
+    Patch,
+    Resampling,
+    check_widths,
+    silu,
+)
 from tokenizers_mm.layers.norm import GroupNorm
 
 
@@ -17,15 +30,27 @@ class PixelEncoderConfig:
     resampling: "dc" adds DC-AE shortcuts at every change of size and at the output.
     """
 
-    out_channels: int
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_blocks: int = 2
-    attention_levels: tuple[int, ...] = (4,)
+    out_channels: Width
+    channels: Width = 128
+    multipliers: Multipliers = (1, 1, 2, 2, 4)
+    num_blocks: NumBlocks = 2
+    attention_levels: AttentionLevels = (4,)
     middle: bool = True
-    stem_patch: int = 1
+    stem_patch: Patch = 1
     resampling: Resampling = "conv"
-    num_groups: int = 32
+    num_groups: Width = 32
+
+    @property
+    def factor(self) -> int:
+        """Pixels per cell and side."""
+        return self.stem_patch * 2 ** (len(self.multipliers) - 1)
+
+    def check(self) -> None:
+        """Refuse widths that do not go together."""
+        check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
+        last = self.channels * self.multipliers[-1]
+        if self.resampling == "dc":
+            require(last % self.out_channels == 0, "out_channels", f"a divisor of {last}", self.out_channels)
 
 
 class PixelEncoder(nn.Module):
@@ -33,8 +58,8 @@ class PixelEncoder(nn.Module):
 
     def __init__(self, config: PixelEncoderConfig) -> None:
         super().__init__()
-        self.config = config
-        self.factor = config.stem_patch * 2 ** (len(config.multipliers) - 1)
+        self.config = config = checked(config)
+        self.factor = config.factor
 
         def norm(channels: int) -> nn.Module:
             return GroupNorm(channels, config.num_groups)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm._images import Fit, fit_image
+from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanticEncoder
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
@@ -41,6 +42,16 @@ class DualViTokConfig:
     pixel_decoder: PixelDecoderConfig
     resolutions: Resolutions = field(default_factory=Resolutions)
 
+    def check(self) -> None:
+        """Refuse parts that do not go together."""
+        cells = (self.pixel_encoder.factor, self.semantic_encoder.tower.cell)
+        stated = (self.resolutions.pixel_cell, self.resolutions.semantic_cell)
+        require(stated == cells, "resolutions", f"cells of {cells[0]} and {cells[1]} pixels", stated)
+        factor = self.pixel_decoder.factor
+        require(factor == cells[0], "pixel_decoder", f"the encoder's factor of {cells[0]}", f"a factor of {factor}")
+        dim, context = self.semantic_quantizer.dim + self.pixel_quantizer.dim, self.pixel_decoder.context_channels
+        require(context == dim, "pixel_decoder.context_channels", f"{dim}, as in both codebooks", context)
+
 
 class DualViTok(ImageTokenizer[ImageCodes]):
     """The composed tokenizer; `from_config` builds the parts."""
@@ -59,18 +70,16 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         pixel_decoder: PixelDecoder,
     ) -> None:
         super().__init__()
+        config = checked(config)
         self.config, self.resolutions = config, config.resolutions
         self.semantic_encoder, self.pixel_encoder = semantic_encoder, pixel_encoder
         self.semantic_quantizer, self.pixel_quantizer = semantic_quantizer, pixel_quantizer
+        semantic_quantizer.name_queries("semantic_encoder")
+        pixel_quantizer.name_queries("pixel_head")
         self.semantic_decoder, self.pixel_decoder = semantic_decoder, pixel_decoder
         dim = semantic_quantizer.dim + pixel_quantizer.dim
         self.pixel_head = nn.Linear(config.pixel_encoder.out_channels, pixel_quantizer.dim)
         self.pixel_embed = nn.Linear(dim, config.pixel_decoder.in_channels)
-        cells = (pixel_encoder.factor, semantic_encoder.tower.cell)
-        stated = (self.resolutions.pixel_cell, self.resolutions.semantic_cell)
-        require(stated == cells, "resolutions", f"cells of {cells[0]} and {cells[1]} pixels", stated)
-        context = config.pixel_decoder.context_channels
-        require(context == dim, "pixel_decoder.context_channels", f"{dim}, as in both codebooks", context)
 
     @classmethod
     def from_config(cls, config: DualViTokConfig) -> "DualViTok":

@@ -73,7 +73,7 @@ class Bridge(nn.Module):
         self.prefix = len(processor.rows([[f"{DRAW} {LONGEST}", processor.opening()]], end=False)[0])
         self.model: Any = make_model(processor, self.codes, 2 * self.prefix + stream.num_ids)
         self.projector = FeatureProjector(ProjectorConfig(processor.feature_dims(), WIDTH))
-        self.scales = NextScaleInputs(stream.grids, self.codes.shape[1], WIDTH)
+        self.scales = NextScaleInputs(stream.grids, self.codes.shape[1], WIDTH, self.prefix)
         self.first_id = processor.vocabulary.codes[0].start
 
     def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
