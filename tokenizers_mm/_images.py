@@ -13,7 +13,6 @@ Every image becomes upright 8-bit RGB in sRGB by one rule, which never looks at 
     frames        the first of an animation; a PIL image gives the frame it stands at
 """
 
-import io
 import os
 import threading
 import warnings
@@ -68,7 +67,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of an image file as upright RGB. ValueError, with the name, for what is broken, huge or no image."""
-    with _decoding(name), Image.open(io.BytesIO(data)) as image:
+    with _decoding(name), Image.open(BytesIO(data)) as image:
         return upright_rgb(image, name)
 
 

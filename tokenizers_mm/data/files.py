@@ -38,7 +38,7 @@ class FileList(Sequence[Path]):
             for name in files
             if name.lower().endswith(tuple(extensions))
         ]
-        names = sorted(names, key=lambda name: name.split(os.sep))
+        names = sorted(names, key=lambda name: Path(name).parts)
         require(len(names) > 0, "images", f"image files ({', '.join(extensions)}) below {str(folder)!r}", "none")
         return cls(folder, names)
 
