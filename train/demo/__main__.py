@@ -47,7 +47,7 @@ def demo(out: Path, quick: bool = False) -> dict[str, Any]:
     state.averaged.eval().save(out / "tokenizer")
     tokenizer = tmm.load(out / "tokenizer")
 
-    side = config.model.config["image_size"][0]
+    side = config.objective.model.config["image_size"][0]
     crops = torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", NUM_CROPS, side)])
     decoded, codes = reconstruct(tokenizer, crops)
     train_scenes, test_scenes = _balanced(NUM_PROBE_TRAIN), _balanced(NUM_PROBE_TEST, start=1 << 30)

@@ -37,9 +37,7 @@ from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.models.saving import save_tensors
 from tokenizers_mm.types import ImageCodes
 
-from ..config import OptimizerConfig
-from ..descent import descend
-from ..schedule import learning_rate
+from ..optim import OptimizerConfig, descend, learning_rate
 
 WIDTH, DEPTH, HEADS = 128, 4, 4
 NUM_SCENES, DRAWN, TOLD = 8000, 8, 8
@@ -132,7 +130,7 @@ def teach(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> tuple[Br
         loss = draw_loss(bridge, lessons, rng) if turn == "draw" else tell_loss(bridge, lessons, rng)
         loss.backward()
         for options, optimizer in optimizers:
-            descend(optimizer, learning_rate(options, step, spent / seconds), options.clip, step)
+            descend(optimizer, learning_rate(options, step, spent / seconds), options.clip)
         means[turn] = means.get(turn, loss.item()) * 0.98 + loss.item() * 0.02
         step += 1
         if step % 200 == 0:
