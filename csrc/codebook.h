@@ -75,8 +75,8 @@ struct Pack {
   float* narrow(float* ordered) const { return ordered + (wide + 15) / 16 * 16; }
   int64_t narrow_padded() const { return (static_cast<int64_t>(order.size()) - wide + 15) / 16 * 16; }
   QuantStats quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const;
-  // s for the largest magnitudes of the two kinds: |q| <= 127 and kWideLevels.
-  float mixed_scale(float* ordered) const;
+  // The smallest s for reordered values of a code or a token; |q| <= kWideLevels in the wide dimensions.
+  float mixed_scale(const Isa& isa, float* ordered, bool code) const;
 };
 
 struct Tree {
@@ -134,7 +134,7 @@ struct Codebook {
 
 void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree);
 
-// Of the int8 rung: at most kMaxWide products of magnitudes up to kWideLevels stay below 2^28.
+// int8 rung: at most kMaxWide products of magnitudes up to kWideLevels stay below 2^28.
 constexpr int64_t kMaxWide = 64;
 constexpr float kWideLevels = 2047.0f;
 

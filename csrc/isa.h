@@ -25,9 +25,10 @@ enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kDifference = 3, kRungs = 4 };
 constexpr float kInvalidBias = -1610612736.0f;   // -1.5 * 2^30
 constexpr int32_t kLowestValid = -1200000000;    // between the two ranges
 
-// Scores of one block of tokens against all panels. A panel holds `vectors * lanes` codes as [step][vector][lane] words of 32
-// bits (4 int8, 2 int16 or 1 float32 values of one code); code j of a panel is lane j / vectors of vector j % vectors, so the
-// maximum over the vectors of one lane covers `vectors` consecutive codes: a group. Tokens are [tile][step][kTileRows] words.
+// Scores of one block of tokens against all panels. A panel holds `vectors * lanes` codes, `tile` vectors at a time, as
+// [vectors / tile][step][tile][lane] words of 32 bits (4 int8, 2 int16 or 1 float32 values of one code); code j of a panel is lane
+// j / vectors of vector j % vectors, so the maximum over the vectors of one lane covers `vectors` consecutive codes: a group.
+// Tokens are [tile][step][kTileRows] words.
 struct ScanArgs {
   const void* codes;
   int64_t panels;
@@ -86,8 +87,13 @@ struct Isa {
   const char* name;
   int lanes;
   int vectors;
+  int tile;  // vectors in a pass; it divides `vectors`
   bool has[kRungs];
   void (*scan[kRungs])(const ScanArgs&);
+  // int8 rung: the largest |q| of a code, which is stored as q + code_levels + 1, without a sign; and the smallest scale with
+  // which it takes a token of `padded` values (a multiple of 16): at least max |x| / 127.
+  float code_levels;
+  float (*token_scale)(const float* x, int64_t padded);
   // out = (row - mean) * scale, zero-padded to a multiple of 16.
   RowStats (*centre_f32)(const float* row, const float* mean, float scale, int64_t d, float* out);
   RowStats (*centre_f64)(const double* row, const float* mean, float scale, int64_t d, float* out);

@@ -100,14 +100,14 @@ class BlockSearch {
     } else {
       if (pack_.wide) pack_.reorder(x_.get(), ordered_.get());
       const double least = rung_ == kInt16 ? norm * inverse_norm_
-                           : pack_.wide    ? pack_.mixed_scale(ordered_.get())
-                                           : stats.largest * (1 / 127.0);
+                           : pack_.wide    ? pack_.mixed_scale(isa_, ordered_.get(), false)
+                                           : isa_.token_scale(x_.get(), book_.padded);
       const float scale = row_scale(least, r);
       const QuantStats quantised = pack_.wide ? pack_.quantise_mixed(isa_, ordered_.get(), scale, words_.get())
                                               : isa_.quantise[rung_](x_.get(), book_.padded, scale, words_.get());
       source = words_.get();
       state.unit = static_cast<double>(scale) * pack_.scale;
-      state.offset = rung_ == kInt8 ? 128 * static_cast<int64_t>(quantised.sum) : 0;  // codes are stored plus 128
+      state.offset = rung_ == kInt8 ? static_cast<int64_t>(isa_.code_levels + 1) * quantised.sum : 0;  // as the codes are stored
       const double residual = std::sqrt(static_cast<double>(quantised.residual2)) * 1.001;
       state.bound = 1.0001 * (residual * book_.radius + (norm + residual) * pack_.residual) + 0.51 * state.unit + 0x1p-22 * rounding;
     }
