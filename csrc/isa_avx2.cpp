@@ -33,14 +33,6 @@ inline __attribute__((always_inline)) void add_differences(__m256i& sum, __m256i
   asm("vsubps %2, %3, %1\n\tvfnmadd231ps %1, %1, %0" : "+x"(sum), "=&x"(gap) : "x"(token), "x"(codes));
 }
 
-template <class Top, void (*add_step)(__m256i&, __m256i, __m256i)>
-struct Plain : Top {
-  static constexpr int kRows = 6;
-  static inline __attribute__((always_inline)) void add(__m256i (&sum)[kRows][kTile], Place& at) {
-    add_steps<kRows>(sum, at, at.wide + at.narrow, add_step);
-  }
-};
-
 // Codes are u = q_c + 64 in [1, 127], so |q_c| <= 63; tokens are signed. vpmaddubsw adds two products u q_x into 16 bits, with
 // saturation, and up to kRun of those are added in 16 bits, without: a lane then holds the sum over 2 kRun = 8 dimensions. It is
 // exact, at every partial sum, because token_scale keeps the sum of |q_x| over those dimensions at 257 or less:
@@ -264,11 +256,34 @@ inline __m256d four_distances(const T* z, const T* codes, const int64_t* offset,
   return _mm256_add_pd(_mm256_add_pd(zero, two), _mm256_add_pd(one, three));
 }
 
+// Whether all four codes are farther than `best`, by float32 distances. Those err by (d + 3) 2^-24, relative, and by the smallest
+// float32 where they underflow; an overflow says farther than any float32, and NaN says nothing.
+inline bool all_farther(const float* z, const float* codes, const int64_t* offset, int64_t d, double best) {
+  __m256 sum[4];
+  for (int c = 0; c < 4; ++c) sum[c] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < d; i += 8) {
+    const __m256 x = load8(z + i, d - i);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const __m256 gap = _mm256_sub_ps(x, load8(codes + offset[c] + i, d - i));
+      sum[c] = _mm256_fmadd_ps(gap, gap, sum[c]);
+    }
+  }
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sum[0], sum[1]), _mm256_hadd_ps(sum[2], sum[3]));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  const double count = static_cast<double>(d), limit = best * (1 + (count + 8) * 0x1p-23) + count * 1e-44;
+  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_cvtps_pd(four), _mm256_set1_pd(limit), _CMP_GT_OQ)) == 15;
+}
+inline bool all_farther(const double*, const double*, const int64_t*, int64_t, double) { return false; }
+
+constexpr int64_t kFilterFrom = 48;  // dimensions from which the filter pays
+
 template <class T>
 void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
   for (int64_t i = 0; i < n; i += 4) {
     const int64_t last = n - 1 - i;  // a short group repeats its last code, which changes no minimum
     const int64_t offset[4] = {0, (last < 1 ? last : 1) * d, (last < 2 ? last : 2) * d, (last < 3 ? last : 3) * d};
+    if (d >= kFilterFrom && all_farther(z, codes + i * d, offset, d, best->distance)) continue;
     __m256d distance = four_distances(z, codes + i * d, offset, d);
     distance = _mm256_min_pd(distance, _mm256_set1_pd(__builtin_inf()));  // NaN becomes infinity
     __m256d least = _mm256_min_pd(distance, _mm256_permute4x64_pd(distance, 0x4e));

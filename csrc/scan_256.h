@@ -66,6 +66,15 @@ inline __attribute__((always_inline)) void add_steps(__m256i (&sum)[kRows][kTile
   }
 }
 
+// A rung without runs of steps.
+template <class Top, void (*add_step)(__m256i&, __m256i, __m256i)>
+struct Plain : Top {
+  static constexpr int kRows = 6;
+  static inline __attribute__((always_inline)) void add(__m256i (&sum)[kRows][kTile], Place& at) {
+    add_steps<kRows>(sum, at, at.wide + at.narrow, add_step);
+  }
+};
+
 // Steps that are added for all rows before the next steps: the codes of a pass then stay in the first-level cache. Chunks end at
 // a multiple of 4 narrow steps, which a rung may rely on.
 constexpr int64_t kChunk = 128;
