@@ -49,11 +49,16 @@ def edge(kind: str, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
         strong = torch.where(torch.arange(d) % 37 == 5, 25.0, 1.0)
         z = (torch.linspace(-1.2, 1.2, n)[:, None] + 1e-3 * z) * strong
         c = (torch.linspace(-1, 1, k)[:, None] * signs.abs() + 1e-3 * c) * strong
+    elif kind == "split":  # neighbouring runs of 16 dimensions hold their mass next to each other; 4 dimensions in 16 bits
+        strong = torch.where(torch.arange(d) >= d - 4, 25.0, 1.0)
+        inside = (torch.arange(d) - 8).remainder(32) < 16
+        z = (torch.linspace(-1.2, 1.2, n)[:, None] * inside + 1e-3 * z) * strong
+        c = (torch.linspace(-1, 1, k)[:, None] + 1e-3 * c) * strong
     return z, c
 
 
 @pytest.mark.parametrize("d", [1, 3, 4, 7, 8, 9, 16, 17, 31, 32, 33, 47, 64, 100, 257, 511, 516, 530, 800, 1045])
-@pytest.mark.parametrize("kind", ["gauss", "flat", "signs", "runs", "one dimension", "wide"])
+@pytest.mark.parametrize("kind", ["gauss", "flat", "signs", "runs", "one dimension", "wide", "split"])
 def test_edges_of_the_ranges(kind: str, d: int, isa: str) -> None:
     """A sum beyond its range breaks the certificate, which `pinned` takes for a changed codebook."""
     z, c = edge(kind, 37, 150, d)
