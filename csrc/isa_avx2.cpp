@@ -310,8 +310,7 @@ const Isa kIsa = {"avx2",
                   collect,
                   score<float>,
                   score<double>,
-                  portable_isa()->tree_candidates,
-                  nullptr};
+                  &kTreeAvx2};
 
 }  // namespace
 

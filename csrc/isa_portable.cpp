@@ -6,6 +6,7 @@
 namespace tmm {
 
 const Isa* portable_isa() {
+  static const TreeLoops kTree = {tree_candidates, nullptr};
   static const Isa isa = {"portable",
                           kLanes,
                           kVectors,
@@ -21,8 +22,7 @@ const Isa* portable_isa() {
                           collect,
                           score<float>,
                           score<double>,
-                          tree_candidates,
-                          nullptr};
+                          &kTree};
   return &isa;
 }
 

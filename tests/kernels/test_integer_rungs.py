@@ -57,7 +57,7 @@ def edge(kind: str, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return z, c
 
 
-@pytest.mark.parametrize("d", [1, 3, 4, 7, 8, 9, 16, 17, 31, 32, 33, 47, 64, 100, 257, 511, 516, 530, 800, 1045])
+@pytest.mark.parametrize("d", [1, 4, 7, 16, 31, 33, 64, 257, 530, 800])
 @pytest.mark.parametrize("kind", ["gauss", "flat", "signs", "runs", "one dimension", "wide", "split"])
 def test_edges_of_the_ranges(kind: str, d: int, isa: str) -> None:
     """A sum beyond its range breaks the certificate, which `pinned` takes for a changed codebook."""

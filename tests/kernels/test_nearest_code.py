@@ -191,7 +191,7 @@ def test_int8_with_strong_dimensions(d: int, strong: float) -> None:
 @needs_native
 @pytest.mark.parametrize("kind", ["gauss", "sphere", "far tokens", "one axis", "clump", "lattice", "offset"])
 @pytest.mark.parametrize("d", [1, 2, 3, 6, 7, 8, 11, 12])
-def test_tree_of_many_codes(d: int, kind: str) -> None:
+def test_tree_of_many_codes(d: int, kind: str, isa: str) -> None:
     """Enough codes for several levels of boxes, and the corners of the 16-bit grid."""
     z, c = gauss(200, 5000 + 37 * d, d, d)
     if kind == "sphere":
