@@ -85,6 +85,17 @@ struct GridTree {
   const int32_t* leaf_codes;
 };
 
+// What a search costs, measured: it decides between methods that give the same answer.
+struct TreeChoice {
+  int most_dims;   // dimensions up to which the box tree is faster than a rung
+  int64_t codes;   // codes from which it is,
+  int64_t rows;    // and rows searched with one codebook from which its making pays
+};
+struct Choice {
+  float cycles[kRungs];  // of one multiply-add of a scan
+  TreeChoice tree;
+};
+
 struct TreeLoops {
   // Slots (leaf * kLeaf + lane) whose code may be the nearest; returns how many there are in all, or -1 when float32 cannot
   // tell (overflow, underflow, not a number).
@@ -119,6 +130,7 @@ struct Isa {
   void (*score_f32)(const float* z, const float* codes, int64_t n, int64_t d, int64_t first, Best* best);
   void (*score_f64)(const double* z, const double* codes, int64_t n, int64_t d, int64_t first, Best* best);
   const TreeLoops* tree;
+  Choice choice;
 };
 
 static inline int64_t grid_scratch(int64_t supers) {
@@ -130,6 +142,7 @@ const Isa* avx512_isa();    // null where the compiler does not know it
 const Isa* avx_vnni_isa();  // needs avx2_isa() too
 const Isa* avx2_isa();
 const Isa* portable_isa();
+const Isa* current_isa();   // the one that codebooks made now get
 extern const TreeLoops kTreeAvx512, kTreeAvx2;
 
 }  // namespace tmm

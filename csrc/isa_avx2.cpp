@@ -310,7 +310,8 @@ const Isa kIsa = {"avx2",
                   collect,
                   score<float>,
                   score<double>,
-                  &kTreeAvx2};
+                  &kTreeAvx2,
+                  {{0.024f, 0.034f, 0.049f, 0.07f}, {12, 512, 640}}};
 
 }  // namespace
 

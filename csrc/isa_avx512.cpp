@@ -268,7 +268,8 @@ const Isa kIsa = {"avx512_vnni",
                   collect,
                   score<float>,
                   score<double>,
-                  &kTreeAvx512};
+                  &kTreeAvx512,
+                  {{0.011f, 0.02f, 0.042f, 0.08f}, {10, 512, 2400}}};
 
 }  // namespace
 

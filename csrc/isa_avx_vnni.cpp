@@ -42,6 +42,8 @@ const Isa* avx_vnni_isa() {
     table.scan[kInt16] = scan<Plain<IntegerTop, add_words>>;
     table.code_levels = 127.0f;
     table.token_scale = token_scale;
+    table.choice.cycles[kInt8] = 0.0144f;
+    table.choice.cycles[kInt16] = 0.024f;
     return table;
   }();
   return &isa;

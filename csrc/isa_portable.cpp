@@ -22,7 +22,8 @@ const Isa* portable_isa() {
                           collect,
                           score<float>,
                           score<double>,
-                          &kTree};
+                          &kTree,
+                          {{0, 0, 0.19f, 0.3f}, {8, 16384, 640}}};
   return &isa;
 }
 

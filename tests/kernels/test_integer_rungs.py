@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_nearest_code import distances, gauss, generator, pinned, wrong
-from tokenizers_mm import kernels
-from tokenizers_mm.kernels import _native
+from tokenizers_mm.kernels import _native, _ops
+from tokenizers_mm.kernels._packed import PackedCodebook
 
 pytestmark = pytest.mark.skipif(_native.cpu_or_none() is None, reason="the native library is not installed")
 INTEGER = [name for name in _native.ISAS if name != "portable"]
@@ -98,10 +98,33 @@ def test_float32_filter_never_drops_the_nearest(scale: float, isa: str) -> None:
 
 
 def test_the_best_integer_rung_is_chosen_first(isa: str) -> None:
-    kernels.invalidate()
     z, c = gauss(256, 4096, 32)
-    packed = kernels._ops.PackedCodebook(_native.cpu(), c, False)
-    ids = torch.empty(len(z), dtype=torch.int64)
-    assert packed.search(c, z, ids, None, 1)
+    packed = PackedCodebook(_native.cpu(), c, False)
+    answer = _ops._empty(z.shape[:1], z.dtype, "d")
+    assert packed.search(c, z, answer, 1) == _native.OK
     assert packed.method == "int8"
-    assert wrong(ids, z, c) == 0
+    assert wrong(answer.ids, z, c) == 0
+
+
+def test_the_tree_is_made_once_enough_rows_have_come(isa: str) -> None:
+    """A few hundred rows do not pay for it; the answer is the same before and after, and in one call."""
+    z, c = gauss(4000, 3000, 6)
+    packed, ids, methods = PackedCodebook(_native.cpu(), c, False), [], []
+    for part in z.split(400):
+        answer = _ops._empty(part.shape[:1], z.dtype, "d")
+        assert packed.search(c, part, answer, 2) == _native.OK
+        ids.append(answer.ids)
+        methods.append(packed.method)
+    assert methods[0] != "tree"
+    assert methods[-1] == "tree"
+    assert wrong(torch.cat(ids), z, c) == 0
+    assert torch.equal(pinned("auto", z, c)[0], torch.cat(ids))
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 47, 48, 95, 193, 1000])
+def test_the_sample_and_the_other_rows_are_all_rows(n: int, isa: str) -> None:
+    z, c = gauss(n, 900, 40)
+    for threads in (1, 3):
+        ids, found = pinned("auto", z, c, threads)
+        assert wrong(ids, z, c) == 0
+        torch.testing.assert_close(found, distances(z, c).gather(1, ids[:, None])[:, 0].float(), rtol=2e-7, atol=0)
