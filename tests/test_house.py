@@ -155,10 +155,16 @@ def test_every_file_goes_through_the_one_writer() -> None:
 
 @pytest.mark.parametrize(
     ("op", "native"),
-    [("nearest_code", "nearest_code"), ("nearest_code_shared", "nearest_code"), ("code_sums", "code_sums")],
+    [
+        ("nearest_code", "nearest_code"),
+        ("nearest_code_shared", "nearest_code"),
+        ("code_sums", "code_sums"),
+        ("kmeans", "code_sums"),
+    ],
 )
 def test_every_kernel_is_a_family_of_five(op: str, native: str) -> None:
-    """Declaration, native code, reference twin, test, benchmark. The shared search is one search over joined parts."""
+    """Declaration, native code, reference twin, test, benchmark. The shared search is one search over joined parts;
+    k-means is made of the search and the sums."""
     from tokenizers_mm import kernels
 
     assert callable(getattr(kernels, op))
