@@ -248,6 +248,16 @@ def test_a_config_cannot_ask_for_more_memory_than_its_weights_file_holds(
         assert outcome(folder, capsys) == "refused"
 
 
+def test_a_new_model_that_memory_cannot_hold_is_refused_before_it_is_built() -> None:
+    config = tokenflow_config()
+    decoder = dataclasses.replace(config.semantic_decoder, width=1 << 16, depth=256)
+    with (
+        address_space(1 << 30),
+        pytest.raises(ValueError, match=r"config: expected weights within the [\d,]+ byt"),
+    ):
+        TokenFlow.from_config(dataclasses.replace(config, semantic_decoder=decoder))
+
+
 @contextmanager
 def address_space(more: int) -> Iterator[None]:
     """Let this process take only `more` bytes beyond what it has mapped now (where the system can say and do so)."""
