@@ -215,7 +215,7 @@ def test_no_option_of_a_config_names_a_file_or_an_address(
         edited(folder, options={**SIZES, **option})
         assert outcome(folder, capsys) == "refused"
         with pytest.raises(ValueError, match=r"options|unknown key"):
-            SemanticEncoder(SemanticEncoderConfig("vit_tiny_patch16_224", {**SIZES, **option}))  # type: ignore
+            SemanticEncoder(SemanticEncoderConfig("vit_tiny_patch16_224", {**SIZES, **option}))
     for name in (
         *("hf-hub:owner/name", "hf_hub:owner/name", "local-dir:.", f"local-dir:{folder}", "timm/vit_tiny_patch16_224"),
         *("https://example.com/x", "../x", "vit_tiny_patch16_224/../x", "vit_tiny_patch16_224.a.b", "VIT_tiny", "none"),
