@@ -66,7 +66,7 @@ class FrechetDistance:
             mean = total / self._count
             covariance = (squares - self._count * torch.outer(mean, mean)) / (self._count - 1)
             sides.append({"mu": mean.numpy(), "sigma": covariance.numpy()})
-        return float(fid_statistics_to_metric(*sides, False)[KEY_METRIC_FID])
+        return float(fid_statistics_to_metric(sides[0], sides[1], False)[KEY_METRIC_FID])
 
 
 def rfid(originals: Sequence[Tensor], reconstructions: Sequence[Tensor], weights: str | Path | None = None) -> float:

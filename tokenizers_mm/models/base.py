@@ -205,7 +205,8 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
         check_images(images)
-        self.check_size(*images.shape[-2:])
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
         return images.to(self.device, self.dtype)
 
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
