@@ -97,7 +97,7 @@ def record_batches(
     A row's position in the run decides which record it is. The ranks take turns, a micro-batch each: the rows of a step
     are the same however they are shared out.
     """
-    sources = [(Records(source.path, processor.tokenizer), source.weight) for source in config.records]
+    sources = [(Records(source.path, processor.tokenizer, source.outside), source.weight) for source in config.records]
     mixture = RecordMixture(sources, config.seed)
     causal = config.objective == "next_token"
 

@@ -29,10 +29,14 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """A file of interleaved records (see `tokenizers_mm.llm.records`) and its share of the rows."""
+    """A file of interleaved records (see `tokenizers_mm.llm.records`) and its share of the rows.
+
+    outside: whether its images may lie outside of its folder.
+    """
 
     path: str
     weight: float = 1.0
+    outside: bool = False
 
 
 @dataclass(frozen=True)

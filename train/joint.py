@@ -260,7 +260,7 @@ def _record_batches(joint: JointState, stage: StageConfig, within: int) -> Itera
     """Rows of a stage's records, from a step of the stage on; every rank has its own."""
     config, accelerator = joint.config, joint.tokenizing.accelerator
     tokenizer = joint.tokenizing.tokenizer
-    mixture = RecordMixture([(Records(r.path, tokenizer), r.weight) for r in stage.records], config.seed)
+    mixture = RecordMixture([(Records(r.path, tokenizer, r.outside), r.weight) for r in stage.records], config.seed)
     micro = within * config.accumulate
     while True:
         first = (micro * accelerator.num_processes + accelerator.process_index) * config.batch_size

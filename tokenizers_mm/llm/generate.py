@@ -20,7 +20,7 @@ from tokenizers_mm.llm.grammar import IMAGE, MARKER, NOTHING, ROW, SCALE, TEXT, 
 from tokenizers_mm.llm.layout import ImagePlan
 from tokenizers_mm.llm.model import check_rows
 from tokenizers_mm.llm.positions import next_position, position_ids
-from tokenizers_mm.llm.transformers_api import cache_of, embeddings, forward, takes
+from tokenizers_mm.llm.transformers_api import cache_of, embeddings, end_tokens, forward, takes
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
 
@@ -83,6 +83,7 @@ def generate(
 ) -> Tensor:
     """New tokens int64 [B, T] after prompts that are padded on the left; finished rows are filled with the end token.
 
+    A row ends with an end token of the grammar; where it has any, with each that the model's generation settings name.
     unconditional: prompts of the same number of rows for guidance. on_image: called when a row, a scale or an image is
     finished.
     """
@@ -107,7 +108,8 @@ def generate(
     require(telling, "positions", "'order' where images begin with plain text that the model may also say", "'slots'")
     decoder = _Decoder(model, *_stack([branch.to(device) for branch in branches]), longest)
     state = grammar.read(prompts.input_ids.to(device))
-    eos = grammar.eos if grammar.eos is not None else -1
+    ends = torch.tensor(_ends(model, grammar), dtype=torch.int64, device=device)
+    fill = grammar.eos if grammar.eos is not None else 0
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     history, new = prompts.input_ids.to(device), []
     limit, bar = settings.max_new_tokens, _bar(settings)
@@ -116,14 +118,14 @@ def generate(
         if guided:
             logits = guide_logits(*logits.chunk(2), settings.guidance)
         tokens = _draw(grammar.mask(state, logits), grammar.kind(state), grammar, settings, generator)
-        tokens = torch.where(finished, max(eos, 0), tokens)
+        tokens = torch.where(finished, fill, tokens)
         new.append(tokens)
         if on_image is not None:
             history = torch.cat([history, tokens[:, None]], 1)
             _report(grammar, state, history, finished, on_image)
         slots = grammar.slot(state, tokens)
         state = grammar.advance(state, tokens)
-        finished |= tokens == eos
+        finished |= torch.isin(tokens, ends)
         if len(new) >= limit:
             finished |= grammar.kind(state) == TEXT
         bar.update(1)
@@ -132,6 +134,15 @@ def generate(
         decoder.append(tokens.repeat(len(branches)), slots.repeat(len(branches)))
     bar.close()
     return torch.stack(new, 1) if new else history[:, :0]
+
+
+def _ends(model: Any, grammar: Grammar) -> list[int]:
+    """Tokens that end a row."""
+    if not grammar.ends:
+        return []
+    named = torch.tensor(end_tokens(model), dtype=torch.int64)
+    known = (named >= 0) & (named < grammar.vocabulary.size) & ~grammar.vocabulary.is_visual(named)
+    return sorted({*grammar.ends, *named[known].tolist()})
 
 
 def preview(tokenizer: ImageTokenizer, partial: PartialImage) -> Tensor:

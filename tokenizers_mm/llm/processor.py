@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,10 +25,11 @@ from tokenizers_mm.llm.batch import (
     pad_rows,
     with_features,
 )
+from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import IMAGE_START
 from tokenizers_mm.llm.parsing import ImageRun, Malformed, Parser
 from tokenizers_mm.llm.positions import Mode, position_ids
-from tokenizers_mm.llm.vocabulary import VisualVocabulary, text_ids
+from tokenizers_mm.llm.vocabulary import VisualVocabulary
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes, ImageLatents
 
@@ -56,13 +58,7 @@ class MultimodalProcessor:
         features: Callable[[Any], Any] | None = None,
     ) -> None:
         require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
-        have = text_ids(text_tokenizer)
-        require(
-            have in (vocabulary.text_size, *range(vocabulary.text_size, vocabulary.size + 1)),
-            "text_tokenizer",
-            f"the one of the vocabulary, with {vocabulary.text_size} tokens",
-            f"{have} tokens",
-        )
+        vocabulary.check_text_tokenizer(text_tokenizer)
         self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
         self.fit: Fit = fit
         self.features = features or tokenizer.features
@@ -125,7 +121,7 @@ class MultimodalProcessor:
 
     def decode(
         self,
-        ids: Tensor | Sequence[Tensor],
+        ids: Any,
         *,
         images: Literal["pil", "codes"] = "pil",
         malformed: Malformed = "refuse",
@@ -133,12 +129,13 @@ class MultimodalProcessor:
     ) -> list[list[Any]]:
         """Rows of ids back to lists of texts and images.
 
-        images: PIL images (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not
-        whole: "refuse" (ValueError), "skip", or "repair" (make one of the codes that are there).
+        ids: [B, L], or B rows of any lengths: whole numbers of any kind in tensors, arrays or lists. images: PIL images
+        (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not whole: "refuse"
+        (ValueError), "skip", or "repair" (make one of the codes that are there).
         """
         require(images in ("pil", "codes"), "images", "'pil' or 'codes'", images)
         rows: list[list[Any]] = []
-        for tokens in ids:
+        for tokens in self._id_rows(ids):
             row: list[Any] = []
             for run in self.parser.parse(tokens, malformed):
                 if isinstance(run, ImageRun):
@@ -150,6 +147,16 @@ class MultimodalProcessor:
                 row += [text] if text else []
             rows.append(row)
         return self._to_images(rows) if images == "pil" else rows
+
+    @staticmethod
+    def _id_rows(ids: Any) -> list[Tensor]:
+        """Rows int64 [L] on the CPU."""
+        whole = isinstance(ids, (Tensor, np.ndarray))
+        require(whole or isinstance(ids, (list, tuple)), "ids", "rows of ids [B, L]", ids)
+        rows = as_ids(ids, "ids") if whole else [as_ids(row, f"ids[{index}]") for index, row in enumerate(ids)]
+        flat = rows.ndim != 2 if isinstance(rows, Tensor) else any(row.ndim != 1 for row in rows)
+        require(not flat, "ids", "rows of ids [B, L]", ids if whole else "numbers without rows")
+        return [row.cpu() for row in rows]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the text tokenizer and visual_vocab.json. The image tokenizer is saved by its own `save`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.ids import as_ids
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of the keys and values among a model's arguments and outputs; a model knows one of them."""
@@ -49,7 +50,12 @@ def forward(model: Any, inputs: Mapping[str, Tensor], *, cache: Any = None, use_
     if takes(model, "use_cache"):
         given["use_cache"] = use_cache
     if cache is not None:
-        given[cache_name(model)] = cache
+        name = cache_name(model)
+        given[name] = cache
+        if name == "cache_params" and takes(model, "cache_position"):  # Mamba, before its cache was like all others
+            mask, count = inputs["attention_mask"], _length(inputs)
+            given["cache_position"] = torch.arange(mask.shape[-1], device=mask.device)[-count:]
+            given["attention_mask"] = mask[:, -count:]
     watch = _Watch(model, given.get("position_ids"))
     with watch:
         return model(**given)
@@ -114,6 +120,13 @@ def rope(theta: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """All end tokens that a model's generation settings name (chat models have several)."""
+    settings = getattr(unwrap(model), "generation_config", None) or getattr(unwrap(model), "config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    return () if ends is None else tuple(as_ids(ends, "generation_config.eos_token_id").reshape(-1).tolist())
+
+
 def grow(model: Any, rows: int) -> None:
     """Give the embeddings and the head so many rows; what new rows hold is not defined."""
     unwrap(model).resize_token_embeddings(rows, mean_resizing=False)
@@ -158,6 +171,11 @@ def load_text_tokenizer(source: str | os.PathLike[str], name: str) -> Any:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its name where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _length(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of a forward pass."""
+    return next(inputs[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in inputs)
 
 
 def _chain(model: Any) -> list[Any]:

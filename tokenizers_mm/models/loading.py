@@ -93,6 +93,6 @@ def read_json(path: Path) -> dict[str, Any]:
         fail(str(path), f"a {path.name}", "no such file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of too many digits
         fail(str(path), "valid JSON", str(error))
     return data if isinstance(data, dict) else fail(str(path), "a JSON mapping", "another value")
