@@ -6,38 +6,53 @@ from typing import Any, NoReturn
 LONGEST = 200
 """Characters of a described value: a longer text keeps its two ends."""
 
-_REPR = Repr()
+
+class _Repr(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print very large integers."""
+        return repr(x) if x.bit_length() < 1000 else f"an integer of {x.bit_length()} bits"
+
+
+_REPR = _Repr()
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = _REPR.maxarray = 8
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST
 
 
-def describe(value: Any) -> str:
-    """A form of a value for an error, on one line of at most `LONGEST` characters.
+def describe(value: Any, limit: int = LONGEST) -> str:
+    """A form of a value for an error, on one line of at most `limit` characters.
 
     Arrays and tensors give dtype and shape, strings themselves, collections their first members.
     """
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return shorten(value if isinstance(value, str) else _REPR.repr(value))
+    return shorten(value if isinstance(value, str) else _REPR.repr(value), limit)
 
 
-def shorten(text: str, longest: int = LONGEST) -> str:
-    """A text on one line of at most `longest` characters: unprintable ones escaped, the middle left out."""
-    line = " ".join(text.split())
-    line = line if line.isprintable() else repr(line)[1:-1]
-    if len(line) <= longest:
-        return line
-    mark = f" [{len(line)} characters] "
-    half = (longest - len(mark)) // 2
-    return line[:half] + mark + line[-half:]
+def shorten(text: str, limit: int = LONGEST) -> str:
+    """A text on one line: control characters and bytes that are no UTF-8 escaped, the middle of a long one left out."""
+    text = " ".join(text.split())
+    if len(text) > limit:
+        mark = f" ... ({len(text)} characters) ... "
+        kept = (limit - len(mark)) // 2
+        text = text[:kept] + mark + text[-kept:]
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
-def fail(name: str, expected: str, got: Any) -> NoReturn:
-    """Raise the one ValueError of this library."""
-    raise ValueError(f"{shorten(name)}: expected {expected}, got {describe(got)}")
+def fail(name: str, expected: str, got: Any, limit: int = LONGEST) -> NoReturn:
+    """Raise the one ValueError of this library; `limit` is for a `got` that is a list of faults."""
+    raise ValueError(f"{shorten(name, 1000)}: expected {expected}, got {describe(got, limit)}")
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """`fail` unless the condition holds."""
     if not condition:
         fail(name, expected, got)
+
+
+def require_finite(name: str, what: str, tensor: Any) -> None:
+    """Refuse NaN and infinity, naming the first place. Reads the tensor back from its device."""
+    bad = ~tensor.isfinite()
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        kind = "NaN" if bool(tensor[tuple(place)].isnan()) else "infinity"
+        fail(name, f"finite {what}", f"{kind} at {place}")

@@ -29,6 +29,14 @@ REPLACING = ".tmm-replacing"
 """Name of the hidden folder, inside a folder, with the files of a complete set that are not all in their places yet."""
 
 
+def regular_file(path: str | os.PathLike[str], expected: str = "a file") -> Path:
+    """The path, if it is a regular file or a link to one. A FIFO or a device could block a reader or never end."""
+    kind = kind_of(path)
+    if kind != "a file":
+        fail(str(path), expected, kind)
+    return Path(path)
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name to write one file at; the file takes the place of `path` when the block ends without an error.
@@ -123,6 +131,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         mode = Path(path).stat().st_mode
     except OSError as error:
         return "no such file" if error.errno == errno.ENOENT else str(error.strerror)
+    except ValueError:
+        return "a name with a null byte"
     kinds = {
         "a file": stat.S_ISREG,
         "a folder": stat.S_ISDIR,

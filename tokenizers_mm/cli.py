@@ -5,7 +5,7 @@ Nothing heavy is imported at the top: `--help` and wrong usage answer without to
 
 import argparse
 import io
-import json
+import itertools
 import os
 import runpy
 import sys
@@ -126,10 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("tokenizer", help="directory or hub id")
 
     command = verb("encode", _encode, "Images to ids.")
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
     _tokenizer_option(command)
     _fit_option(command)
-    command.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    command.add_argument("--strict", action="store_true", help="end at the first image that cannot be encoded")
+    command.add_argument("--out", type=Path, required=True, help="a .safetensors or .npz file")
 
     command = verb("decode", _decode, "Ids to images.")
     command.add_argument("ids", type=Path, help="a file that `encode` wrote")
@@ -172,7 +173,7 @@ def _tokenizer_option(command: argparse.ArgumentParser) -> None:
 
 def _fit_option(command: argparse.ArgumentParser, default: str = "refuse") -> None:
     command.add_argument(
-        "--fit", choices=("refuse", "crop", "pad", "resize"), default=default, help="for pictures of another size"
+        "--fit", choices=("refuse", "crop", "pad", "resize"), default=default, help="for images of another size"
     )
 
 
@@ -183,96 +184,96 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _info(options: argparse.Namespace) -> None:
-    tokenizer = _load(options)
-    size = tokenizer.image_size
-    print(f"family       {tokenizer.family}")
-    print(f"parameters   {sum(p.numel() for p in tokenizer.parameters()):,}")
-    print(f"image size   {f'{size[0]} x {size[1]}' if size else f'any multiple of {tokenizer.size_multiple}'}")
-    for stream in tokenizer.streams(*size) if size else ():
-        grids = " ".join(f"{rows}x{columns}" for rows, columns in stream.grids)
-        print(f"stream       {stream.name}: {stream.num_ids} ids, {stream.codebook_size} codes, grids {grids}")
-    for name in ("source", "license", "sha256", "notice"):
-        if value := getattr(tokenizer.provenance, name):
-            print(f"{name:<12} {value}")
+    from tokenizers_mm._summary import describe, read_lines
+
+    lines = read_lines(Path(options.tokenizer))
+    if lines is None:
+        tokenizer = _load(options)
+        from tokenizers_mm.config import to_mapping  # with torch, as all that follows
+        from tokenizers_mm.models.saving import summarize
+
+        lines = describe(tokenizer.family, summarize(tokenizer), to_mapping(tokenizer.provenance))
+    print("\n".join(lines))
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
+    from tokenizers_mm.data.codes import check_output, write_codes
+    from tokenizers_mm.data.sources import list_images
 
-    from tokenizers_mm._files import atomic_path
-    from tokenizers_mm.types import ImageCodes, ImageLatents
-
+    check_output(options.out)
+    paths: list[Path] = []
+    for path in options.images:
+        paths += list_images(path) if path.is_dir() else [path]
     tokenizer = _load(options)
-    codes = tokenizer.encode(options.images, fit=options.fit)
-    facts = {"height": str(codes.height), "width": str(codes.width), "family": tokenizer.family}
-    tensors = {"ids": codes.ids} if isinstance(codes, ImageCodes) else {"latents": codes.values}
-    if isinstance(codes, ImageLatents):
-        facts |= {"rows": str(codes.grid[0]), "columns": str(codes.grid[1])}
-    with atomic_path(options.out) as temporary:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=facts)
-    print(f"{options.out}: {len(codes)} x {next(iter(tensors.values())).shape[1]}")
+    skipped: list[str] = []
+    tolerant = len(paths) > 1 and not options.strict
+    report = (lambda _, error: _skip(error, skipped)) if tolerant else None
+    found: dict[int, Any] = {}
+    for indices, batch in tokenizer.encode_batches(paths, options.fit, report):
+        found.update(zip(indices, batch.to("cpu").unbind(), strict=True))
+    if not found:
+        fail("images", "at least one readable image", f"none ({len(skipped)} refused)")
+    order = sorted(found)
+    write_codes(options.out, [found[i] for i in order], [printable(paths[i]) for i in order], tokenizer.family)
+    count = f"{len(found)} images" + (f", {len(skipped)} skipped" if skipped else "")
+    print(f"{options.out}: {count}")
+
+
+def _skip(error: ValueError, skipped: list[str]) -> None:
+    skipped.append(printable(error))
+    print(f"skipped: {skipped[-1]}", file=sys.stderr)
 
 
 def _decode(options: argparse.Namespace) -> None:
     import torch
 
-    with torch.no_grad():
-        _decode_file(options)
-
-
-def _decode_file(options: argparse.Namespace) -> None:
-    from safetensors import SafetensorError, safe_open
-
     from tokenizers_mm._images import tensor_to_images
+    from tokenizers_mm.data.codes import read_codes
     from tokenizers_mm.eval.pictures import save_picture
-    from tokenizers_mm.types import ImageLatents
+    from tokenizers_mm.models.base import BATCH_PIXELS
+    from tokenizers_mm.types import join_codes
 
-    if not options.ids.is_file():
-        fail("ids", "a file that `encode` wrote", f"no file {options.ids}")
-    try:
-        with safe_open(options.ids, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        fail("ids", "a whole file that `encode` wrote", f"{options.ids} ({error})")
-    if not {"ids", "latents"} & tensors.keys() or not {"height", "width"} <= facts.keys():
-        fail("ids", "a file that `encode` wrote", str(options.ids))
+    items = list(read_codes(options.ids))
     tokenizer = _load(options)
-    height, width = int(facts["height"]), int(facts["width"])
-    if "ids" in tensors:
-        images = tokenizer.decode_ids(tensors["ids"], height, width)
-    elif tokenizer.streams(height, width) or not {"rows", "columns"} <= facts.keys():
-        fail("ids", f"ids, which a {tokenizer.family} tokenizer decodes", f"latents in {options.ids}")
-    else:
-        grid = int(facts["rows"]), int(facts["columns"])
-        images = tokenizer.decode(ImageLatents(tensors["latents"], height, width, grid).to(tokenizer.device))
-    for index, image in enumerate(tensor_to_images(images)):
-        save_picture(image, options.out_dir / f"{index:05d}.png")
-    print(f"{options.out_dir}: {len(images)} images")
+    limit = BATCH_PIXELS.get(tokenizer.device.type, BATCH_PIXELS["cuda"])
+    done = 0
+    while done < len(items):
+        first = items[done]
+        continuous = not tokenizer.streams(first.height, first.width)
+        if continuous != (first.grid is not None):
+            kind = "latents" if continuous else "ids"
+            fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
+        most = max(1, limit // (first.height * first.width))
+        alike = list(itertools.takewhile(first.is_like, items[done : done + most]))
+        codes: Any = join_codes([item.codes(tokenizer.streams) for item in alike])
+        with torch.no_grad():
+            images = tokenizer.decode(codes.to(tokenizer.device))
+        for index, image in enumerate(tensor_to_images(images), done):
+            save_picture(image, options.out_dir / f"{index:05d}.png")
+        done += len(alike)
+    print(f"{options.out_dir}: {done} images")
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from tokenizers_mm._files import write_json
+    from tokenizers_mm._files import file_place, write_json
     from tokenizers_mm.data.sources import list_images
     from tokenizers_mm.eval.report import evaluate
 
+    file_place(options.out)
     paths = list_images(options.images)
     report = evaluate(_load(options), paths, options.fit, options.inception)
     write_json(options.out, report)
     for message in report["skipped"]:
         print(f"skipped: {message}", file=sys.stderr)
-    print(f"{options.out}: {report['images']} images, PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}")
+    quality = "infinite" if report["psnr"] is None else f"{report['psnr']:.2f} dB"
+    print(f"{options.out}: {report['images']} images, PSNR {quality}, SSIM {report['ssim']:.4f}")
 
 
 def _convert(options: argparse.Namespace) -> None:
     from tokenizers_mm.checkpoints.convert import convert
+    from tokenizers_mm.models.loading import read_json
 
-    config = None
-    if options.config is not None:
-        try:
-            config = json.loads(options.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            fail("config", "a JSON file", f"{options.config} ({error})")
+    config = None if options.config is None else read_json(options.config)
     bad = [item for item in options.options if "=" not in item]
     if bad:
         fail("option", "key=value", bad[0])

@@ -91,6 +91,29 @@ class Pattern:
         require(re.fullmatch(self.regex, value) is not None, where, self.meaning, repr(value))
 
 
+Width = Annotated[int, Range(1, 1 << 16)]
+"""Channels of a layer."""
+
+Depth = Annotated[int, Range(0, 256)]
+"""Blocks of a transformer."""
+
+Heads = Annotated[int, Range(1, 1024)]
+
+Cells = Annotated[int, Range(1, 1 << 12)]
+"""Rows or columns of a grid."""
+
+Pixels = Annotated[int, Range(1, 1 << 14)]
+"""One side of an image."""
+
+Codes = Annotated[int, Range(1, 1 << 26)]
+"""Entries of a codebook."""
+
+Share = Annotated[float, Range(0, 1)]
+
+MLPRatio = Annotated[float, Range(0, 64, low_open=True)]
+"""Hidden channels of a block's MLP per channel."""
+
+
 def read_yaml(path: str | Path, overrides: Sequence[str] = (), *, allow_env: bool = False) -> dict[str, Any]:
     """A YAML file with `key.sub=value` overrides, interpolations `${key.sub}` resolved, as a plain dictionary.
 

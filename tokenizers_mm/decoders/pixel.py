@@ -1,11 +1,27 @@
 """Convolutional pixel decoder, codes to image: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.conv import Level, Middle, NormFactory, Resampling, Upsample, silu
+from tokenizers_mm._check import require
+from tokenizers_mm.config import Range, Width, checked
+from tokenizers_mm.layers.conv import (
+    AttentionLevels,
+    Level,
+    Middle,
+    Multipliers,
+    NormFactory,
+    NumBlocks,
+    Patch,
+    Resampling,
+    Upsample,
+    check_widths,
+    silu,
+)
 from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm
 
 
@@ -15,18 +31,38 @@ class PixelDecoderConfig:
 
     context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
+    linear: add a linear map of every 3x3 neighbourhood of z to a patch, which a training run can start by regression.
+    refine_channels: c > 0 (with `linear` and an even head_patch) ends with two 3x3 convolutions at half the size, over
+        c channels of the network and the linear map's image, so that no edges of patches remain.
     """
 
-    in_channels: int
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_blocks: int = 2
-    attention_levels: tuple[int, ...] = (4,)
+    in_channels: Width
+    channels: Width = 128
+    multipliers: Multipliers = (1, 1, 2, 2, 4)
+    num_blocks: NumBlocks = 2
+    attention_levels: AttentionLevels = (4,)
     middle: bool = True
-    head_patch: int = 1
+    head_patch: Patch = 1
     resampling: Resampling = "conv"
-    context_channels: int | None = None
-    num_groups: int = 32
+    context_channels: Width | None = None
+    num_groups: Width = 32
+    linear: bool = False
+    refine_channels: Annotated[int, Range(0, 1024)] = 0
+
+    @property
+    def factor(self) -> int:
+        """Pixels per cell and side."""
+        return self.head_patch * 2 ** (len(self.multipliers) - 1)
+
+    def check(self) -> None:
+        """Refuse widths that do not go together."""
+        check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
+        first = self.channels * self.multipliers[-1]
+        if self.resampling == "dc":
+            require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)
+        able = self.linear and self.head_patch % 2 == 0
+        require(able or not self.refine_channels, "refine_channels", "0 (no linear map, or an odd head_patch)",
+                self.refine_channels)  # fmt: skip
 
 
 class PixelDecoder(nn.Module):
@@ -37,7 +73,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: PixelDecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         norm = _norm_factory(config)
         widths = [config.channels * m for m in config.multipliers]
         width = widths[-1]
@@ -55,12 +91,22 @@ class PixelDecoder(nn.Module):
             )
             width = widths[index]
         self.norm_out = norm(width)
-        self.conv_out = nn.Conv2d(width, 3 * config.head_patch**2, 3, padding=1)
+        refine = config.refine_channels
+        out = refine * (config.head_patch // 2) ** 2 if refine else 3 * config.head_patch**2
+        self.conv_out = nn.Conv2d(width, out, 3, padding=1)
+        self.linear = None
+        if config.linear:
+            self.linear = nn.Conv2d(config.in_channels, 3 * config.factor**2, 3, padding=1)
+        if refine:
+            self.refine_in = nn.Conv2d(refine + 12, refine, 3, padding=1)
+            self.refine_out = nn.Conv2d(refine, 12, 3, padding=1)
+        if config.linear:
+            nn.init.zeros_(self.last_layer)
 
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight whose gradient norms balance the adversarial term (VQGAN, eq. 7)."""
-        return self.conv_out.weight  # type: ignore[return-value]
+        return (self.refine_out if self.config.refine_channels else self.conv_out).weight  # type: ignore[return-value]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         z = z.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
@@ -75,7 +121,14 @@ class PixelDecoder(nn.Module):
                 h = block(h, context)
         h = silu(self.norm_out(h, context))
         h = self.conv_out(h)
-        return F.pixel_shuffle(h, self.config.head_patch)
+        if self.linear is None:
+            return F.pixel_shuffle(h, self.config.head_patch)
+        image = F.pixel_shuffle(self.linear(z), self.config.factor)
+        if not self.config.refine_channels:
+            return image + F.pixel_shuffle(h, self.config.head_patch)
+        h = F.pixel_shuffle(h, self.config.head_patch // 2)
+        h = silu(self.refine_in(torch.cat([h, F.pixel_unshuffle(image, 2)], 1)))
+        return image + F.pixel_shuffle(self.refine_out(h), 2)
 
 
 def _norm_factory(config: PixelDecoderConfig) -> NormFactory:

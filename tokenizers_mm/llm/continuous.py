@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_directory, write_json
+from tokenizers_mm._files import atomic_directory, settle, write_json
 from tokenizers_mm.functional.gradients import scale_gradient
 from tokenizers_mm.llm.batch import IGNORED, Batch, Segment
 from tokenizers_mm.llm.positions import counted
@@ -123,6 +123,7 @@ class ContinuousLM(nn.Module):
     def load(cls, directory: str | os.PathLike[str]) -> "ContinuousLM":
         """Read what `save` wrote, in evaluation mode; ValueError names the first file that is missing or foreign."""
         folder = Path(directory)
+        settle(folder)
         kind = read_config(folder / CONFIG).get("kind")
         require(kind == KIND, f"{folder / CONFIG}: kind", KIND, repr(kind))
         tokenizer = load_directory(folder / "tokenizer")

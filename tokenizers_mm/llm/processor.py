@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_images
+from tokenizers_mm._files import atomic_directory
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_image
 from tokenizers_mm.llm.batch import (
     Batch,
     ImageFeatures,
@@ -160,8 +161,9 @@ class MultimodalProcessor:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the text tokenizer and visual_vocab.json. The image tokenizer is saved by its own `save`."""
-        self.text_tokenizer.save_pretrained(str(directory))
-        self.vocabulary.save(directory)
+        with atomic_directory(directory) as folder:
+            self.text_tokenizer.save_pretrained(str(folder))
+            self.vocabulary.save(folder)
 
     @torch.no_grad()
     def _to_images(self, rows: list[list[Any]]) -> list[list[Any]]:
@@ -276,7 +278,7 @@ class MultimodalProcessor:
         if isinstance(content, Tensor):
             require(content.ndim == 3 and content.shape[0] == 3, "image", "float [3, H, W] in [-1, 1]", content)
             return content
-        picture = open_images(content)[0]
+        picture = open_image(content)
         if self.fit != "refuse" and self.vocabulary.sizes:
             picture = fit_image(picture, *self.nearest_size(picture.height, picture.width), self.fit)
         return image_to_tensor(picture)

@@ -158,6 +158,22 @@ def new_language_model(kind: str, name: str, settings: Mapping[str, Any]) -> Any
         fail(name, "a causal language model", first_line(error))
 
 
+def num_parameters(kind: str, source: str, settings: Mapping[str, Any], name: str) -> int:
+    """Parameters of a model of a kind with settings, or of a directory where `kind` is empty; no memory is taken."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if kind:
+            config = AutoConfig.for_model(kind, **settings)
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except BROKEN_FILES as error:
+        fail(name, "a causal language model", first_line(error))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_text_tokenizer(source: str | os.PathLike[str], name: str) -> Any:
     """A text tokenizer from a directory or hub id; it never runs code from there."""
     from transformers import AutoTokenizer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import write_json
+from tokenizers_mm._files import settle, write_json
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import ImagePlan, Layout, fill_size_text, plan_image
@@ -277,6 +277,7 @@ class VisualVocabulary:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "VisualVocabulary":
         """Read visual_vocab.json."""
+        settle(directory)
         path = Path(directory) / FILE
         require(path.is_file(), "directory", f"a directory with {FILE}", str(directory))
         data = read_json(path)

@@ -25,6 +25,11 @@ class ResidualQuantizer(Quantizer):
         self.stages = nn.ModuleList(stages)
         self.codebook_size, self.dim = stages[0].codebook_size, stages[0].dim
 
+    def name_queries(self, *names: str) -> None:
+        super().name_queries(*names)
+        for stage in self.stages:
+            stage.name_queries(*names)  # type: ignore[operator]
+
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
         residual, parts = z, []
@@ -37,6 +42,10 @@ class ResidualQuantizer(Quantizer):
     def look_up(self, ids: Tensor) -> Tensor:
         vectors = [stage.look_up(part) for stage, part in zip(self.stages, ids.unbind(-1), strict=True)]  # type: ignore[operator]
         return torch.stack(vectors).sum(0)
+
+    @property
+    def revivable(self) -> bool:
+        return False
 
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         raise ValueError("stages: expected one quantizer to revive codes of (residual.stages[i]), got all of them")
