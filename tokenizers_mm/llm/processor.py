@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_directory
+from tokenizers_mm._files import atomic_directory, write_json
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_image
+from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import (
     Batch,
     ImageFeatures,
@@ -30,12 +32,26 @@ from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import IMAGE_START
 from tokenizers_mm.llm.parsing import ImageRun, Malformed, Parser
 from tokenizers_mm.llm.positions import Mode, position_ids
+from tokenizers_mm.llm.transformers_api import load_text_tokenizer
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.loading import load_directory, read_json
 from tokenizers_mm.types import ImageCodes, ImageLatents
 
 Content = Any
 """A text, an image (PIL, a `Path`, a float tensor [3, H, W], `ImageCodes` or `ImageLatents` of one) or a `Segment`."""
+
+
+SETTINGS = "multimodal_processor.json"
+"""The file of a saved processor's own settings."""
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What a saved processor remembers of its own: see `MultimodalProcessor`."""
+
+    fit: Fit = "refuse"
+    positions: Mode = "order"
 
 
 class MultimodalProcessor:
@@ -127,24 +143,33 @@ class MultimodalProcessor:
         images: Literal["pil", "codes"] = "pil",
         malformed: Malformed = "refuse",
         skip_special_tokens: bool = True,
+        prompts: Batch | None = None,
     ) -> list[list[Any]]:
         """Rows of ids back to lists of texts and images.
 
         ids: [B, L], or B rows of any lengths: whole numbers of any kind in tensors, arrays or lists. images: PIL images
         (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not whole: "refuse"
-        (ValueError), "skip", or "repair" (make one of the codes that are there).
+        (ValueError), "skip", or "repair" (make one of the codes that are there). prompts: rows that the ids continue;
+        then only what is new is returned, with an image that began in its prompt.
         """
         require(images in ("pil", "codes"), "images", "'pil' or 'codes'", images)
         rows: list[list[Any]] = []
-        for tokens in self._id_rows(ids):
-            row: list[Any] = []
+        new = self._id_rows(ids)
+        before = [torch.zeros(0, dtype=torch.int64)] * len(new)
+        if prompts is not None:
+            require(len(prompts) == len(new), "prompts", f"{len(new)} rows", f"{len(prompts)}")
+            kept = prompts.attention_mask.cpu() > 0
+            before = [row[mask] for row, mask in zip(prompts.input_ids.cpu(), kept, strict=True)]
+        for prompt, answer in zip(before, new, strict=True):
+            tokens, row = torch.cat([prompt, answer]), []
             for run in self.parser.parse(tokens, malformed):
+                if run.end <= len(prompt):
+                    continue
                 if isinstance(run, ImageRun):
                     row.append(run.codes)
                     continue
-                text = self.text_tokenizer.decode(
-                    tokens[run.start : run.end].tolist(), skip_special_tokens=skip_special_tokens
-                )
+                said = tokens[max(run.start, len(prompt)) : run.end].tolist()
+                text = self.text_tokenizer.decode(said, skip_special_tokens=skip_special_tokens)
                 row += [text] if text else []
             rows.append(row)
         return self._to_images(rows) if images == "pil" else rows
@@ -160,10 +185,37 @@ class MultimodalProcessor:
         return [row.cpu() for row in rows]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the text tokenizer and visual_vocab.json. The image tokenizer is saved by its own `save`."""
+        """Write the text tokenizer, visual_vocab.json and multimodal_processor.json.
+
+        The image tokenizer is saved by its own `save`; in the folder `tokenizer` inside, `from_pretrained` finds it.
+        """
+        settings = ProcessorSettings(self.fit, "order" if self.longest_image is None else "slots")
         with atomic_directory(directory) as folder:
             self.text_tokenizer.save_pretrained(str(folder))
             self.vocabulary.save(folder)
+            write_json(folder / SETTINGS, to_mapping(settings))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        tokenizer: ImageTokenizer | None = None,
+        features: Callable[[Any], Any] | None = None,
+    ) -> "MultimodalProcessor":
+        """Read what `save` wrote.
+
+        tokenizer: the image tokenizer; None reads the folder `tokenizer` inside of the directory. features: as for a
+        new processor; a function is not saved.
+        """
+        folder = Path(directory)
+        vocabulary = VisualVocabulary.load(folder)
+        path = folder / SETTINGS
+        settings = ProcessorSettings()  # of a folder from before there was such a file
+        if path.is_file():
+            settings = from_mapping(ProcessorSettings, read_json(path), str(path))
+        text = load_text_tokenizer(folder, str(folder))
+        images = load_directory(folder / "tokenizer") if tokenizer is None else tokenizer
+        return cls(images, text, vocabulary, settings.fit, settings.positions, features)
 
     @torch.no_grad()
     def _to_images(self, rows: list[list[Any]]) -> list[list[Any]]:

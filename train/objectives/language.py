@@ -35,8 +35,8 @@ from tokenizers_mm.llm.transformers_api import (
     embeddings,
     load_language_model,
     load_text_tokenizer,
-    num_parameters,
     new_language_model,
+    num_parameters,
 )
 
 from ..config import RunConfig
