@@ -29,8 +29,8 @@ from tokenizers_mm.llm.records import Records
 GREEDY = GenerationSettings(60, Sampling(temperature=0))
 
 
-def chat(**special: str) -> tuple[Any, MultimodalProcessor]:
-    text = words(["a b c d"], **special)
+def chat() -> tuple[Any, MultimodalProcessor]:
+    text = words(["a b c d"])
     vocabulary = VisualVocabulary.for_tokenizer(one_scale(), text)
     return model_for(vocabulary), MultimodalProcessor(one_scale(), text, vocabulary)
 
@@ -135,7 +135,7 @@ def test_every_end_token_ends_a_row() -> None:
             model, prompts, Grammar(processor.vocabulary, "free", eos), GenerationSettings(8, GREEDY.sampling)
         )
         assert ids.shape[1] == length, (eos, named)
-    image = Grammar(processor.vocabulary, "image", [processor.eos, b])
+    image = Grammar(processor.vocabulary, "image", [int(processor.eos or 0), b])
     drawn = generate(Saying([b], size).eval(), prompts, image, GREEDY)
     assert drawn[:, -1].tolist() == [b, b]
 

@@ -71,6 +71,8 @@ WRAPPERS: dict[str, Any] = {
     "lora": lora,
     "compiled": lambda model, processor: torch.compile(model, backend="eager", dynamic=True),
     "around": lambda model, processor: Around(model).eval(),
+    "compiled around": lambda model, processor: torch.compile(Around(model).eval(), backend="eager", dynamic=True),
+    "around compiled": lambda model, processor: Around(torch.compile(model, backend="eager", dynamic=True)).eval(),
     "around lora": lambda model, processor: Around(lora(model, processor)).eval(),
     "data parallel": lambda model, processor: nn.DataParallel(model).eval(),
 }

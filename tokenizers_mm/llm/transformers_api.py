@@ -58,7 +58,7 @@ def forward(model: Any, inputs: Mapping[str, Tensor], *, cache: Any = None, use_
             given["attention_mask"] = mask[:, -count:]
     watch = _Watch(model, given.get("position_ids"))
     with watch:
-        return model(**given)
+        return watch.model(**given)
 
 
 def cache_name(model: Any) -> str:
@@ -259,22 +259,30 @@ def _require_counted(model: Any, positions: Tensor, mask: Tensor | None) -> None
 
 
 class _Watch:
-    """A check, around one forward pass, that a module around the language model hands the positions on."""
+    """A check, around one forward pass of `model`, that modules around the language model hand the positions on.
+
+    A compiled wrapper outside of such a module is left out, since what was compiled does not see a new hook.
+    """
 
     def __init__(self, model: Any, positions: Tensor | None) -> None:
-        *wrappers, self.inner = _chain(model)
-        self.doubtful = [link for link in wrappers if not _hands_on(link)] if positions is not None else []
-        self.positions, self.seen = positions, False
+        chain = _chain(model)
+        doubtful = [i for i, link in enumerate(chain[:-1]) if not _hands_on(link)] if positions is not None else []
+        while doubtful and type(chain[0]).__module__.startswith("torch._dynamo"):
+            chain, doubtful = chain[1:], [i - 1 for i in doubtful]
+        self.model, self.positions, self.seen, self.hook = chain[0], positions, False, None
+        self.last = chain[doubtful[-1]] if doubtful else None
+        self.receiver = chain[doubtful[-1] + 1] if doubtful else None
 
     def __enter__(self) -> None:
-        self.hook = self.inner.register_forward_pre_hook(self._see, with_kwargs=True) if self.doubtful else None
+        if self.receiver is not None:
+            self.hook = self.receiver.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.hook is not None:
             self.hook.remove()
         if self.hook is not None and kind is None and not self.seen:
-            name = type(self.doubtful[0]).__name__
-            fail("model", "wrappers that hand position_ids on to the language model", f"{name}, which drops them")
+            got = f"{type(self.last).__name__}, which drops them"
+            fail("model", "wrappers that hand position_ids on to the language model", got)
 
     def _see(self, module: Any, arguments: Any, named: dict[str, Any]) -> None:
         found = named.get("position_ids")
