@@ -138,7 +138,8 @@ def test_any_error_ends_in_two_places_only() -> None:
 
 
 def test_every_file_goes_through_the_one_writer() -> None:
-    """Files are opened for writing in `_files.py`, or at a place that `atomic_path` or `atomic_directory` gave."""
+    """Files are opened for writing in `_files.py`, at a place that `atomic_path` or `atomic_directory` gave, or in a
+    temporary folder."""
     writing = re.compile(
         r"""open\([^)]*["'][wax]b?\+?["']|\.write_(text|bytes)\(|\bsave_file\(|torch\.save\(|savez\("""
     )
@@ -149,7 +150,7 @@ def test_every_file_goes_through_the_one_writer() -> None:
         for match in writing.finditer(text):
             before = text[: match.start()]
             place = before[before.rfind("\ndef ") :]
-            assert re.search(r"with .*atomic_(path|directory)\(", place), f"{path}: {match[0]}"
+            assert re.search(r"with .*(atomic_(path|directory)|TemporaryDirectory)\(", place), f"{path}: {match[0]}"
 
 
 @pytest.mark.parametrize(

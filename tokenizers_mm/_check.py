@@ -49,7 +49,7 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
         fail(name, expected, got)
 
 
-def require_finite(name: str, what: str, tensor: Tensor) -> None:
+def require_finite(name: str, what: str, tensor: Any) -> None:
     """Refuse NaN and infinity, naming the first place. Reads the tensor back from its device."""
     bad = ~tensor.isfinite()
     if bool(bad.any()):

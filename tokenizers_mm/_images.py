@@ -66,6 +66,12 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         return upright_rgb(image, name)
 
 
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The bytes of an image file as upright RGB. ValueError, with the name, for what is broken, huge or no image."""
+    with _decoding(name), Image.open(BytesIO(data)) as image:
+        return upright_rgb(image, name)
+
+
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) of an image file, upright, from its header. ValueError as of `read_image`."""
     with _opened(path, f"image {Path(path)}") as image:

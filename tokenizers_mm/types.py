@@ -1,6 +1,6 @@
 """The nouns that travel between the parts: streams of ids, codes, latents and what a quantizer returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -118,17 +118,32 @@ class Quantized:
 class Reconstruction:
     """A forward pass of a tokenizer, all that the training terms need.
 
-    `image` [B, 3, H, W]; `semantic` [B, T, C], what the semantic decoder predicts; `target` [B, T, C], what
-    it should have predicted, where the model has a frozen tower that says so; `quantized` by stream; `vectors`
+    `image` [B, 3, H, W]; `semantic` [B, T, C], the prediction of the semantic decoder, None for a model without one;
+    `target` [B, T, C], its target, None for a model without a frozen tower; `quantized` by stream; `vectors`
     [B, h, w, D], all of them on the decoder's grid: the value of `ImageTokenizer.vectors`, with the gradient of the
     features that were quantized.
     """
 
     image: Tensor
-    semantic: Tensor
+    semantic: Tensor | None
     target: Tensor | None
     quantized: Mapping[str, Quantized]
     vectors: Tensor
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """Changes to a forward pass that make training harder than inference.
+
+    keep: indices of the scales to use, None for all. perturb: maps the quantized pixel vectors [B, h, w, D] to those
+    that the decoder gets, None for the identity.
+    """
+
+    keep: tuple[int, ...] | None = None
+    perturb: Callable[[Tensor], Tensor] | None = None
+
+
+UNDISTURBED = Disturbance()
 
 
 def join_codes(parts: Sequence[Codes]) -> Codes:

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, cast, overload
 
@@ -22,7 +22,8 @@ from tokenizers_mm._images import (
     tensor_to_images,
 )
 from tokenizers_mm.models import saving
-from tokenizers_mm.types import Codes, ImageCodes, Stream, join_codes
+from tokenizers_mm.quantizers.base import Quantizer
+from tokenizers_mm.types import UNDISTURBED, Codes, Disturbance, ImageCodes, Reconstruction, Stream, join_codes
 
 ImageInput = Any
 """A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
@@ -52,6 +53,9 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
 
     family: ClassVar[str]
     Config: ClassVar[type]
+    DISTURBANCES: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Disturbance` that `reconstruct` honours; it refuses the others."""
+
     config: Any
     provenance: Provenance = Provenance()
 
@@ -89,6 +93,28 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     @abstractmethod
     def features(self, images_or_codes: Any) -> Tensor:
         """[B, T, C]: what a language model reads for understanding."""
+
+    @abstractmethod
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        """Encode, quantize and decode x [B, 3, H, W] in one differentiable pass: the forward pass of training."""
+
+    @abstractmethod
+    def quantizers(self) -> Mapping[str, Quantizer]:
+        """Quantizers by the name of their stream, as in `Reconstruction.quantized`; empty for a continuous model."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer before the image, where gradient norms of loss terms are compared."""
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        """Names of the loss terms that a `Reconstruction` of this model supports.
+
+        "pixel" always; "semantic" with a semantic decoder, "target" with a frozen tower; "codebook", "commitment" and
+        "entropy" where a quantizer computes them.
+        """
+        return frozenset(["pixel"])
 
     @overload
     def encode(self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse") -> Codes: ...

@@ -5,7 +5,6 @@ features on a finer one; one SimVQ codebook for each. The semantic codes, enlarg
 pixel codes, make the image; alone they give back the tower's features.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +22,7 @@ from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConf
 from tokenizers_mm.models.base import ImageInput, ImageTokenizer
 from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
 from tokenizers_mm.resolutions import Resolutions
-from tokenizers_mm.types import ImageCodes, Quantized, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
 
     family = "dualvitok"
     Config = DualViTokConfig
+    DISTURBANCES = frozenset(["perturb"])
 
     def __init__(
         self,
@@ -138,8 +138,23 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         """Features [B, h' * w', C] in the tower's space from semantic vectors [B, h', w', D]."""
         return self.semantic_decoder(vectors.to(self.dtype)).flatten(1, 2)
 
-    def forward(self, x: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Reconstruction:
-        """Reconstruct x [B, 3, H, W]; `perturb` may disturb the pixel vectors [B, h, w, E] before they are joined."""
+    def quantizers(self) -> dict[str, SimVQ]:
+        return {"semantic": self.semantic_quantizer, "pixel": self.pixel_quantizer}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.pixel_decoder.last_layer
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        return frozenset(["pixel", "semantic", "target", "codebook", "commitment"])
+
+    def forward(self, x: Tensor) -> Reconstruction:
+        return self.reconstruct(x)
+
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        require(disturbance.keep is None, "disturbance.keep", "None (DualViTok has one scale)", disturbance.keep)
+        perturb = disturbance.perturb
         semantic, pixel, target = self.encode_features(x)
         quantized = self.quantize(semantic, pixel)
         semantic, pixel = quantized["semantic"].vectors, quantized["pixel"].vectors

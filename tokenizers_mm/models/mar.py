@@ -20,7 +20,8 @@ from tokenizers_mm.functional.diffusion import TRAIN_STEPS, add_noise, diffusion
 from tokenizers_mm.functional.masking import masked_mean, random_mask
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
-from tokenizers_mm.types import ImageLatents, Stream
+from tokenizers_mm.quantizers.base import Quantizer
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageLatents, Reconstruction, Stream
 
 Grid = tuple[int, int]
 
@@ -162,6 +163,19 @@ class MAR(ImageTokenizer[ImageLatents]):
         """
         codes = images_or_codes if isinstance(images_or_codes, ImageLatents) else self.encode(images_or_codes)
         return buffers_last(self.encoder(codes.values, codes.grid), self.num_buffers)
+
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        """The autoencoder alone: the image decoded from the mean of the posterior."""
+        require(disturbance == UNDISTURBED, "disturbance", "none (MAR has no codes)", disturbance)
+        latents = self.encode_tensor(x)
+        return Reconstruction(self.decode(latents), None, None, {}, self.vectors(latents))
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        return {}
+
+    @property
+    def last_layer(self) -> torch.nn.Parameter:
+        return self.autoencoder.decoder.last_layer
 
     def forward(self, tokens: Tensor, grid: Grid, draws: MARDraws, condition: Tensor | None = None) -> MARTerms:
         """The terms of MAR's loss for tokens [B, h * w, D]; `condition` as the encoder takes it."""

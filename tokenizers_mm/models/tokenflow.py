@@ -4,7 +4,6 @@ The path of an image: both encoders -> features [B, h, w, D] (semantic channels 
 ids [B, L] and vectors [B, h, w, D] -> both decoders.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,7 +20,7 @@ from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConf
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
-from tokenizers_mm.types import ImageCodes, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
 
     family = "tokenflow"
     Config = TokenFlowConfig
+    DISTURBANCES = frozenset(["keep"])
 
     def __init__(
         self,
@@ -130,9 +130,24 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         """Features [B, h * w, C] in the teacher's space from vectors [B, h, w, D]."""
         return self.semantic_decoder(vectors[..., : self.dims[0]])
 
-    def forward(self, x: Tensor, keep: Sequence[int] | None = None) -> Reconstruction:
-        """Reconstruct x [B, 3, H, W]; `keep` lists the scales to use (all by default)."""
-        quantized = self.quantizer.quantize(self.encode_features(x), keep)
+    def quantizers(self) -> dict[str, MultiScaleQuantizer]:
+        return {"shared": self.quantizer}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.pixel_decoder.last_layer
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        entropy = [] if self.config.quantizer.entropy_temperature is None else ["entropy"]
+        return frozenset(["pixel", "semantic", "codebook", "commitment", *entropy])
+
+    def forward(self, x: Tensor) -> Reconstruction:
+        return self.reconstruct(x)
+
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        require(disturbance.perturb is None, "disturbance.perturb", "None (no pixel stream here)", "a function")
+        quantized = self.quantizer.quantize(self.encode_features(x), disturbance.keep)
         image, semantic = self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors)
         return Reconstruction(image, semantic, None, {"shared": quantized}, quantized.vectors)
 

@@ -51,6 +51,10 @@ class FSQ(Quantizer):
     def look_up(self, ids: Tensor) -> Tensor:
         return self._expand(ids_to_levels(ids, self.config.levels))
 
+    @property
+    def revivable(self) -> bool:
+        return False
+
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         raise ValueError("FSQ: expected no revival of codes (it has no codebook), got a request for it")
 

@@ -71,6 +71,10 @@ class SimVQ(Quantizer):
     def look_up(self, ids: Tensor) -> Tensor:
         return look_up(self.frozen.float(), ids) @ self.transform.weight.float().T  # type: ignore[operator]
 
+    @property
+    def revivable(self) -> bool:
+        return False
+
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         raise ValueError("SimVQ: expected no revival of codes (its codebook is frozen by design), got a request for it")
 

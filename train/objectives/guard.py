@@ -1,12 +1,14 @@
 """The guard of joint tuning: measures reconstruction, remembers the last good weights, says when a bound is crossed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokenizers_mm._images import fit_image, image_to_tensor, read_image
+from tokenizers_mm.config import Range
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import list_images
 from tokenizers_mm.eval.fid import rfid
@@ -14,8 +16,27 @@ from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.eval.report import reconstruct
 from tokenizers_mm.models import ImageTokenizer
 
-from .joint_config import GuardConfig
-from .ranks import share_from_first
+from ..distributed import share_from_first
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What watches the reconstruction of fixed held-out pictures while the tokenizer learns with the language model.
+
+    every: steps between looks; the end of a joint stage is always looked at. folder: of pictures, by default rendered
+    scenes that no training sees. pictures: how many. max_psnr_drop: dB below the mean PSNR before the first joint
+    stage. max_fid_ratio: of rFID to the rFID before, measured where `inception` names torch-fidelity's weights file.
+    action: beyond a bound "stop" ends the run with all three parts as they last were within the bounds, "freeze" takes
+    the tokenizer back to there and goes on with the others.
+    """
+
+    every: Annotated[int, Range(1)] = 500
+    folder: str = ""
+    pictures: Annotated[int, Range(1)] = 64
+    max_psnr_drop: Annotated[float, Range(0, low_open=True)] = 1.0
+    max_fid_ratio: Annotated[float, Range(1, low_open=True)] = 1.6
+    inception: str = ""
+    action: Literal["stop", "freeze"] = "stop"
 
 
 def held_out(config: GuardConfig, size: tuple[int, int]) -> Tensor:
@@ -52,7 +73,7 @@ class Guard:
         """Whether the run is over."""
         return self.frozen and self.config.action == "stop"
 
-    def look(self, parts: Mapping[str, Any], step: int) -> dict[str, Any]:
+    def measure(self, parts: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Measure, compare, and copy the parts or take them back; returns a line for the log.
 
         parts: the networks by name, "tokenizer" among them. With action "freeze" only the tokenizer is copied.
@@ -64,7 +85,7 @@ class Guard:
         line: dict[str, Any] = {"guard": "before" if first else "within", "guard_psnr": found["psnr"]}
         line |= {"guard_psnr_drop": drop, "guard_rfid": found.get("rfid")}
         if "rfid" not in found:
-            line["guard_rfid_missing"] = "rFID was not measured: joint.guard.inception names no weights file"
+            line["guard_rfid_missing"] = "rFID was not measured: guard.inception names no weights file"
         if drop > self.config.max_psnr_drop:
             self.crossed = f"PSNR fell by {drop:.2f} dB (bound {self.config.max_psnr_drop:g})"
         elif found.get("rfid", 0.0) > self.config.max_fid_ratio * self.before.get("rfid", 0.0):
