@@ -54,6 +54,9 @@ class TowerOptions(TypedDict, total=False):
     class_token: bool
     reg_tokens: Annotated[int, Range(0, 1024)]
     init_values: Annotated[float, Range(0, 1)] | None
+    drop_rate: Share
+    proj_drop_rate: Share
+    attn_drop_rate: Share
     drop_path_rate: Share
     act_layer: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
     global_pool: Literal["", "avg", "map", "token"]
