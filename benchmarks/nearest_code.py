@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import harness
 from tokenizers_mm import kernels
 from tokenizers_mm.kernels import _native
-from tokenizers_mm.kernels._packed import PackedCodebook
+from tokenizers_mm.kernels._packed import Answer, PackedCodebook
 
 GRID = {
     "G1": (16384, 8192, 32),
@@ -83,11 +83,10 @@ def ours(z: Tensor, c: Tensor) -> Tensor:
 
 def ours_float32(z: Tensor, c: Tensor) -> Tensor:
     """Our own fused float32 pass, the yardstick for bad codebooks."""
-    ids = torch.empty(len(z), dtype=torch.int64)
-    PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32")).search(
-        c, z, ids, None, torch.get_num_threads()
-    )
-    return ids
+    answer = Answer(torch.empty(len(z), dtype=torch.int64), None, None)
+    packed = PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32"))
+    packed.search(c, z, answer, torch.get_num_threads())
+    return answer.ids
 
 
 def ours_layer(z: Tensor, c: Tensor) -> Tensor:
