@@ -9,12 +9,15 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.kernels import _cuda, _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
+from tokenizers_mm.kernels._kmeans import KMeans, kmeans
 
 __all__ = [
+    "KMeans",
     "code_sums",
     "describe",
     "finite_ids",
     "invalidate",
+    "kmeans",
     "nearest_code",
     "nearest_code_shared",
     "use_kernels",
