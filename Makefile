@@ -10,7 +10,7 @@ INSTALL = -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := scikit-build-core cmake ninja
 comma := ,
 
-.PHONY: demo test test-full test-newest test-oldest versions lint format clean
+.PHONY: demo test test-full test-newest test-oldest versions lint format clean gpu
 
 demo: $(STAMP)
 	$(RUN) -m tokenizers_mm.cli demo
@@ -46,6 +46,12 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+
+# Everything that only a GPU can tell (benchmarks/gpu.py). GPU_PYTHON names a Python that has torch; without it, PYTHON
+# if it has torch, else the environment of `make test`. GPU_OPTIONS: for example --out DIR.
+gpu:
+	@if [ -z "$(GPU_PYTHON)" ] && ! $(PYTHON) -c "import torch" 2>/dev/null; then $(MAKE) $(STAMP) && $(RUN) -m benchmarks.gpu $(GPU_OPTIONS); \
+	else $(or $(GPU_PYTHON),$(PYTHON)) -m benchmarks.gpu $(GPU_OPTIONS); fi
 
 format: $(STAMP)
 	$(VENV)/bin/ruff format .

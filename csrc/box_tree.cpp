@@ -159,12 +159,12 @@ void build_grid(const std::vector<Item<kWidth>>& items, int dim, Tree* tree) {
 }
 
 template <int kWidth>
-void build(const Codebook& codebook, const Rows& codes, Tree* tree) {
+void build(const Codebook& codebook, const Summary& known, const Rows& codes, Tree* tree) {
   const int dim = static_cast<int>(codebook.d);
   std::vector<Item<kWidth>> items;
-  items.reserve(codebook.usable);
+  items.reserve(known.usable);
   for (int64_t i = 0; i < codebook.k; ++i) {
-    if (codebook.bias[i] == -kInfinity) continue;
+    if (known.bias[i] == -kInfinity) continue;
     Item<kWidth> item{};
     for (int j = 0; j < dim; ++j) item.value[j] = codes.f32(i)[j];
     item.code = static_cast<int32_t>(i);
@@ -205,8 +205,8 @@ void build(const Codebook& codebook, const Rows& codes, Tree* tree) {
 
 }  // namespace
 
-void build_tree(const Codebook& codebook, const Rows& codes, Tree* tree) {
-  codebook.d <= 8 ? build<8>(codebook, codes, tree) : build<kMaxTreeDim>(codebook, codes, tree);
+void build_tree(const Codebook& codebook, const Summary& known, const Rows& codes, Tree* tree) {
+  codebook.d <= 8 ? build<8>(codebook, known, codes, tree) : build<kMaxTreeDim>(codebook, known, codes, tree);
 }
 
 }  // namespace tmm

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <mutex>
 
 #include "pool.h"
 
@@ -13,60 +14,46 @@ namespace {
 
 constexpr int64_t kMeanSample = 1024;  // the mean only has to be near: centring changes no argmin
 
-// Splits [0, count) into chunks that threads claim; body(first, last, worker).
-template <class F>
-void for_chunks(int64_t count, int64_t chunk, int threads, F body) {
-  std::atomic<int64_t> next{0};
-  auto work = [&](int worker) {
-    for (;;) {
-      const int64_t first = next.fetch_add(chunk);
-      if (first >= count) return;
-      body(first, std::min(count, first + chunk), worker);
-    }
-  };
-  run_parallel(static_cast<int>(std::min<int64_t>(threads, (count + chunk - 1) / chunk)), work);
-}
-
-bool finite_row(const Rows& rows, int64_t i) {
-  for (int64_t j = 0; j < rows.d; ++j)
-    if (!std::isfinite(rows.dtype == TMM_F64 ? rows.f64(i)[j] : rows.f32(i)[j])) return false;
-  return true;
-}
-
-bool same_row(const Rows& rows, int64_t a, int64_t b) {
-  for (int64_t j = 0; j < rows.d; ++j)
-    if (rows.dtype == TMM_F64 ? rows.f64(a)[j] != rows.f64(b)[j] : rows.f32(a)[j] != rows.f32(b)[j]) return false;
-  return true;
-}
-
 }  // namespace
 
-void Codebook::find_mean(const Rows& codes) {
+bool Rows::finite(int64_t i) const {
+  for (int64_t j = 0; j < d; ++j)
+    if (!std::isfinite(dtype == TMM_F64 ? f64(i)[j] : f32(i)[j])) return false;
+  return true;
+}
+
+bool Rows::equal(int64_t a, int64_t b) const {
+  for (int64_t j = 0; j < d; ++j)
+    if (dtype == TMM_F64 ? f64(a)[j] != f64(b)[j] : f32(a)[j] != f32(b)[j]) return false;
+  return true;
+}
+
+void Codebook::find_mean(const Rows& codes, Summary* out) const {
   std::vector<double> sum(d, 0.0), row(d);
   const int64_t stride = (k + kMeanSample - 1) / kMeanSample;
   int64_t used = 0;
   for (int64_t i = 0; i < k; i += stride) {
-    if (!finite_row(codes, i)) continue;
+    if (!codes.finite(i)) continue;
     codes.to_double(i, row.data());
     for (int64_t j = 0; j < d; ++j) sum[j] += row[j];
     ++used;
   }
-  mean.assign(padded, 0.0f);
-  zero.assign(padded, 0.0f);
+  out->mean.assign(padded, 0.0f);
+  out->zero.assign(padded, 0.0f);
   for (int64_t j = 0; j < d && used; ++j) {
     const float value = static_cast<float>(sum[j] / static_cast<double>(used));
-    mean[j] = std::isfinite(value) ? value : 0.0f;
+    out->mean[j] = std::isfinite(value) ? value : 0.0f;
   }
 }
 
 // A code equal to an earlier one can never win the tie, and many of them would all survive every bound: take them out.
 // Equal rows have equal norms bit for bit, so the norm serves as the hash.
-void Codebook::drop_repetitions(const Rows& codes, const std::vector<double>& norm2) {
+void Codebook::drop_repetitions(const Rows& codes, const std::vector<double>& norm2, Summary* out) const {
   uint64_t size = 16;
   while (size < 2 * static_cast<uint64_t>(k)) size *= 2;
   std::vector<int32_t> table(size, -1);
   for (int64_t i = 0; i < k; ++i) {
-    if (std::isinf(bias[i])) continue;
+    if (std::isinf(out->bias[i])) continue;
     uint64_t bits;
     std::memcpy(&bits, &norm2[i], sizeof bits);
     bits = (bits ^ (bits >> 29)) * 0x9E3779B97F4A7C15ull;
@@ -75,65 +62,62 @@ void Codebook::drop_repetitions(const Rows& codes, const std::vector<double>& no
       const int32_t other = table[slot];
       if (other < 0) {
         table[slot] = static_cast<int32_t>(i);
-        ++usable;
+        ++out->usable;
         break;
       }
       if (norm2[other] != norm2[i]) continue;
-      if (same_row(codes, other, i)) {
-        bias[i] = -std::numeric_limits<float>::infinity();
+      if (codes.equal(other, i)) {
+        out->bias[i] = -std::numeric_limits<float>::infinity();
         break;
       }
       if (++steps == 8) {  // different rows of one norm (signs, permutations): give up, repetitions cost time only
-        ++usable;
+        ++out->usable;
         break;
       }
     }
   }
 }
 
-void Codebook::prepare(const Rows& codes, int threads) {
-  if (prepared) return;
-  find_mean(codes);
-  panels = (k + isa->lanes * isa->vectors - 1) / (isa->lanes * isa->vectors);
-  bias.assign(k, 0.0f);
+void Codebook::summarise(const Rows& codes, int threads, Summary* out) const {
+  find_mean(codes, out);
+  out->bias.assign(k, 0.0f);
   std::vector<double> norm2(k);
   std::mutex merge;
-  for_chunks(k, 256, threads, [&](int64_t first, int64_t last, int) {
+  for_chunks(k, 256, threads, [&](int64_t first, int64_t last) {
     Buffer<float> row(padded);
     float top = 0;
-    bool fits = true;
+    bool fits = true, finite = true;
     for (int64_t i = first; i < last; ++i) {
-      const RowStats stats = codes.centre(*isa, i, mean.data(), 1.0f, row.get());
+      const RowStats stats = codes.centre(*isa, i, out->mean.data(), 1.0f, row.get());
       norm2[i] = stats.norm2;
       if (std::isfinite(stats.norm2) && std::isfinite(stats.largest)) {
         top = std::max(top, stats.largest);
-      } else if (finite_row(codes, i)) {
-        fits = false;
       } else {
-        bias[i] = -std::numeric_limits<float>::infinity();
+        fits = false;
+        finite = finite && codes.finite(i);
       }
     }
     std::lock_guard<std::mutex> lock(merge);
-    largest = std::max(largest, top);
-    representable = representable && fits;
+    out->largest = std::max(out->largest, top);
+    out->representable = out->representable && fits;
+    out->finite = out->finite && finite;
   });
-  drop_repetitions(codes, norm2);
-  if (usable == 1)
-    for (only = 0; std::isinf(bias[only]);) ++only;
-  representable = representable && largest > 0;
-  if (representable) {
-    scale = std::ldexp(1.0f, -std::clamp(std::ilogb(largest), -120, 120));
-    largest *= scale;
-    for (int64_t i = 0; i < k; ++i) {
-      if (std::isinf(bias[i])) continue;
-      const double scaled = norm2[i] * scale * scale;
-      radius = std::max(radius, scaled);
-      bias[i] = static_cast<float>(-0.5 * scaled);
-    }
-    max_bias = 0.5 * radius;
-    radius = std::sqrt(radius);
+  if (!out->finite) return;
+  drop_repetitions(codes, norm2, out);
+  if (out->usable == 1)
+    for (out->only = 0; std::isinf(out->bias[out->only]);) ++out->only;
+  out->representable = out->representable && out->largest > 0;
+  if (!out->representable) return;
+  out->scale = std::ldexp(1.0f, -std::clamp(std::ilogb(out->largest), -120, 120));
+  out->largest *= out->scale;
+  for (int64_t i = 0; i < k; ++i) {
+    if (std::isinf(out->bias[i])) continue;
+    const double scaled = norm2[i] * out->scale * out->scale;
+    out->radius = std::max(out->radius, scaled);
+    out->bias[i] = static_cast<float>(-0.5 * scaled);
   }
-  prepared = true;
+  out->max_bias = 0.5 * out->radius;
+  out->radius = std::sqrt(out->radius);
 }
 
 void Pack::reorder(const float* x, float* out) const {
@@ -159,13 +143,13 @@ QuantStats Pack::quantise_mixed(const Isa& isa, float* ordered, float scale, int
 
 // A few dimensions much larger than the others would set the step of 8-bit values for all of them, and with it the bound. Those
 // are kept in 16 bits with the same step, at twice the cost each; up to one dimension in 16, and where it makes the step much finer.
-void Codebook::choose_wide(const Rows& codes, Pack* pack) const {
+void Codebook::choose_wide(const Rows& codes, const Summary& known, Pack* pack) const {
   const int64_t most = std::min(kMaxWide, d / 32 * 2), stride = (k + kMeanSample - 1) / kMeanSample;
   if (most < 2) return;
   std::vector<float> top(d, 0.0f), row(padded);
   for (int64_t i = 0; i < k; i += stride) {
-    if (std::isinf(bias[i])) continue;
-    centre(codes, i, kInt8, row.data());
+    if (std::isinf(known.bias[i])) continue;
+    centre(known, codes, i, kInt8, row.data());
     for (int64_t j = 0; j < d; ++j) top[j] = std::max(top[j], std::fabs(row[j]));
   }
   std::vector<int32_t> order(d);
@@ -180,26 +164,24 @@ void Codebook::choose_wide(const Rows& codes, Pack* pack) const {
   pack->wide = wide;
 }
 
-const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
-  if (packs[which]) return *packs[which];
-  auto made = std::make_unique<Pack>();
+void Codebook::fill(const Rows& codes, const Summary& known, int which, int threads, Pack* made) const {
   const int per_word = which == kInt8 ? 4 : which == kInt16 ? 2 : 1;
   const int64_t lanes = isa->lanes, vectors = isa->vectors, panel = lanes * vectors;
   if (which == kInt8) {
-    choose_wide(codes, made.get());
-    made->scale = std::max(largest, 1e-30f) / 127.0f;
+    choose_wide(codes, known, made);
+    made->scale = std::max(known.largest, 1e-30f) / 127.0f;
   }
   const int64_t wide = made->wide, wide_steps = wide / 2;
   const int64_t steps = made->steps = wide_steps + (d - wide + per_word - 1) / per_word;
   std::mutex merge;
   if (wide) {
     float top = 1e-30f;
-    for_chunks(k, 256, threads, [&](int64_t first, int64_t last, int) {
+    for_chunks(k, 256, threads, [&](int64_t first, int64_t last) {
       Buffer<float> row(padded), ordered(made->words(padded));
       float mine = 0;
       for (int64_t code = first; code < last; ++code) {
-        if (std::isinf(bias[code])) continue;
-        centre(codes, code, which, row.get());
+        if (std::isinf(known.bias[code])) continue;
+        centre(known, codes, code, which, row.get());
         made->reorder(row.get(), ordered.get());
         mine = std::max(mine, made->mixed_scale(ordered.get()));
       }
@@ -208,19 +190,19 @@ const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
     });
     made->scale = top;
   }
-  if (which == kInt16) made->scale = static_cast<float>(std::max(radius, 1e-30) / (kInt16Norm - std::sqrt(d)));
+  if (which == kInt16) made->scale = static_cast<float>(std::max(known.radius, 1e-30) / (kInt16Norm - std::sqrt(d)));
   made->codes.reset(panels * panel * steps);
   made->bias.reset(panels * panel);
-  for_chunks(panels, std::max<int64_t>(1, 512 / panel), threads, [&](int64_t first, int64_t last, int) {
+  for_chunks(panels, std::max<int64_t>(1, 512 / panel), threads, [&](int64_t first, int64_t last) {
     Buffer<float> row(padded);
     Buffer<float> ordered(made->words(padded));
     Buffer<int32_t> words(made->words(padded));
     double worst = 0;
     for (int64_t code = first * panel; code < last * panel; ++code) {
       const int64_t in_panel = code % panel, place = in_panel % vectors * lanes + in_panel / vectors;
-      const bool wins = code < k && !std::isinf(bias[code]);
+      const bool wins = code < k && !std::isinf(known.bias[code]);
       if (wins) {
-        centre(codes, code, which, row.get());
+        centre(known, codes, code, which, row.get());
       } else {
         std::fill(row.get(), row.get() + padded, 0.0f);
       }
@@ -240,31 +222,27 @@ const Pack& Codebook::pack(const Rows& codes, int which, int threads) {
         std::memcpy(&word, static_cast<const char*>(source) + 4 * step, 4);
         *out = static_cast<int32_t>(step < wide_steps ? word : word ^ flip);
       }
-      const float start = which == kDifference ? 0.0f : bias[code < k ? code : 0];
+      const float start = which == kDifference ? 0.0f : known.bias[code < k ? code : 0];
       made->bias[code / panel * panel + place] = wins ? start : -std::numeric_limits<float>::infinity();
     }
     std::lock_guard<std::mutex> lock(merge);
     made->residual = std::max(made->residual, worst);
   });
   made->residual = std::sqrt(made->residual) * 1.001;
-  packs[which] = std::move(made);
-  return *packs[which];
 }
 
-const Tree& Codebook::box_tree(const Rows& codes) {
-  if (!tree) {
-    auto made = std::make_unique<Tree>();
-    build_tree(*this, codes, made.get());
-    tree = std::move(made);
-  }
-  return *tree;
+const Tree& Codebook::box_tree(const Rows& codes, int threads) {
+  const Summary& known = summary(codes, threads);
+  return tree_.get([&](Tree* made) { build_tree(*this, known, codes, made); });
 }
 
 int64_t Codebook::bytes() const {
-  int64_t total = static_cast<int64_t>((mean.capacity() + bias.capacity()) * sizeof(float));
-  for (const auto& pack : packs)
-    if (pack) total += pack->codes.bytes() + pack->bias.bytes();
-  if (tree) {
+  int64_t total = 0;
+  if (const Summary* known = summary_.peek())
+    total += static_cast<int64_t>((known->mean.capacity() + known->bias.capacity()) * sizeof(float));
+  for (const auto& part : packs_)
+    if (const Pack* pack = part.peek()) total += pack->codes.bytes() + pack->bias.bytes();
+  if (const Tree* tree = tree_.peek()) {
     for (const auto* part : {&tree->super_bounds, &tree->leaf_bounds, &tree->leaf_codes}) total += part->bytes();
     for (const auto* part : {&tree->grid_super_bounds, &tree->grid_leaf_bounds, &tree->grid_leaf_codes, &tree->index})
       total += part->bytes();

@@ -31,9 +31,9 @@ typedef struct {
 
 // What kernels noticed, for the host to read whenever it likes: pinned host memory that kernels write 1 to. The caller
 // zeroes it. `stale`: the packed codebook is not the one that was given (the answers are right all the same, in double
-// precision throughout). `not_finite`: a token holds NaN or infinity. `bad_ids`: an id is no code of the codebook.
+// precision throughout). `bad_ids`: an id is no code of the codebook.
 typedef struct {
-  int32_t stale, not_finite, bad_ids;
+  int32_t stale, bad_ids;
 } tmm_cuda_faults;
 
 TMM_CUDA_API int tmm_cuda_abi_version(void);
@@ -50,10 +50,10 @@ TMM_CUDA_API int tmm_cuda_pack(const tmm_cuda_matrix* codes, const double* weigh
                                void* stream);
 
 // ids[i] = argmin_k sum_p weights[p] * ||tokens[p][i] - codes[p][k]||^2 as computed in double precision from the
-// difference form, ties to the lowest k. A code with a NaN or an infinity is never chosen; a token with one, or a
-// codebook of nothing else, gets index 0, distance and margin NaN. margins[i] is the distance of the nearest code that
-// differs from code ids[i] in some value, less distances[i]; infinity where there is none. `distances`, `margins` and
-// `faults` may be null. `packed` is what tmm_cuda_pack made of the same codes and weights; with `check`, a hash of the
+// difference form, ties to the lowest k. A code with a NaN or an infinity is never chosen; a token with one gets index
+// -1, distance and margin NaN; a token without a finite distance to any code index 0, distance infinity and margin 0.
+// margins[i] is how much farther (the root of the distance) the nearest code is that differs from code ids[i] in some
+// value; infinity where none does at a finite distance. `distances`, `margins` and `faults` may be null. `packed` is what tmm_cuda_pack made of the same codes and weights; with `check`, a hash of the
 // codes is compared on the device with the one taken when they were packed. `workspace` must be 256-byte aligned.
 TMM_CUDA_API int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights,
                                   int parts, const void* packed, int check, void* workspace, int64_t* ids,

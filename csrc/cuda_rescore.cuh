@@ -52,7 +52,7 @@ struct Search {
 template <bool margin>
 __device__ __forceinline__ void team_score(const Search& search, int row, int64_t code, bool real, Best& best) {
   const double distance = team_distance(search.tokens, search.first + row, search.codes, real ? code : 0);
-  if (real && usable(search.codes, code, distance)) best_add<margin>(best, search.codes, distance, code);
+  if (real) best_add<margin>(best, search.codes, distance, code);
 }
 
 // Scores the codes of one group and keeps the best so far, alike in all lanes of the warp.
@@ -66,11 +66,10 @@ __device__ __forceinline__ void warp_score_group(const Search& search, int row, 
 }
 
 __device__ __forceinline__ void write_answer(const Search& search, int row, const Best& best) {
-  const bool found = best.code != kNoCode;
   const int64_t at = search.first + row;
-  search.ids[at] = found ? best.code : 0;
-  if (search.distances) search.distances[at] = found ? best.distance : NAN;
-  if (search.margins) search.margins[at] = found ? best.second - best.distance : NAN;
+  search.ids[at] = best.code == kNoCode ? 0 : best.code;
+  if (search.distances) search.distances[at] = best.distance;
+  if (search.margins) search.margins[at] = best_margin(best);
 }
 
 // Values from here on may still belong to the answer.
@@ -92,8 +91,9 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search) {
   Best best = no_best();
   if (bound.status == kNotFinite) {
     if (lane == 0) {
-      write_answer(search, row, best);
-      if (search.faults) search.faults->not_finite = 1;
+      search.ids[search.first + row] = -1;
+      if (search.distances) search.distances[search.first + row] = NAN;
+      if (search.margins) search.margins[search.first + row] = NAN;
     }
     return;
   }

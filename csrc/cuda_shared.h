@@ -178,18 +178,6 @@ TMM_HD double distance_share(const Points& tokens, int64_t row, const Points& co
   return share;
 }
 
-// Whether a code at this distance of a finite token may be chosen. A code with a NaN has a NaN distance; one with an
-// infinity an infinite distance, as has a finite code whose squares overflow.
-TMM_HD bool usable(const Points& codes, int64_t code, double distance) {
-  if (distance < INFINITY) return true;
-  bool finite = distance == INFINITY;
-  for (int col = 0; finite && col < codes.dim; ++col) {
-    const double value = codes.value(code, col);
-    finite = value - value == 0.0;
-  }
-  return finite;
-}
-
 TMM_HD bool same_values(const Points& codes, int64_t one, int64_t other) {
   bool same = true;
   for (int col = 0; same && col < codes.dim; ++col) same = codes.value(one, col) == codes.value(other, col);
@@ -199,8 +187,9 @@ TMM_HD bool same_values(const Points& codes, int64_t one, int64_t other) {
 constexpr int64_t kNoCode = INT64_MAX;
 
 // The minimum over (distance, index) of the codes scored so far, and the least distance among those that differ from
-// that code in some value. Codes may come in any order and more than once. Equal codes have equal distances, so values
-// are compared only between codes of equal distance.
+// that code in some value. Codes may come in any order and more than once; those without a finite distance (a NaN, an
+// infinity, an overflow) count for nothing. Equal codes have equal distances, so values are compared only between codes
+// of equal distance.
 struct Best {
   double distance;
   int64_t code;
@@ -211,7 +200,7 @@ TMM_HD Best no_best() { return {INFINITY, kNoCode, INFINITY}; }
 
 template <bool margin>
 TMM_HD void best_add(Best& best, const Points& codes, double distance, int64_t code) {
-  if (code == best.code) return;
+  if (code == best.code || !(distance < INFINITY)) return;
   const bool wins = distance < best.distance || (distance == best.distance && code < best.code);
   const double other = wins ? best.distance : distance;
   if (margin && other < best.second && !(distance == best.distance && same_values(codes, code, best.code))) {
@@ -225,8 +214,14 @@ TMM_HD void best_add(Best& best, const Points& codes, double distance, int64_t c
 
 template <bool margin>
 TMM_HD void best_merge(Best& best, const Points& codes, const Best& other) {
-  if (other.code != kNoCode) best_add<margin>(best, codes, other.distance, other.code);
+  best_add<margin>(best, codes, other.distance, other.code);
   if (margin && other.second < best.second) best.second = other.second;
+}
+
+// How much farther the second is, in roots of distances.
+TMM_HD double best_margin(const Best& best) {
+  if (!(best.second > best.distance)) return 0.0;
+  return best.second < INFINITY ? (best.second - best.distance) / (sqrt(best.second) + sqrt(best.distance)) : INFINITY;
 }
 
 // The share of one value in the hash of a codebook: bijective in the value, and a sum over values needs no order.

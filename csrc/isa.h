@@ -117,6 +117,7 @@ static inline int64_t grid_scratch(int64_t supers) {
 const Isa* avx512_isa();    // null where the compiler does not know it
 const Isa* avx2_isa();
 const Isa* portable_isa();
+const Isa* current_isa();   // the one that codebooks made now get
 void grid_candidates_avx512(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
 
 }  // namespace tmm

@@ -1,8 +1,10 @@
 // The library's entry points other than the searches: versions, choice of instruction set, lifetime of codebooks.
+#include <atomic>
 #include <cstring>
 #include <new>
 
 #include "codebook.h"
+#include "digest.h"
 #include "isa.h"
 #include "tokenizers_mm.h"
 
@@ -27,17 +29,20 @@ const Isa* find(const char* name) {
   return nullptr;
 }
 
-const Isa*& current() {
-  static const Isa* isa = find(nullptr);
+std::atomic<const Isa*>& current() {
+  static std::atomic<const Isa*> isa{find(nullptr)};
   return isa;
 }
 
 }  // namespace
+
+const Isa* current_isa() { return current().load(std::memory_order_relaxed); }
+
 }  // namespace tmm
 
 int tmm_abi_version(void) { return TMM_ABI_VERSION; }
 
-const char* tmm_isa(void) { return tmm::current()->name; }
+const char* tmm_isa(void) { return tmm::current_isa()->name; }
 
 int tmm_select_isa(const char* name) {
   const tmm::Isa* isa = tmm::find(name);
@@ -49,7 +54,7 @@ int tmm_select_isa(const char* name) {
 tmm_codebook* tmm_codebook_create(int64_t k, int64_t d, int dtype, int method) {
   const bool tree_fits = (method != TMM_TREE || (dtype == TMM_F32 && d <= tmm::kMaxTreeDim)) &&
                          (method != TMM_DIFFERENCE || dtype == TMM_F32);
-  const tmm::Isa* isa = tmm::current();
+  const tmm::Isa* isa = tmm::current_isa();
   const bool rung_fits = (method != TMM_INT8 || isa->has[tmm::kInt8]) && (method != TMM_INT16 || isa->has[tmm::kInt16]);
   if (k < 1 || d < 1 || k > 0x7fffff00 || dtype < TMM_F32 || dtype > TMM_F64 || method < TMM_AUTO || method > TMM_BRUTE ||
       !tree_fits || !rung_fits)
@@ -61,4 +66,12 @@ void tmm_codebook_destroy(tmm_codebook* codebook) { delete reinterpret_cast<tmm:
 
 int64_t tmm_codebook_bytes(const tmm_codebook* codebook) { return reinterpret_cast<const tmm::Codebook*>(codebook)->bytes(); }
 
-int tmm_codebook_method(const tmm_codebook* codebook) { return reinterpret_cast<const tmm::Codebook*>(codebook)->last_method; }
+int tmm_codebook_method(const tmm_codebook* codebook) {
+  return reinterpret_cast<const tmm::Codebook*>(codebook)->last_method.load(std::memory_order_relaxed);
+}
+
+int tmm_digest(const void* data, int64_t rows, int64_t bytes, int64_t stride, uint64_t* digest, int threads) {
+  if (rows < 0 || bytes < 0 || threads < 1) return TMM_BAD_ARGUMENT;
+  tmm::digest_rows({static_cast<const char*>(data), rows, bytes, stride}, digest, threads);
+  return TMM_OK;
+}

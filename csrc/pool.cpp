@@ -98,24 +98,18 @@ class Pool {
 };
 
 // Never destroyed (helpers may outlive main), and replaced, not repaired, in a forked child: its threads and the state of
-// its locks belong to the parent.
+// its locks belong to the parent. Made when the library is loaded, so that no fork can fall into the making.
 alignas(Pool) unsigned char storage[sizeof(Pool)];
-Pool* pool = nullptr;
 
-void renew() { pool = new (storage) Pool; }
+Pool* renew() { return new (storage) Pool; }
 
-Pool& instance() {
-  static const bool ready = [] {
-    renew();
-    pthread_atfork(nullptr, nullptr, renew);
-    return true;
-  }();
-  (void)ready;
-  return *pool;
-}
+Pool* pool = [] {
+  pthread_atfork(nullptr, nullptr, [] { pool = renew(); });
+  return renew();
+}();
 
 }  // namespace
 
-void run_parallel(int threads, void (*work)(void*, int), void* context) { instance().run(threads, work, context); }
+void run_parallel(int threads, void (*work)(void*, int), void* context) { pool->run(threads, work, context); }
 
 }  // namespace tmm

@@ -42,14 +42,14 @@ struct RowState {
 // One thread's search of blocks of rows on one rung.
 class BlockSearch {
  public:
-  BlockSearch(const Query& query, const Pack& pack, int rung, int64_t block_rows)
-      : query_(query), book_(*query.book), pack_(pack), isa_(*book_.isa), rung_(rung), rows_(block_rows),
+  BlockSearch(const Query& query, const Codebook& book, const Summary& known, const Pack& pack, int rung, int64_t block_rows)
+      : query_(query), book_(book), known_(known), pack_(pack), isa_(*book.isa), rung_(rung), rows_(block_rows),
         panel_(int64_t{isa_.lanes} * isa_.vectors) {
     const int64_t budget = std::min<int64_t>(kGroupBudget, kAllGroups / query.threads);
     span_ = std::max<int64_t>(1, (book_.panels * isa_.lanes * rows_ + budget - 1) / budget);
     groups_per_row_ = (book_.panels + span_ - 1) / span_ * isa_.lanes;
     inverse_norm_ = 1 / (kInt16Norm - std::sqrt(static_cast<double>(book_.d)));
-    smallest_scale_ = std::max(book_.max_bias / (pack.scale * 536870000.0), 1e-30);
+    smallest_scale_ = std::max(known_.max_bias / (pack.scale * 536870000.0), 1e-30);
     x_.reset(book_.padded);
     ordered_.reset(pack.words(book_.padded));
     words_.reset(pack.words(book_.padded));
@@ -79,16 +79,16 @@ class BlockSearch {
 
  private:
   void pack_row(int64_t row, int64_t r) {
-    const RowStats stats = book_.centre(query_.z, row, rung_, x_.get());
+    const RowStats stats = book_.centre(known_, query_.z, row, rung_, x_.get());
     RowState& state = state_[r];
-    state.norm2 = stats.norm2 * book_.scale * book_.scale;
+    state.norm2 = stats.norm2 * known_.scale * known_.scale;
     state.usable = std::isfinite(stats.norm2) && stats.largest < (rung_ == kDifference ? 1e18 : kFarthest);
     int32_t* out = tokens_.get() + r / kTileRows * kTileRows * pack_.steps + r % kTileRows;
     if (!state.usable) {
       for (int64_t step = 0; step < pack_.steps; ++step) out[step * kTileRows] = 0;
       return;
     }
-    const double norm = std::sqrt(state.norm2), rounding = book_.max_bias + norm * book_.radius;
+    const double norm = std::sqrt(state.norm2), rounding = known_.max_bias + norm * known_.radius;
     const void* source = x_.get();
     state.unit = 1;
     state.offset = 0;
@@ -109,10 +109,10 @@ class BlockSearch {
       state.unit = static_cast<double>(scale) * pack_.scale;
       state.offset = rung_ == kInt8 ? 128 * static_cast<int64_t>(quantised.sum) : 0;  // codes are stored plus 128
       const double residual = std::sqrt(static_cast<double>(quantised.residual2)) * 1.001;
-      state.bound = 1.0001 * (residual * book_.radius + (norm + residual) * pack_.residual) + 0.51 * state.unit + 0x1p-22 * rounding;
+      state.bound = 1.0001 * (residual * known_.radius + (norm + residual) * pack_.residual) + 0.51 * state.unit + 0x1p-22 * rounding;
     }
     // What double precision itself loses in s* = (|x|^2 - d^2) / 2.
-    state.bound += 0x1p-51 * (static_cast<double>(book_.d) + 8) * (state.norm2 + book_.max_bias);
+    state.bound += 0x1p-51 * (static_cast<double>(book_.d) + 8) * (state.norm2 + known_.max_bias);
     for (int64_t step = 0; step < pack_.steps; ++step)
       std::memcpy(out + step * kTileRows, static_cast<const char*>(source) + 4 * step, 4);
   }
@@ -138,7 +138,7 @@ class BlockSearch {
   // relative to themselves, by d + 3 roundings of 2^-24 (and by the smallest float32 where they underflow), wherever the
   // codes lie: it is what remains when a few far codes spoil every bound that is relative to the codebook's radius.
   double true_score(double distance, const RowState& state) const {
-    return rung_ == kDifference ? -distance : 0.5 * (state.norm2 - distance * book_.scale * book_.scale);
+    return rung_ == kDifference ? -distance : 0.5 * (state.norm2 - distance * known_.scale * known_.scale);
   }
   double bound(double score, const RowState& state) const {
     if (rung_ != kDifference) return state.bound;
@@ -166,53 +166,84 @@ class BlockSearch {
     return bits ^ ((bits >> 31) & 0x7fffffff);
   }
 
-  void score_group(int64_t row, int32_t group, Best* best) const {
+  void score_group(int32_t group, Leader* leader) const {
     const int64_t block = group / isa_.lanes, lane = group % isa_.lanes;
     for (int64_t panel = block * span_; panel < std::min(book_.panels, (block + 1) * span_); ++panel) {
       const int64_t first = panel * panel_ + lane * isa_.vectors;
-      query_.codes.score(isa_, query_.z, row, first, std::min(book_.k, first + isa_.vectors), best);
+      if (first < book_.k) leader->score(first, std::min(book_.k, first + isa_.vectors));
     }
+  }
+
+  // A value that two groups reach: the second largest of the maxima of a few parts.
+  int32_t second_largest(const int32_t* groups) const {
+    const int64_t part = (groups_per_row_ / isa_.lanes + kParts - 1) / kParts * isa_.lanes;
+    int32_t first = std::numeric_limits<int32_t>::min(), second = first;
+    for (int64_t start = 0; start < groups_per_row_; start += part) {
+      const int32_t top = isa_.largest(groups + start, std::min(part, groups_per_row_ - start));
+      second = std::max(second, std::min(first, top));
+      first = std::max(first, top);
+    }
+    return second;
+  }
+
+  // Moves the place of the largest of the groups listed at `from` and later to `from`.
+  void bring_largest(const int32_t* groups, int64_t from, int64_t found) {
+    int64_t best = from;
+    for (int64_t i = from + 1; i < found; ++i)
+      if (groups[list_[i]] > groups[list_[best]]) best = i;
+    std::swap(list_[from], list_[best]);
+  }
+
+  int64_t list_groups(const int32_t* groups, double least_score, const RowState& state) {
+    return isa_.collect(groups, groups_per_row_, threshold_for(least_score, state), list_.get(), kCapacity);
+  }
+
+  // Scores the groups that can hold the answer; false: too many, or float32 cannot tell.
+  bool score_groups(int64_t r, Leader* leader, Stats* stats) {
+    const RowState& state = state_[r];
+    if (!state.usable) return false;
+    const int32_t* groups = groups_.get() + r * groups_per_row_;
+    const double bar = score_of(query_.margin ? second_largest(groups) : isa_.largest(groups, groups_per_row_), state);
+    if (rung_ == kDifference && !(bar > -1e37)) return false;  // overflow
+    double least = bar - 2 * bound(bar, state);
+    int64_t found = list_groups(groups, least, state);
+    if (found > kCapacity) return false;
+    stats->codes += found * isa_.vectors * span_;
+    int64_t scored = 0;
+    const auto score_largest = [&] {
+      if (scored == found) return;
+      bring_largest(groups, scored, found);
+      score_group(list_[scored++], leader);
+    };
+    score_largest();
+    if (query_.margin) score_largest();
+    if (!(leader->limit() < kInfinity)) return false;
+    double score = true_score(leader->limit(), state);
+    if (score - bound(score, state) < least) {  // the codes scored so far are repetitions of each other
+      least = score - bound(score, state);
+      found = list_groups(groups, least, state);
+      scored = 0;
+      if (found > kCapacity) return false;
+    }
+    const int32_t threshold = threshold_for(score - bound(score, state), state);
+    for (; scored < found; ++scored)
+      if (groups[list_[scored]] >= threshold) score_group(list_[scored], leader);
+    return true;
   }
 
   void select(int64_t row, int64_t r, bool keep, Stats* stats) {
-    const RowState& state = state_[r];
-    const int32_t* groups = groups_.get() + r * groups_per_row_;
-    int64_t found = kCapacity + 1;
-    int32_t top = 0;
-    if (state.usable) {
-      top = isa_.largest(groups, groups_per_row_);
-      if (rung_ == kDifference && !(score_of(top, state) > -1e37)) {  // overflow
-        if (keep) search_in_full(query_, row);
-        return;
-      }
-      const double score = score_of(top, state);
-      const int32_t threshold = threshold_for(score - 2 * bound(score, state), state);
-      found = isa_.collect(groups, groups_per_row_, threshold, list_.get(), kCapacity);
-    }
-    const int64_t group_codes = isa_.vectors * span_;
-    stats->codes += found > kCapacity ? book_.k : found * group_codes;
-    if (found > kCapacity) {
-      if (keep) search_in_full(query_, row);
-      return;
-    }
-    Best best = kNothing;
-    int64_t first = 0;
-    while (groups[list_[first]] != top) ++first;
-    score_group(row, list_[first], &best);
-    const double score = true_score(best.distance, state);
-    // The same inequality, the other way round: it can only fail when the codebook is not the one that was packed.
-    if (!(std::fabs(score - score_of(top, state)) <= bound(score, state))) stats->stale = true;
-    if (found > 1) {
-      const int32_t threshold = threshold_for(score - bound(score, state), state);
-      for (int64_t i = 0; i < found; ++i)
-        if (i != first && groups[list_[i]] >= threshold) score_group(row, list_[i], &best);
-    }
-    if (keep) store(query_, row, best);
+    Leader leader(query_, row);
+    const bool certain = score_groups(r, &leader, stats);
+    if (!certain) stats->codes += book_.k;
+    if (!keep) return;
+    certain ? leader.store(stats) : search_in_full(query_, known_.only, row, stats);
   }
 
+  static constexpr int64_t kParts = 8;
   static constexpr int kScales = 2049;  // exponent and three bits of mantissa of a positive float32
   const Query& query_;
   const Codebook& book_;
+  const Summary& known_;
   const Pack& pack_;
   const Isa& isa_;
   const int rung_;
@@ -232,21 +263,24 @@ int64_t block_rows(int64_t n, int threads) {
   return std::min<int64_t>(kBlockRows, (share + kTileRows - 1) / kTileRows * kTileRows);
 }
 
-Stats search_rung(const Query& query, const Pack& pack, int rung) {
+Stats search_rung(const Query& query, Codebook& book, int rung) {
+  const Summary& known = book.summary(query.codes, query.threads);
+  const Pack& pack = book.pack(query.codes, rung, query.threads);
   const int64_t block = block_rows(query.n, query.threads);
   return over_blocks(
-      query, block, [&] { return std::make_unique<BlockSearch>(query, pack, rung, block); },
+      query, block, [&] { return std::make_unique<BlockSearch>(query, book, known, pack, rung, block); },
       [](BlockSearch& search, int64_t first, int64_t last) {
         return search.run(last - first, [first](int64_t r) { return first + r; }, true);
       });
 }
 
-Stats search_all_in_full(const Query& query) {
+Stats search_all_in_full(const Query& query, const Summary& known) {
   return over_blocks(
       query, 1, [] { return std::make_unique<int>(); },
       [&](int, int64_t first, int64_t) {
-        search_in_full(query, first);
-        return Stats{};
+        Stats stats;
+        search_in_full(query, known.only, first, &stats);
+        return stats;
       });
 }
 
@@ -267,88 +301,102 @@ int better_rung(const Codebook& book, int rung, const Stats& stats) {
   return excess > products * (cycles_per_product(*book.isa, next) - cycles_per_product(*book.isa, rung)) ? next : rung;
 }
 
-int lowest_rung(const Codebook& book) {
-  if (book.rung >= 0) return book.rung;
+int lowest_rung(const Codebook& book, bool margins) {
+  const int known = book.rung[margins].load(std::memory_order_relaxed);
+  if (known >= 0) return known;
   if (book.isa->has[kInt8] && book.d <= kMaxInt8Dim) return kInt8;
   return book.isa->has[kInt16] && book.d < 1000000 ? kInt16 : kFloat32;
 }
 
-const Pack& locked_pack(Codebook& book, const Rows& codes, int rung, int threads) {
-  std::lock_guard<std::mutex> lock(book.mutex);
-  return book.pack(codes, rung, threads);
+void raise_rung(std::atomic<int>* rung, int least) {
+  int known = rung->load(std::memory_order_relaxed);
+  while (known < least && !rung->compare_exchange_weak(known, least, std::memory_order_relaxed)) {
+  }
 }
 
-Stats probe(const Query& query, const Pack& pack, int rung) {
+Stats probe(const Query& query, Codebook& book, int rung) {
   const int64_t count = std::min<int64_t>(kProbeRows, query.n / 4), stride = query.n / count;
-  BlockSearch search(query, pack, rung, (count + kTileRows - 1) / kTileRows * kTileRows);
+  BlockSearch search(query, book, book.summary(query.codes, query.threads), book.pack(query.codes, rung, query.threads), rung,
+                     (count + kTileRows - 1) / kTileRows * kTileRows);
   return search.run(count, [stride](int64_t r) { return r * stride; }, false);
 }
 
-Stats search_ladder(const Query& query) {
-  Codebook& book = *query.book;
-  int rung = lowest_rung(book);
-  for (;;) {
-    const Pack& pack = locked_pack(book, query.codes, rung, query.threads);
-    if (query.n >= 32) {
-      const int better = better_rung(book, rung, probe(query, pack, rung));
-      if (better != rung) {
-        rung = better;
-        continue;
-      }
-    }
-    const Stats stats = search_rung(query, pack, rung);
-    std::lock_guard<std::mutex> lock(book.mutex);
-    book.rung = std::max(rung, query.n >= 32 ? rung : better_rung(book, rung, stats));
-    book.last_method = TMM_INT8 + rung;
-    return stats;
+Stats search_ladder(const Query& query, Codebook& book, int* method) {
+  const bool margins = query.margin != nullptr;
+  int rung = lowest_rung(book, margins);
+  for (int better = rung; query.n >= 32; rung = better) {
+    better = better_rung(book, rung, probe(query, book, rung));
+    if (better == rung) break;
   }
+  const Stats stats = search_rung(query, book, rung);
+  raise_rung(&book.rung[margins], query.n >= 32 ? rung : better_rung(book, rung, stats));
+  *method = TMM_INT8 + rung;
+  return stats;
 }
 
 // The box tree wins for few dimensions; from about ten on it visits too many leaves.
-bool wants_tree(const Query& query) {
-  const Codebook& book = *query.book;
-  return query.z.dtype == TMM_F32 && book.d <= 8 && book.usable >= 512;
+bool wants_tree(const Query& query, const Summary& known) {
+  return query.z.dtype == TMM_F32 && query.codes.d <= 8 && known.usable >= 512;
 }
 
-Stats search(const Query& query) {
-  Codebook& book = *query.book;
-  {
-    std::lock_guard<std::mutex> lock(book.mutex);
-    const bool once = !book.prepared && book.method == TMM_AUTO && book.rows_before + query.n <= 3;
-    book.rows_before = std::min<int64_t>(book.rows_before + query.n, 1 << 20);
-    if (once || book.method == TMM_BRUTE) {
-      book.last_method = TMM_BRUTE;
-    } else {
-      book.prepare(query.codes, query.threads);
-      if (!book.representable || book.usable <= 1) book.last_method = TMM_BRUTE;
-      else if (book.method == TMM_TREE || (book.method == TMM_AUTO && wants_tree(query))) book.last_method = TMM_TREE;
-      else book.last_method = book.method;
-    }
-    if (book.last_method == TMM_TREE) book.box_tree(query.codes);
+Stats search(const Query& query, Codebook& book) {
+  const Summary& known = book.summary(query.codes, query.threads);
+  Stats stats;
+  if (!known.finite) {
+    stats.bad_codes = true;
+    return stats;
   }
-  switch (book.last_method) {
-    case TMM_BRUTE: return search_all_in_full(query);
-    case TMM_TREE: return search_tree(query, *book.tree);
-    case TMM_AUTO: return search_ladder(query);
-    default: {
-      const int rung = book.last_method - TMM_INT8;
-      return search_rung(query, locked_pack(book, query.codes, rung, query.threads), rung);
-    }
+  int method = book.method;
+  if (!known.representable || known.usable <= 1) {
+    method = TMM_BRUTE;
+    stats = search_all_in_full(query, known);
+  } else if (method == TMM_BRUTE) {
+    stats = search_live(query);
+  } else if (!query.margin && (method == TMM_TREE || (method == TMM_AUTO && wants_tree(query, known)))) {
+    method = TMM_TREE;
+    stats = search_tree(query, known, book.box_tree(query.codes, query.threads));
+  } else if (method == TMM_AUTO || method == TMM_TREE) {
+    stats = search_ladder(query, book, &method);
+  } else {
+    stats = search_rung(query, book, method - TMM_INT8);
   }
+  delay_hook();
+  book.last_method.store(method, std::memory_order_relaxed);
+  return stats;
+}
+
+// Threads worth waking for so many multiply-adds.
+int useful_threads(int threads, int64_t n, int64_t k, int64_t d) {
+  const double work = static_cast<double>(n) * static_cast<double>(k) * static_cast<double>(d);
+  return std::min(threads, 1 + static_cast<int>(std::min(work / (1 << 19), 1e6)));
 }
 
 }  // namespace
 }  // namespace tmm
 
-int tmm_nearest_code(tmm_codebook* handle, const void* codes, const void* z, int64_t n, int64_t* ids, void* distance, int threads) {
+int tmm_nearest_code(tmm_codebook* handle, const void* codes, const void* z, int64_t n, int64_t* ids, void* distance, void* margin,
+                     int threads) {
   auto* book = reinterpret_cast<tmm::Codebook*>(handle);
   if (!book || n < 0 || threads < 1) return TMM_BAD_ARGUMENT;
   if (n == 0) return TMM_OK;
   try {
-    const double work = static_cast<double>(n) * static_cast<double>(book->k) * static_cast<double>(book->d);
-    threads = std::min(threads, 1 + static_cast<int>(std::min(work / (1 << 19), 1e6)));
-    const tmm::Query query{book, {codes, book->dtype, book->d}, {z, book->dtype, book->d}, n, ids, distance, threads};
-    return tmm::search(query).stale ? TMM_STALE : TMM_OK;
+    const tmm::Rows rows{codes, book->dtype, book->d}, queries{z, book->dtype, book->d};
+    const tmm::Query query{book->isa, rows,   queries, book->k, n, ids, distance,
+                           margin,    tmm::useful_threads(threads, n, book->k, book->d)};
+    return tmm::search(query, *book).status();
+  } catch (const std::bad_alloc&) {
+    return TMM_NO_MEMORY;
+  }
+}
+
+int tmm_nearest_code_live(const void* codes, int64_t k, int64_t d, int dtype, const void* z, int64_t n, int64_t* ids,
+                          void* distance, void* margin, int threads) {
+  if (k < 1 || d < 1 || n < 0 || threads < 1 || dtype < TMM_F32 || dtype > TMM_F64) return TMM_BAD_ARGUMENT;
+  if (n == 0) return TMM_OK;
+  try {
+    const tmm::Query query{tmm::current_isa(), {codes, dtype, d}, {z, dtype, d}, k, n, ids, distance, margin,
+                           tmm::useful_threads(threads, n, k, d)};
+    return tmm::search_live(query).status();
   } catch (const std::bad_alloc&) {
     return TMM_NO_MEMORY;
   }

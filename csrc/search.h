@@ -1,59 +1,125 @@
-// What the ways of searching share: the query, how a row's answer is stored, how blocks of rows are handed to threads.
+// What the ways of searching share: the query, the codes that lead, how a row's answer is stored, how blocks of rows are handed
+// to threads.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <mutex>
 #include <new>
 
 #include "codebook.h"
 #include "pool.h"
+#include "rows.h"
 
 namespace tmm {
 
 struct Query {
-  Codebook* book;
+  const Isa* isa;
   Rows codes, z;
-  int64_t n;
+  int64_t k, n;
   int64_t* ids;
   void* distance;
+  void* margin;
   int threads;
 };
 
 constexpr int64_t kCapacity = 4096;  // candidates kept for a row; more, and the row is searched in full
-constexpr Best kNothing = {std::numeric_limits<double>::infinity(), 0};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 struct Stats {
   int64_t rows = 0, codes = 0;  // rows searched; codes scored in double precision for them
-  bool stale = false;
+  bool bad_codes = false, bad_query = false;
   void add(const Stats& other) {
     rows += other.rows;
     codes += other.codes;
-    stale = stale || other.stale;
+    bad_codes = bad_codes || other.bad_codes;
+    bad_query = bad_query || other.bad_query;
   }
+  int status() const { return bad_codes ? TMM_BAD_CODES : bad_query ? TMM_BAD_QUERY : TMM_OK; }
 };
 
-// No finite distance: index 0 and NaN.
-inline void store(const Query& query, int64_t row, const Best& best) {
-  query.ids[row] = best.index;
-  if (!query.distance) return;
-  const double d = best.distance < kNothing.distance ? best.distance : std::numeric_limits<double>::quiet_NaN();
-  if (query.z.dtype == TMM_F64) {
-    static_cast<double*>(query.distance)[row] = d;
-  } else {
-    static_cast<float*>(query.distance)[row] = static_cast<float>(d);
+// The nearest of the codes scored so far for one row and, where margins are wanted, the distance of the nearest one of another
+// value. Distances are those in double precision and in the difference form.
+class Leader {
+ public:
+  Leader(const Query& query, int64_t row) : query_(&query), row_(row) {}
+
+  void score(int64_t first, int64_t last) {
+    if (!query_->margin) return query_->codes.score(*query_->isa, query_->z, row_, first, last, &best_);
+    double distance[kScored];
+    for (; first < last; first += kScored) {
+      const int64_t count = std::min(kScored, last - first);
+      query_->codes.distances(*query_->isa, query_->z, row_, first, count, distance);
+      for (int64_t i = 0; i < count; ++i) offer({distance[i], first + i});
+    }
   }
+
+  // The leader over what both have scored.
+  void merge(const Leader& other) {
+    offer(other.best_);
+    second_ = std::min(second_, other.second_);  // its code can only be the best one again where the margin is zero anyway
+  }
+
+  bool found() const { return best_.distance < kInfinity; }
+  // No code farther away than this can change the answer.
+  double limit() const { return query_->margin ? second_ : best_.distance; }
+
+  // Without a finite distance: index 0 and infinity where the values are finite (overflow), else -1 and NaN.
+  void store(Stats* stats) const {
+    const bool bad = !found() && !query_->z.finite(row_);
+    stats->bad_query = stats->bad_query || bad;
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    query_->ids[row_] = bad ? -1 : best_.index;
+    if (query_->distance) put(query_->distance, bad ? nan : best_.distance);
+    if (query_->margin) put(query_->margin, bad ? nan : margin());
+  }
+
+ private:
+  static constexpr int64_t kScored = 64;
+
+  void offer(const Best& code) {
+    if (!(code.distance <= second_)) return;
+    if (code.distance > best_.distance) {
+      second_ = code.distance;
+    } else if (code.distance < best_.distance) {
+      if (found()) second_ = best_.distance;
+      best_ = code;
+    } else {
+      if (!found() || code.index == best_.index) return;
+      if (!query_->codes.equal(code.index, best_.index)) second_ = best_.distance;
+      best_.index = std::min(best_.index, code.index);
+    }
+  }
+
+  double margin() const {
+    if (!(second_ < kInfinity)) return found() ? kInfinity : 0.0;
+    return second_ > best_.distance ? (second_ - best_.distance) / (std::sqrt(second_) + std::sqrt(best_.distance)) : 0.0;
+  }
+
+  void put(void* out, double value) const {
+    if (query_->z.dtype == TMM_F64) {
+      static_cast<double*>(out)[row_] = value;
+    } else {
+      static_cast<float*>(out)[row_] = static_cast<float>(value);
+    }
+  }
+
+  const Query* query_;
+  int64_t row_;
+  Best best_ = {kInfinity, 0};
+  double second_ = kInfinity;
+};
+
+// Scores every code, or the only one that is not a repetition.
+inline void search_in_full(const Query& query, int64_t only, int64_t row, Stats* stats) {
+  Leader leader(query, row);
+  only < 0 ? leader.score(0, query.k) : leader.score(only, only + 1);
+  leader.store(stats);
 }
 
-inline void search_in_full(const Query& query, int64_t row) {
-  Best best = kNothing;
-  const int64_t only = query.book->only;
-  query.codes.score(*query.book->isa, query.z, row, only < 0 ? 0 : only, only < 0 ? query.book->k : only + 1, &best);
-  store(query, row, best);
-}
-
-// Calls body(first, last, worker-local object) over blocks of rows.
+// Calls body(worker-local object, first, last) over blocks of rows.
 template <class Make, class Body>
 Stats over_blocks(const Query& query, int64_t block, Make make, Body body) {
   std::atomic<int64_t> next{0};
@@ -67,7 +133,7 @@ Stats over_blocks(const Query& query, int64_t block, Make make, Body body) {
       auto local = make();
       for (;;) {
         const int64_t first = next.fetch_add(block);
-        if (first >= query.n || mine.stale) break;
+        if (first >= query.n) break;
         mine.add(body(*local, first, std::min(query.n, first + block)));
       }
     } catch (const std::bad_alloc&) {
@@ -82,6 +148,7 @@ Stats over_blocks(const Query& query, int64_t block, Make make, Body body) {
   return total;
 }
 
-Stats search_tree(const Query& query, const Tree& tree);
+Stats search_tree(const Query& query, const Summary& known, const Tree& tree);
+Stats search_live(const Query& query);
 
 }  // namespace tmm

@@ -10,7 +10,8 @@ namespace {
 // One thread's search of blocks of rows in the box tree.
 class TreeSearch {
  public:
-  TreeSearch(const Query& query, const Tree& tree) : query_(query), tree_(tree), isa_(*query.book->isa) {
+  TreeSearch(const Query& query, const Summary& known, const Tree& tree)
+      : query_(query), known_(known), tree_(tree), isa_(*query.isa) {
     const int64_t supers = (tree.view.supers + kLeaf - 1) / kLeaf * kLeaf;
     bounds_.reset(2 * (supers + kLeaf) + (tree.view.supers + 1) * kLeaf + kCapacity + kLeaf);
     slots_.reset(kCapacity + kLeaf);
@@ -32,7 +33,8 @@ class TreeSearch {
         }
       }
     }
-    Stats stats;
+    Stats stats = stats_;
+    stats_ = {};
     stats.rows = last - first;
     return stats;
   }
@@ -43,36 +45,35 @@ class TreeSearch {
       query_.ids[row] = tree_.index[slots[0]];
       return;
     }
-    Best best = kNothing;
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t code = tree_.index[slots[i]];
-      query_.codes.score(isa_, query_.z, row, code, code + 1, &best);
-    }
-    store(query_, row, best);
+    Leader leader(query_, row);
+    for (int64_t i = 0; i < count; ++i) leader.score(tree_.index[slots[i]], tree_.index[slots[i]] + 1);
+    leader.store(&stats_);
   }
 
   void search_row(int64_t row) {
     const int64_t found = isa_.tree_candidates(tree_.view, query_.z.f32(row), bounds_.get(), slots_.get(), kCapacity);
     if (found <= 0 || found > kCapacity) {
-      search_in_full(query_, row);
+      search_in_full(query_, known_.only, row, &stats_);
     } else {
       choose(row, slots_.get(), found);
     }
   }
 
   const Query& query_;
+  const Summary& known_;
   const Tree& tree_;
   const Isa& isa_;
   Buffer<float> bounds_;
   Buffer<int32_t> slots_, grid_scratch_;
+  Stats stats_;
 };
 
 }  // namespace
 
-Stats search_tree(const Query& query, const Tree& tree) {
+Stats search_tree(const Query& query, const Summary& known, const Tree& tree) {
   return over_blocks(
       query, std::min<int64_t>(256, (query.n + query.threads - 1) / query.threads),
-      [&] { return std::make_unique<TreeSearch>(query, tree); },
+      [&] { return std::make_unique<TreeSearch>(query, known, tree); },
       [](TreeSearch& search, int64_t first, int64_t last) { return search.run(first, last); });
 }
 

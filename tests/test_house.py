@@ -13,13 +13,14 @@ import pytest
 from tests.cases import ROOT
 
 PACKAGE = ROOT / "tokenizers_mm"
-LEAVES = {"types", "_check", "config", "_files", "_images", "resolutions"}
+LEAVES = {"types", "_check", "config", "_files", "_images", "_summary", "resolutions"}
 PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
 ALLOWED = {
     "_check": set(),
     "_files": {"_check"},
+    "_summary": {"_files"},
     "config": {"_check"},
     "types": {"_check"},
     "_images": {"_check", "_files", "resolutions"},
@@ -74,7 +75,7 @@ def test_imports_flow_downhill(path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    """`load` needs no native library, transformers or timm; less than twice the time of torch alone (best of three)."""
+    """All that `load` needs: no native library, transformers or timm; under twice the time of torch (best of three)."""
     code = (
         "import sys, tokenizers_mm; tokenizers_mm.load;"
         "heavy = {'transformers', 'timm', 'xformers', 'matplotlib', 'sklearn', 'skimage'} & set(sys.modules);"
@@ -137,7 +138,8 @@ def test_any_error_ends_in_two_places_only() -> None:
 
 
 def test_every_file_goes_through_the_one_writer() -> None:
-    """Files are opened for writing in `_files.py`, or at a place that `atomic_path` or `atomic_directory` gave."""
+    """Files are opened for writing in `_files.py`, at a place that `atomic_path` or `atomic_directory` gave, or in a
+    temporary folder."""
     writing = re.compile(
         r"""open\([^)]*["'][wax]b?\+?["']|\.write_(text|bytes)\(|\bsave_file\(|torch\.save\(|savez\("""
     )
@@ -148,7 +150,7 @@ def test_every_file_goes_through_the_one_writer() -> None:
         for match in writing.finditer(text):
             before = text[: match.start()]
             place = before[before.rfind("\ndef ") :]
-            assert re.search(r"with .*atomic_(path|directory)\(", place), f"{path}: {match[0]}"
+            assert re.search(r"with .*(atomic_(path|directory)|TemporaryDirectory)\(", place), f"{path}: {match[0]}"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Images in: every mode, size and state of a file that people have; one ValueError, with the name, for the rest."""
 
 import io
+import os
 import random
 import struct
 import threading
@@ -236,6 +237,15 @@ def test_odd_files_are_one_sentence_that_names_them(tmp_path: Path) -> None:
         make(tmp_path / name)
         with pytest.raises(ValueError, match=rf"^image .*{name}: expected "):
             _images.read_image(tmp_path / name)
+    os.mkfifo(tmp_path / "fifo")
+    for name, kind in {
+        "fifo": "a FIFO",
+        "missing": "no such file",
+        "x" * 300: "File name too long",
+        "a\0b": "a name with a null byte",
+    }.items():
+        with pytest.raises(ValueError, match=f"expected an image file, got {kind}"):
+            _images.read_image(tmp_path / name)
     with Image.open(tmp_path / "truncated") as opened, pytest.raises(ValueError, match=r"^image: expected a readable"):
         _images.open_image(opened)
 
@@ -272,6 +282,23 @@ def read_or_refuse(path: Path) -> Image.Image | None:
     return None
 
 
+def same_as_opened(path: Path, image: Image.Image | None) -> None:
+    """The PIL object of a file, where Pillow opens it, gives the same pixels or the same kind of error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            opened = Image.open(path)
+        except Exception:  # the caller's own call of Pillow, with its errors of all kinds
+            assert image is None
+            return
+    with opened:
+        if image is None:
+            with pytest.raises(ValueError, match=r"^image: expected "):
+                _images.open_image(opened)
+        else:
+            assert np.array_equal(pixels(_images.open_image(opened)), pixels(image))
+
+
 @pytest.mark.parametrize("form", seeds())
 def test_mutated_files_give_an_image_or_one_sentence(tmp_path: Path, form: str) -> None:
     """200 files of a format with a few bytes changed, or cut, near their tags or anywhere."""
@@ -287,6 +314,7 @@ def test_mutated_files_give_an_image_or_one_sentence(tmp_path: Path, form: str) 
                 data[place] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
             path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
             image = read_or_refuse(path)
+            same_as_opened(path, image)
             outcomes["refused" if image is None else "image"] += 1
             assert image is None or (image.mode == "RGB" and not image.info)
     assert min(outcomes.values()) > 0, outcomes

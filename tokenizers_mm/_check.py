@@ -47,3 +47,12 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """`fail` unless the condition holds."""
     if not condition:
         fail(name, expected, got)
+
+
+def require_finite(name: str, what: str, tensor: Any) -> None:
+    """Refuse NaN and infinity, naming the first place. Reads the tensor back from its device."""
+    bad = ~tensor.isfinite()
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        kind = "NaN" if bool(tensor[tuple(place)].isnan()) else "infinity"
+        fail(name, f"finite {what}", f"{kind} at {place}")

@@ -14,6 +14,7 @@ Every image becomes upright 8-bit RGB in sRGB by one rule, which never looks at 
 """
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -85,8 +86,8 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: str | os.PathLike[str], name: str) -> Iterator[Image.Image]:
-    if not Path(path).is_file():
-        fail(name, "an image file", kind_of(path))
+    kind = kind_of(path)
+    require(kind == "a file", name, "an image file", kind)
     with _decoding(name), Image.open(path) as image:
         yield image
 
@@ -195,6 +196,11 @@ _silent: list[Any] = [0, None]
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
     """No warnings of Pillow's about odd files, in whichever threads; the filters come back when the last one leaves."""
+    if getattr(sys.flags, "context_aware_warnings", 0):  # every thread has filters of its own
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+        return
     with _silence:
         if _silent[0] == 0:
             _silent[1] = warnings.catch_warnings()
@@ -232,6 +238,7 @@ def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Im
         fail(
             "image", f"{height} x {width} pixels (or fit='crop', 'pad' or 'resize')", f"{image.height} x {image.width}"
         )
+    _check_canvas(image, height, width)
     if how == "crop":
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     if how == "pad":
@@ -275,7 +282,6 @@ def fit_multiple(image: Image.Image, multiple: int, how: Fit) -> Image.Image:
     if how == "pad":
         return pad_around(image, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
     rows, columns = (max(1, round(side / multiple)) * multiple for side in (height, width))
-    _check_canvas(image, rows, columns)
     return fit_image(image, rows, columns, how)
 
 

@@ -184,17 +184,16 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _info(options: argparse.Namespace) -> None:
-    tokenizer = _load(options)
-    size = tokenizer.image_size
-    print(f"family       {tokenizer.family}")
-    print(f"parameters   {sum(p.numel() for p in tokenizer.parameters()):,}")
-    print(f"image size   {f'{size[0]} x {size[1]}' if size else f'any multiple of {tokenizer.size_multiple}'}")
-    for stream in tokenizer.streams(*size) if size else ():
-        grids = " ".join(f"{rows}x{columns}" for rows, columns in stream.grids)
-        print(f"stream       {stream.name}: {stream.num_ids} ids, {stream.codebook_size} codes, grids {grids}")
-    for name in ("source", "license", "sha256", "notice"):
-        if value := getattr(tokenizer.provenance, name):
-            print(f"{name:<12} {value}")
+    from tokenizers_mm._summary import describe, read_lines
+
+    lines = read_lines(Path(options.tokenizer))
+    if lines is None:
+        tokenizer = _load(options)
+        from tokenizers_mm.config import to_mapping  # with torch, as all that follows
+        from tokenizers_mm.models.saving import summarize
+
+        lines = describe(tokenizer.family, summarize(tokenizer), to_mapping(tokenizer.provenance))
+    print("\n".join(lines))
 
 
 def _encode(options: argparse.Namespace) -> None:

@@ -149,8 +149,7 @@ void pass(const Codebook& codebook, const uint16_t* row, std::vector<Record>& re
 
 void score(const Points& tokens, int64_t row, const Codebook& codebook, int64_t code, Best& best) {
   if (code >= codebook.count) return;
-  const double found = distance(tokens, row, codebook.points, code);
-  if (usable(codebook.points, code, found)) best_add<true>(best, codebook.points, found, code);
+  best_add<true>(best, codebook.points, distance(tokens, row, codebook.points, code), code);
 }
 
 void score_group(const Points& tokens, int64_t row, const Codebook& codebook, int group, Best& best) {
@@ -196,7 +195,7 @@ Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool ch
   bool finite;
   const double norm = squared_norm(tokens, row, codebook.mean, &finite);
   Best best = no_best();
-  if (!finite) return best;
+  if (!finite) return {NAN, -1, NAN};
   std::vector<uint16_t> packed(plan.width, 0);
   const int code_exp = code_exponent(bits_double(codebook.header.largest_norm));
   const int row_exp = row_exponent(norm, code_exp);
@@ -253,8 +252,8 @@ int emulate_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes,
   for (int64_t row = 0; row < tokens[0].rows; ++row) {
     const Best best = search(rows, row, codebook, check != 0, margins != nullptr, total);
     ids[row] = best.code == kNoCode ? 0 : best.code;
-    distances[row] = best.code == kNoCode ? NAN : best.distance;
-    if (margins) margins[row] = best.code == kNoCode ? NAN : best.second - best.distance;
+    distances[row] = best.distance;
+    if (margins) margins[row] = best.code < 0 ? NAN : best_margin(best);
   }
   statistics[0] = total.certified;
   statistics[1] = total.listed;

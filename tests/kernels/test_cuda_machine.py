@@ -157,8 +157,7 @@ def host(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_ops, "_library", lambda device: None)
     monkeypatch.setattr(_ops, "_twin", lambda device: _cuda)
     _cuda.packs.clear()
-    for kind in (_cuda.Faults.NOT_FINITE, _cuda.Faults.BAD_IDS):
-        _cuda.faults().take(kind)
+    _cuda.faults().take_bad_ids()
     yield
     _cuda.packs.clear()
 
@@ -251,16 +250,15 @@ def test_every_single_change_alters_the_hash(host: None, monkeypatch: pytest.Mon
         pack, _ = _cuda.packs.get((codebook,), (1.0,))
 
 
-def test_queries_that_are_not_finite_are_reported(host: None) -> None:
-    z, codebook = random_pair(6, 30, 8)
-    _cuda.nearest_code(z, codebook)
-    assert not _cuda.saw_not_finite()
-    z[2, 1] = torch.nan
-    ids, distances = _cuda.nearest_code(z, codebook)
-    assert ids[2] == 0
-    assert torch.isnan(distances[2])
-    assert _cuda.saw_not_finite()
-    assert not _cuda.saw_not_finite()
+def test_a_trusted_version_is_not_checked(host: None) -> None:
+    z, codebook = random_pair(6, 300, 8)
+    before, _ = _cuda.nearest_code(z, codebook)
+    pack = _cuda.packs.get((codebook,), (1.0,))[0]
+    codebook.data.copy_(codebook.flip(0))
+    _cuda.search((z,), (codebook,), (1.0,), trust_version=True)
+    assert not _cuda.faults().stale(pack.row)
+    assert torch.equal(_cuda.nearest_code(z, codebook)[0], 299 - before)
+    assert _cuda.faults().stale(pack.row)
 
 
 def test_ids_that_are_no_codes_are_reported_by_a_later_call(host: None) -> None:

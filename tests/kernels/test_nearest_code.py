@@ -1,8 +1,8 @@
 """nearest_code against an independent float64 difference form: every path, dtype, layout and awkward codebook."""
 
-import gc
+import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenizers_mm import kernels
 from tokenizers_mm.kernels import _native, _ops
-from tokenizers_mm.kernels._packed import PackedCodebook
+from tokenizers_mm.kernels._packed import MAX_ENTRIES, MAX_ORPHANS, Answer, PackedCodebook
 
 TIE = 1e-12  # relative; two codes closer than this are a rounding tie of float64 itself
 LIBRARY = _native.cpu_or_none()
@@ -128,14 +128,21 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pinned(method: str, z: Tensor, codebook: Tensor, threads: int = 2) -> tuple[Tensor, Tensor]:
-    """A native search by one method; skipped where the instruction set lacks it."""
+    """Ids and distances of a native search by one method; skipped where the instruction set lacks it."""
+    answer = search(method, z, codebook, threads)
+    assert answer.distance is not None
+    return answer.ids, answer.distance
+
+
+def search(method: str, z: Tensor, codebook: Tensor, threads: int = 2, margins: bool = False) -> Answer:
     try:
         packed = PackedCodebook(_native.cpu(), codebook, False, _native.METHODS.index(method))
     except _native.NativeUnavailableError:
         pytest.skip(f"no {method} here")
-    ids, found = torch.empty(len(z), dtype=torch.int64), torch.empty(len(z), dtype=z.dtype)
-    assert packed.search(codebook, z, ids, found, threads)
-    return ids, found
+    answer = _ops._empty(z.shape[:1], z.dtype, "dm" if margins else "d")
+    status = packed.search(codebook, z, answer, threads)
+    assert status in (_native.OK, _native.BAD_QUERY)
+    return answer
 
 
 SHAPES = [(97, 64, d) for d in (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 255, 257)] + [
@@ -208,7 +215,7 @@ def test_tree_of_many_codes(d: int, kind: str) -> None:
         z, c = z + 1000, c + 1000
     z[7, 0], z[9, 0] = torch.nan, torch.inf
     ids, _ = pinned("tree", z, c)
-    assert ids[[7, 9]].tolist() == [0, 0]
+    assert ids[[7, 9]].tolist() == [-1, -1]
     keep = torch.ones(len(z), dtype=torch.bool)
     keep[[7, 9]] = False
     assert wrong(ids[keep], z[keep], c) == 0
@@ -221,15 +228,13 @@ def test_tree_of_many_codes(d: int, kind: str) -> None:
 @needs_native
 @pytest.mark.parametrize("seed", range(12))
 def test_random_codebooks(seed: int, isa: str) -> None:
-    """Random shapes, scales, offsets, duplicates, bad values and dtypes."""
+    """Random shapes, scales, offsets, duplicates and dtypes."""
     g = generator(seed)
     n, k, d = (int(torch.randint(1, top, (), generator=g)) for top in (260, 900, 70))
     z, c = gauss(n, k, d, seed)
     c *= torch.exp(torch.randn((), generator=g) * 5)
     z = z * torch.exp(torch.randn((), generator=g)) * c.std().nan_to_num(1.0) + torch.randn(d, generator=g) * seed
     c[torch.randint(0, k, (k // 3,), generator=g)] = c[torch.randint(0, k, (k // 3,), generator=g)]
-    if k > 4:
-        c[1], c[2] = torch.nan, torch.inf
     if seed % 3 == 0:
         z, c = z.double() + 1e-9, c.double()
     assert wrong(kernels.nearest_code(z, c), z, c) == 0
@@ -272,28 +277,52 @@ def test_large_strided_input_goes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(kernels.nearest_code(image, c), kernels.nearest_code(z, c).view(4, 9, 5))
 
 
-def test_special_values(path: str) -> None:
-    z, c = gauss(64, 300, 16)
-    expected = kernels.nearest_code(z, c)
+@pytest.mark.parametrize("n", [1, 2, 64])
+@pytest.mark.parametrize(("k", "d"), [(300, 16), (900, 8), (5, 3)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_not_finite_is_an_error_that_names_the_place(
+    n: int, k: int, d: int, value: float, dtype: torch.dtype, path: str
+) -> None:
+    z, c = (x.to(dtype) for x in gauss(n, k, d))
+    kernels.nearest_code(z, c)
     bad = z.clone()
-    bad[3, 2], bad[5, 0], bad[7, 1] = torch.nan, torch.inf, -torch.inf
-    ids, found = kernels.nearest_code(bad, c, return_distance=True)
-    others = torch.ones(64, dtype=torch.bool)
-    others[[3, 5, 7]] = False
-    assert torch.equal(ids[others], expected[others])
-    assert ids[[3, 5, 7]].tolist() == [0, 0, 0]
-    assert found.isnan().nonzero().flatten().tolist() == [3, 5, 7]
-    for value in (torch.nan, torch.inf):
-        codes = c.clone()
-        codes[expected[0], 3] = value
-        ids = kernels.nearest_code(z, codes)
-        assert not (ids == expected[0]).any()
-        assert wrong(ids, z, codes) == 0
-    ids, found = kernels.nearest_code(z, torch.full_like(c, torch.nan), return_distance=True)
+    bad[n - 1, d // 2] = value
+    kind = "NaN" if value != value else "infinity"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^z: expected finite features, got {kind} at \[{n - 1}, {d // 2}\]$"):
+            kernels.nearest_code(bad, c)
+    with pytest.raises(ValueError, match=r"^pixel_head: expected finite features"):
+        kernels.nearest_code(bad, c, name="pixel_head", return_margin=True)
+    codes = c.clone()
+    codes[k - 1, d - 1] = value
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^codebook: expected finite codes, got {kind} at \[{k - 1}, {d - 1}\]$"):
+            kernels.nearest_code(z, codes, return_distance=True)
+    with pytest.raises(ValueError, match="zs\\[1\\]: expected finite features"):
+        kernels.nearest_code_shared((z, bad), (c, c))
+    with pytest.raises(ValueError, match="codebooks\\[0\\]: expected finite codes"):
+        kernels.nearest_code_shared((z, z), (codes, c))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_finite_ids(compiled: bool) -> None:
+    call = torch.compile(kernels.finite_ids, fullgraph=True, backend="aot_eager") if compiled else kernels.finite_ids
+    z, ids = torch.randn(4, 3), torch.arange(4)
+    assert torch.equal(call(z, ids), ids)
+    z[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"^z: expected finite features, got NaN at \[2, 1\]$"):
+        call(z, ids)
+
+
+def test_overflow_of_finite_values(path: str) -> None:
+    z, c = gauss(64, 300, 16)
+    far, codes = z * 1e20, c * 1e20
+    assert wrong(kernels.nearest_code(far, codes), far, codes) == 0
+    ids, found, margin = kernels.nearest_code(z.double() * 1e300, c.double(), return_distance=True, return_margin=True)
     assert not ids.any()
-    assert found.isnan().all()
-    far = z * 1e20
-    assert wrong(kernels.nearest_code(far, c * 1e20), far, c * 1e20) == 0
+    assert found.isposinf().all()
+    assert not margin.any()
 
 
 def test_empty_and_errors(path: str) -> None:
@@ -347,35 +376,109 @@ def test_ladder_leaves_int8_where_it_must() -> None:
     assert used["log-normal norms"] in ("int16", "float32", "difference")
 
 
-@needs_native
-def test_packed_codebook_follows_changes_in_place() -> None:
-    kernels.invalidate()
-    z, c = gauss(40, 300, 16)
-    ids = kernels.nearest_code(z, c)
-    c[ids[0]] += 100
-    assert wrong(kernels.nearest_code(z, c), z, c) == 0
-    assert len(_ops.cache) == 1
+def write_data(c: Tensor) -> None:
+    c.data.neg_()
+
+
+def write_one_row(c: Tensor) -> None:
+    c.data[len(c) // 2] = 0.5
+
+
+def write_one_bit(c: Tensor) -> None:
+    c.data.view(torch.int32)[-1, -1] ^= 1 << 22
+
+
+def write_numpy(c: Tensor) -> None:
+    c.detach().numpy()[:] = c.detach().roll(1, 0).numpy()
+
+
+def write_pointer(c: Tensor) -> None:
+    ctypes.memmove(c.data_ptr(), (c.detach() * -3).contiguous().data_ptr(), c.numel() * c.element_size())
+
+
+def write_other_process(c: Tensor) -> None:
+    child = os.fork()
+    if child == 0:
+        c.data.neg_()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def write_inference_mode(c: Tensor) -> None:
     with torch.inference_mode():
         c.neg_()
-    assert wrong(kernels.nearest_code(z, c), z, c) == 0
-    c.data.mul_(-3)  # unseen by the version; noticed because the certificate fails
-    assert wrong(kernels.nearest_code(z, c), z, c) == 0
-    kernels.invalidate()
-    assert len(_ops.cache) == 0
+
+
+def swap_halves(c: Tensor) -> None:
+    """The same words at other places, so that no sum of them changes."""
+    c.data.copy_(torch.cat([c[len(c) // 2 :], c[: len(c) // 2]]))
+
+
+WRITERS = [
+    write_data,
+    write_one_row,
+    write_one_bit,
+    write_numpy,
+    write_pointer,
+    write_other_process,
+    write_inference_mode,
+    swap_halves,
+]
 
 
 @needs_native
-def test_packed_codebooks_are_bounded_and_freed() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork in a process with threads
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(("n", "k", "d"), [(1, 800, 32), (40, 800, 32), (1, 1000, 8), (40, 1000, 8), (40, 300, 100)])
+def test_no_pack_outlives_what_it_was_made_of(writer: Callable[[Tensor], None], n: int, k: int, d: int) -> None:
+    """Whoever writes, however, and whatever the method of the search."""
+    z, c = gauss(n, k, d)
+    c.share_memory_()
+    view = torch.cat([c, c], 1)  # its left half is not contiguous
+    for _ in range(3):
+        for codes in (c, view[:, :d]):
+            assert wrong(kernels.nearest_code(z, codes), z, codes) == 0
+            shared = kernels.nearest_code_shared((z, z), (codes, codes))
+            assert wrong(shared, z, codes) == 0
+        writer(c)
+        view.data[:, :d] = c
+
+
+@needs_native
+def test_trusted_version() -> None:
+    z, c = gauss(40, 700, 16)
+    assert wrong(kernels.nearest_code(z, c, trust_version=True), z, c) == 0
+    former = kernels.nearest_code(z, c, trust_version=True)
+    c.neg_()
+    assert wrong(kernels.nearest_code(z, c, trust_version=True), z, c) == 0
+    c.data.neg_()  # what the caller promised not to do
+    assert not torch.equal(kernels.nearest_code(z, c, trust_version=True), former)
+    assert torch.equal(kernels.nearest_code(z, c), former)
+    assert torch.equal(kernels.nearest_code(z, c, trust_version=True), former)
+
+
+@needs_native
+def test_packs_are_bounded_freed_and_found_again() -> None:
     kernels.invalidate()
     z = torch.randn(40, 16)
     for _ in range(40):
         codebook = torch.randn(300, 16)
-        assert wrong(kernels.nearest_code(z, codebook), z, codebook) == 0  # memory reused: never a stale answer
-    assert len(_ops.cache) <= 16
-    del codebook
-    gc.collect()
-    kernels.nearest_code(z, torch.randn(300, 16))
-    assert len(_ops.cache) <= 2
+        assert wrong(kernels.nearest_code(z, codebook), z, codebook) == 0
+    assert len(_ops.cache) <= 1 + MAX_ORPHANS
+    kept = [torch.randn(300, 16) for _ in range(40)]
+    for codebook in kept:
+        kernels.nearest_code(z, codebook)
+    assert len(_ops.cache) == MAX_ENTRIES
+    kernels.invalidate()
+    assert len(_ops.cache) == 0
+    for _ in range(3):  # one tensor written to: its former content is not kept
+        kernels.nearest_code(z, kept[0])
+        kept[0] += 1
+    assert len(_ops.cache) == 1
+    kernels.nearest_code(z, kept[1])
+    packed = next(reversed(_ops.cache._entries.values())).packed
+    kernels.nearest_code(z, kept[1].clone())  # the same content elsewhere
+    assert next(reversed(_ops.cache._entries.values())).packed is packed
 
 
 @needs_native
@@ -400,8 +503,9 @@ def test_gradients_of_the_distance(path: str) -> None:
 def test_opcheck(path: str) -> None:
     z, c = gauss(6, 5, 3)
     torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code.default, (z, c))
-    arguments = (z.requires_grad_(), c.requires_grad_())
-    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_distance.default, arguments)
+    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_distance.default, (z, c))
+    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_margin.default, (z, c, True, "features"))
+    torch.library.opcheck(torch.ops.tokenizers_mm.finite_ids.default, (z, torch.arange(6), "features"))
 
 
 def test_compile_and_export(path: str) -> None:

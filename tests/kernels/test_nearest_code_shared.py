@@ -69,7 +69,6 @@ def test_joint_codebook_follows_changes_in_place() -> None:
             assert torch.equal(kernels.nearest_code_shared(zs, codebooks, (1.0, 2.0), normalize=True), expected)
         codebooks[1].copy_(codebooks[1].roll(1, 0))
     codebooks[0].data.copy_(codebooks[0].neg())
-    kernels.invalidate()
     expected = joint(zs, codebooks, (1.0, 2.0), True).argmin(1)
     assert torch.equal(kernels.nearest_code_shared(zs, codebooks, (1.0, 2.0), normalize=True), expected)
 
@@ -100,3 +99,20 @@ def test_opcheck() -> None:
     zs, codebooks = parts(5, 6, (3, 2))
     arguments = (list(zs), list(codebooks), [1.0, 0.5], True)
     torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_shared.default, arguments)
+    torch.library.opcheck(torch.ops.tokenizers_mm.nearest_code_shared_margin.default, arguments)
+
+
+@pytest.mark.parametrize("mode", ["reference", pytest.param("native", marks=needs_native)])
+def test_a_compiled_search_refuses_what_is_not_finite(mode: str) -> None:
+    zs, codebooks = parts(5, 6, (3, 2))
+
+    def search(a: Tensor, b: Tensor) -> Tensor:
+        return kernels.nearest_code_shared((a, b), codebooks, names=("semantic_head", "pixel_head"))
+
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
+    with kernels.use_kernels(mode):
+        assert torch.equal(compiled(*zs), search(*zs))
+        zs[1][3, 1] = torch.nan
+        for call in (search, compiled):
+            with pytest.raises(ValueError, match=r"^pixel_head: expected finite features, got NaN at \[3, 1\]$"):
+                call(*zs)

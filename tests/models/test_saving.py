@@ -18,7 +18,10 @@ from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
 from tests.models.test_tokenflow import tiny_config as tiny_tokenflow
 from tokenizers_mm import load
 from tokenizers_mm._files import REPLACING
+from tokenizers_mm._summary import describe, read_lines, save_id
+from tokenizers_mm.config import to_mapping
 from tokenizers_mm.models import MAR, DualViTok, ImageTokenizer, Provenance, TokenFlow
+from tokenizers_mm.models.saving import summarize
 
 
 def two(family: str) -> tuple[ImageTokenizer[Any], ImageTokenizer[Any]]:
@@ -140,6 +143,37 @@ def test_readers_meet_one_save_while_another_is_written(tmp_path: Path) -> None:
         seen.add(which(load(tmp_path / "t"), pair))
     thread.join()
     assert seen <= {0, 1}
+
+
+@pytest.mark.parametrize("family", ["tokenflow", "dualvitok", "mar"])
+def test_info_from_the_files_says_what_loading_says(family: str, tmp_path: Path) -> None:
+    """And nothing from the files alone where they were edited, cut or mixed, or come from an older version."""
+    pair = two(family)
+    pair[0].save(tmp_path / "a")
+    pair[1].save(tmp_path / "b")
+    loaded = load(tmp_path / "a")
+    lines = read_lines(tmp_path / "a")
+    assert lines == describe(family, summarize(loaded), to_mapping(loaded.provenance))
+    assert f"parameters   {sum(p.numel() for p in loaded.parameters()):,}" in lines
+    config, weights = (tmp_path / "a" / name for name in ("config.json", "model.safetensors"))
+    whole = config.read_text(), weights.read_bytes()
+    data = json.loads(whole[0])
+    edits: list[tuple[str, bytes]] = [
+        (json.dumps(data | {"format": 2}), whole[1]),
+        (json.dumps({name: value for name, value in data.items() if name != "save_id"}), whole[1]),
+        (json.dumps({name: value for name, value in data.items() if name not in ("save_id", "summary")}), whole[1]),
+        (json.dumps(data | {"summary": 3, "save_id": save_id(data | {"summary": 3})}), whole[1]),
+        ("[" * 5000, whole[1]),
+        ("[]", whole[1]),
+        (whole[0], whole[1][:-1]),
+        (whole[0], b""),
+        (whole[0], (tmp_path / "b" / "model.safetensors").read_bytes()),
+    ]
+    for text, content in edits:
+        config.write_text(text)
+        weights.write_bytes(content)
+        assert read_lines(tmp_path / "a") is None
+    assert read_lines(tmp_path / "none") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU has the device")

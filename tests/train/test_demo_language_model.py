@@ -15,24 +15,25 @@ from tests.llm.fakes import multi_scale
 from tokenizers_mm.data.scenes import Scene, SceneObject, make_scene
 from tokenizers_mm.llm import FeatureProjector, VisualVocabulary
 from train.demo import judgement, language_model
-from train.demo.judgement import bridge_demo, draw_each, reward_each, understand
-from train.demo.language_model import Bridge, Lessons, code_vectors, make_lessons, make_processor, tell_loss
+from train.demo.judgement import draw_each, measure_language_model, reward_each, understand
+from train.demo.language_model import Bridge, Lessons, code_vectors, make_lessons, make_processor, teach, tell_loss
 
 
 @pytest.fixture(autouse=True)
 def small(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"NUM_SCENES": 64, "DRAWN": 4, "TOLD": 4}.items():
+    for name, value in {"DRAWN": 4, "TOLD": 4}.items():
         monkeypatch.setattr(language_model, name, value)
     for name, value in {"NUM_HELDOUT": 8, "TOGETHER": 4, "SHOWN": 4, "CANDIDATES": 2}.items():
         monkeypatch.setattr(judgement, name, value)
 
 
 def test_it_trains_asks_and_draws(tmp_path: Path) -> None:
-    summary = bridge_demo(multi_scale(), tmp_path, 1.0)
+    bridge, report = teach(multi_scale(), tmp_path, 12, 64)
+    summary = measure_language_model(bridge, multi_scale(), tmp_path) | report
     assert summary["parse_rate"] == 1.0
     assert 0 <= summary["generation_accuracy"] <= 1
     assert 0 <= summary["understanding_accuracy"] <= 1
-    assert summary["bridge_steps"] > 0
+    assert summary["bridge_steps"] == 12
     json.dumps(summary)
     with Image.open(tmp_path / "generation.png") as sheet:
         assert sheet.width > 100

@@ -8,7 +8,10 @@ after the other, `ids` [N] or `latents` [N, D]; `offsets` int64 [B + 1], where e
 """
 
 import json
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,12 @@ from tokenizers_mm._images import MAX_PIXELS
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream, as_ids
 
 ENDINGS = (".safetensors", ".npz")
+
+BROKEN = (
+    *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, MemoryError),
+    *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError),
+)
+"""Errors of safetensors, zipfile and numpy for files that are broken."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+    except BROKEN as error:
         fail("ids", "a whole file that `encode` wrote", f"{path} ({type(error).__name__}: {error})")
 
 

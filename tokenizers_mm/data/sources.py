@@ -27,6 +27,7 @@ from tokenizers_mm.data.order import mix_seeds as mix_seeds
 from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.shards import Shards
+from tokenizers_mm.data.text_images import text_image
 from tokenizers_mm.data.transforms import random_crop, random_flip, random_patch
 
 MAX_UNREADABLE = 1000
@@ -39,17 +40,19 @@ Positive = Annotated[float, Range(0, low_open=True)]
 class SourceConfig:
     """One part of a mixture.
 
-    kind: "photographs" (built in), "scenes" (rendered, with captions), "folder" (images below `path`; a text file of
-    the same name beside an image is its caption) or "shards" (tar files below `path`, in the same way).
+    kind: "photographs" (built in), "scenes" (rendered, with captions), "text" (rendered words), "folder" (images below
+    `path`; a text file of the same name beside an image is its caption) or "shards" (tar files, in the same way).
     weight: share of the samples. zoom: for photographs, bounds of output pixels per image pixel. colour: strength of
-    random brightness, contrast, saturation and hue, from 0 (none) to 1. turns: turn by multiples of 90 degrees too.
+    random brightness, contrast, saturation and hue, from 0 (none) to 1. channels: share of the samples whose colour
+    channels change places. turns: turn by multiples of 90 degrees too.
     """
 
-    kind: Literal["photographs", "scenes", "folder", "shards"]
+    kind: Literal["photographs", "scenes", "text", "folder", "shards"]
     path: str = ""
     weight: Annotated[float, Range(0)] = 1.0
     zoom: tuple[Positive, Positive] = (0.5, 1.5)
     colour: Annotated[float, Range(0, 1)] = 0.0
+    channels: Annotated[float, Range(0, 1)] = 0.0
     turns: bool = False
 
 
@@ -132,6 +135,18 @@ class Photographs:
         return Sample(random_patch(image, image_size, rng, self.zoom), "")
 
 
+class Text:
+    """Rendered words, without end."""
+
+    size, augmented = None, True
+
+    def __init__(self, config: SourceConfig) -> None:
+        require(not config.path, "data.sources.path", "nothing for text", config.path)
+
+    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
+        return Sample(text_image(rng, image_size), "")
+
+
 class Folder:
     """Image files below a folder, each cut at random."""
 
@@ -160,7 +175,13 @@ class ShardFolder:
         return Sample(_cut(image, image_size, rng), caption, skipped)
 
 
-SOURCES: dict[str, Any] = {"photographs": Photographs, "scenes": Scenes, "folder": Folder, "shards": ShardFolder}
+SOURCES: dict[str, Any] = {
+    "photographs": Photographs,
+    "scenes": Scenes,
+    "text": Text,
+    "folder": Folder,
+    "shards": ShardFolder,
+}
 """Sources by kind."""
 
 
@@ -204,13 +225,16 @@ class Mixture(Dataset[dict[str, Any]]):
 
 def _augmented(image: Image.Image, source: SourceConfig, rng: random.Random) -> Image.Image:
     image = random_flip(image, rng, source.turns)
-    if source.colour == 0:
-        return image
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
-    hue, saturation, value = image.convert("HSV").split()
-    turn = round(128 * source.colour * rng.uniform(-1, 1))
-    return Image.merge("HSV", (hue.point([(h + turn) % 256 for h in range(256)]), saturation, value)).convert("RGB")
+    if source.colour > 0:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
+        hue, saturation, value = image.convert("HSV").split()
+        turn = round(128 * source.colour * rng.uniform(-1, 1))
+        hue = hue.point([(h + turn) % 256 for h in range(256)])
+        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if source.channels > 0 and rng.random() < source.channels:
+        image = Image.merge("RGB", rng.sample(image.split(), 3))
+    return image
 
 
 class Positions(Sampler[list[int]]):

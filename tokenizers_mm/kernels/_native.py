@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tokenizers_mm._check import require
 
-ABI_VERSION = 1
-OK, STALE, NO_MEMORY, BAD_ARGUMENT = range(4)
+ABI_VERSION = 2
+OK, NO_MEMORY, BAD_ARGUMENT, BAD_QUERY, BAD_CODES = range(5)
 METHODS = ("auto", "int8", "int16", "float32", "difference", "tree", "brute")
 ISAS = ("portable", "avx2", "avx_vnni", "avx512_vnni")
 """Instruction sets with loops of their own, the weakest first. TOKENIZERS_MM_ISA names the strongest one to use."""
@@ -26,6 +26,10 @@ _log = logging.getLogger(__name__)
 
 class NativeUnavailableError(RuntimeError):
     """The native library is not installed or cannot be loaded; the message says why and what to do."""
+
+
+class NotFiniteError(ValueError):
+    """A search met NaN or infinity, in its codes or its queries."""
 
 
 def library_path(name: str) -> Path | None:
@@ -56,9 +60,11 @@ class CpuLibrary:
         self.destroy = _function(library.tmm_codebook_destroy, None, pointer)
         self.bytes = _function(library.tmm_codebook_bytes, size, pointer)
         self.method = _function(library.tmm_codebook_method, number, pointer)
-        self.nearest_code = _function(
-            library.tmm_nearest_code, number, pointer, pointer, pointer, size, pointer, pointer, number
+        self.nearest_code = _function(library.tmm_nearest_code, number, *[pointer] * 3, size, *[pointer] * 3, number)
+        self.nearest_code_live = _function(
+            library.tmm_nearest_code_live, number, pointer, size, size, number, pointer, size, *[pointer] * 3, number
         )
+        self.digest = _function(library.tmm_digest, number, pointer, size, size, size, pointer, number)
         self.code_sums = _function(
             library.tmm_code_sums, number, pointer, number, pointer, size, size, size, pointer, pointer, number
         )
@@ -128,6 +134,8 @@ def check(status: int, what: str) -> None:
     """Turn a status of the library into an exception."""
     if status == NO_MEMORY:
         raise MemoryError(f"{what}: out of memory")
+    if status in (BAD_QUERY, BAD_CODES):
+        raise NotFiniteError(f"{what}: expected finite values, got NaN or infinity")
     if status != OK:
         raise RuntimeError(f"{what}: the native library refused its arguments")
 

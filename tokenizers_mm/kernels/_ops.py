@@ -2,20 +2,28 @@
 
 import contextvars
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from tokenizers_mm._check import require_finite
 from tokenizers_mm.kernels import _cuda, _native, reference
-from tokenizers_mm.kernels._packed import Cache, PackedCodebook, joint_rows, plain_rows
+from tokenizers_mm.kernels._packed import Answer, Cache, PackedCodebook, joint_rows, plain_rows
 
 MODES = ("auto", "native", "reference")
 COPY_ELEMENTS = 1 << 20
 """Elements of z converted at a time (4 or 8 MB) where its rows cannot be read in place."""
 
+LIVE_ROWS = 2
+"""Rows up to which one pass over the codebook as it lies in memory costs no more than reading it to find its pack,"""
+
+LIVE_DIM, LIVE_ELEMENTS = 9, 4096
+"""from this many dimensions on or up to this many elements; otherwise the box tree is so fast that reading wins."""
+
 cache = Cache()
+os.register_at_fork(after_in_child=cache.renew_lock)
 
 
 def default_mode() -> str:
@@ -54,7 +62,26 @@ def _twin(device: torch.device) -> ModuleType:
     return reference
 
 
-def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
+def _search_twin(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, squared distances and margins by the twin."""
+    twin = _twin(z.device)
+    if twin is _cuda:
+        ids, distance, squared = _cuda.search((z,), (codebook,), (1.0,), margins)
+        margin = None if squared is None else reference.margin_of(distance, distance + squared)
+    elif margins:
+        ids, distance, margin = reference.nearest_code_margin(z, codebook)
+    else:
+        ids, distance, margin = *reference.nearest_code(z, codebook), None
+    return _mark_not_finite(ids, distance), distance, margin
+
+
+def _mark_not_finite(ids: Tensor, distance: Tensor) -> Tensor:
+    """The id -1 for a row that is not finite, without a wait for the device: it is refused where ids are read on the
+    host (ImageCodes)."""
+    return ids.masked_fill(distance.isnan(), -1)
+
+
+def common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
     """float64 where any input is, else float32: both hold every value of the inputs."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
@@ -74,73 +101,182 @@ def _row_blocks(z: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield block.reshape(-1, z.shape[-1]).contiguous()
 
 
-def _search_blocks(
-    packed: PackedCodebook, codes: Tensor, blocks: Iterator[Tensor], ids: Tensor, distance: Tensor | None
-) -> bool:
-    flat = ids.view(-1)
-    flat_distance = None if distance is None else distance.view(-1)
+def _search(
+    library: _native.CpuLibrary,
+    codebooks: tuple[Tensor, ...],
+    extra: object,
+    make: Callable[[], PackedCodebook],
+    blocks: Iterator[Tensor],
+    answer: Answer,
+    trust_version: bool,
+) -> None:
+    """Search the pack of these codebooks for all blocks of rows."""
+    packed = cache.get(library, codebooks, extra, make, trust_version)
     start = 0
     for block in blocks:
         stop = start + block.shape[0]
-        part = None if flat_distance is None else flat_distance[start:stop]
-        if not packed.search(codes, block, flat[start:stop], part, torch.get_num_threads()):
-            return False
+        part = answer if block.shape[0] == answer.ids.numel() else answer.rows(start, stop)
+        status = packed.search(codebooks[0], block, part, torch.get_num_threads())
+        if status:
+            _native.check(status, "nearest_code")
         start = stop
-    return True
 
 
-def _nearest(z: Tensor, codebook: Tensor, want_distance: bool) -> tuple[Tensor, Tensor | None]:
+def _empty(shape: torch.Size, dtype: torch.dtype, want: str) -> Answer:
+    """Room for an answer; `want` has a d for distances and an m for margins."""
+    return Answer(
+        torch.empty(shape, dtype=torch.int64),
+        torch.empty(shape, dtype=dtype) if "d" in want else None,
+        torch.empty(shape, dtype=dtype) if "m" in want else None,
+    )
+
+
+def _nearest(z: Tensor, codebook: Tensor, want: str, trust_version: bool, name: str) -> Answer:
     library = _library(z.device)
-    dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else _common_dtype((z, codebook))
+    dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else common_dtype((z, codebook))
     shape = z.shape[:-1]
     if library is None:
-        ids, found = _twin(z.device).nearest_code(z.reshape(-1, z.shape[-1]), codebook)
-        return ids.view(shape), found.to(dtype).view(shape) if want_distance else None
-    ids = torch.empty(shape, dtype=torch.int64)
-    distance = torch.empty(shape, dtype=dtype) if want_distance else None
-
-    def make() -> PackedCodebook:
-        return PackedCodebook(library, *plain_rows(codebook, dtype))
-
-    packed = cache.get((codebook,), dtype, make)
-    if z.dtype == dtype and z.is_contiguous():
-        done = packed.search(codebook, z, ids, distance, torch.get_num_threads())
-    else:
-        done = _search_blocks(packed, codebook, _row_blocks(z, dtype), ids, distance)
-    if not done:
-        _search_blocks(_fresh(make), codebook, _row_blocks(z, dtype), ids, distance)
-    return ids, distance
-
-
-def _fresh(make) -> PackedCodebook:
-    """After a search that found the codebook changed behind torch's back: forget everything packed, pack again."""
-    cache.clear()
-    return make()
-
-
-def _nearest_ids(z: Tensor, codebook: Tensor) -> Tensor:
-    return _nearest(z, codebook, False)[0]
-
-
-def _nearest_distance(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    ids, distance = _nearest(z, codebook, True)
-    assert distance is not None
-    return distance, ids
+        ids, distance, margin = _search_twin(z.reshape(-1, z.shape[-1]), codebook, "m" in want)
+        answer = Answer(
+            ids.view(shape),
+            distance.to(dtype).view(shape) if "d" in want else None,
+            None if margin is None else margin.to(dtype).view(shape),
+        )
+        _refuse_if_not_finite((codebook,), ("codebook",), answer.ids, (z,), (name,))
+        return answer
+    answer = _empty(shape, dtype, want)
+    plain = z.dtype == dtype and z.is_contiguous()
+    try:
+        if plain and codebook.dtype == dtype and _prefers_live(answer.ids.numel(), codebook):
+            _search_live(library, codebook, z, answer)
+        else:
+            blocks = iter((z.view(-1, z.shape[-1]),)) if plain else _row_blocks(z, dtype)
+            _search(
+                library,
+                (codebook,),
+                (dtype, codebook.is_contiguous()),  # a pack of rows used in place does not serve a copy of them
+                lambda: PackedCodebook(library, *plain_rows(codebook, dtype)),
+                blocks,
+                answer,
+                trust_version,
+            )
+    except _native.NotFiniteError:
+        _refuse((codebook,), ("codebook",), (z,), (name,))
+    return answer
 
 
-def _nearest_shared(zs: list[Tensor], codebooks: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
-    parts, codes = tuple(zs), tuple(codebooks)
+def _prefers_live(rows: int, codebook: Tensor) -> bool:
+    small = codebook.shape[1] >= LIVE_DIM or codebook.numel() <= LIVE_ELEMENTS
+    return rows <= LIVE_ROWS and small and codebook.is_contiguous()
+
+
+def _search_live(library: _native.CpuLibrary, codebook: Tensor, z: Tensor, answer: Answer) -> None:
+    status = library.nearest_code_live(
+        codebook.data_ptr(),
+        codebook.shape[0],
+        codebook.shape[1],
+        _native.dtype_code(codebook),
+        z.data_ptr(),
+        answer.ids.numel(),
+        answer.ids.data_ptr(),
+        None if answer.distance is None else answer.distance.data_ptr(),
+        None if answer.margin is None else answer.margin.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status:
+        _native.check(status, "nearest_code")
+
+
+def _refuse_if_not_finite(
+    codebooks: tuple[Tensor, ...],
+    codebook_names: tuple[str, ...],
+    ids: Tensor,
+    zs: tuple[Tensor, ...],
+    names: tuple[str, ...],
+) -> None:
+    """The check that the native library does by itself, for answers of plain torch on a CPU."""
+    if ids.device.type == "cpu" and (bool((ids < 0).any()) or not all(bool(c.isfinite().all()) for c in codebooks)):
+        _refuse(codebooks, codebook_names, zs, names)
+
+
+def _refuse(
+    codebooks: tuple[Tensor, ...], codebook_names: tuple[str, ...], zs: tuple[Tensor, ...], names: tuple[str, ...]
+) -> None:
+    """Raise the error that names the tensor with NaN or infinity in it, and the first place."""
+    for codebook, name in zip(codebooks, codebook_names, strict=True):
+        require_finite(name, "codes", codebook)
+    for z, name in zip(zs, names, strict=True):
+        require_finite(name, "features", z)
+    raise RuntimeError("nearest_code: expected codes and features that nobody writes to during the call")
+
+
+def nearest_ids(z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z") -> Tensor:
+    return _nearest(z, codebook, "", trust_version, name).ids
+
+
+def nearest_distance(
+    z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z"
+) -> tuple[Tensor, Tensor]:
+    answer = _nearest(z, codebook, "d", trust_version, name)
+    assert answer.distance is not None
+    return answer.distance, answer.ids
+
+
+def nearest_margin(
+    z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z"
+) -> tuple[Tensor, Tensor, Tensor]:
+    answer = _nearest(z, codebook, "dm", trust_version, name)
+    assert answer.distance is not None
+    assert answer.margin is not None
+    return answer.distance, answer.margin, answer.ids
+
+
+def nearest_shared(
+    zs: list[Tensor],
+    codebooks: list[Tensor],
+    weights: list[float],
+    normalize: bool,
+    trust_version: bool = False,
+    names: list[str] | None = None,
+) -> Tensor:
+    return _shared(zs, codebooks, weights, normalize, "", trust_version, names).ids
+
+
+def shared_margin(
+    zs: list[Tensor],
+    codebooks: list[Tensor],
+    weights: list[float],
+    normalize: bool,
+    trust_version: bool = False,
+    names: list[str] | None = None,
+) -> tuple[Tensor, Tensor]:
+    answer = _shared(zs, codebooks, weights, normalize, "m", trust_version, names)
+    assert answer.margin is not None
+    return answer.margin, answer.ids
+
+
+def _shared(
+    zs: list[Tensor],
+    codebooks: list[Tensor],
+    weights: list[float],
+    normalize: bool,
+    want: str,
+    trust_version: bool,
+    names: list[str] | None,
+) -> Answer:
+    parts, codes, scale = tuple(zs), tuple(codebooks), tuple(weights)
+    labels = tuple(names) if names else tuple(f"zs[{i}]" for i in range(len(parts)))
+    code_labels = tuple(f"codebooks[{i}]" for i in range(len(codes)))
     exact = not normalize and all(weight == 1 for weight in weights)
-    dtype = _common_dtype(parts + codes) if exact else torch.float64
-    scale = tuple(weights)
-
-    def joint_codebook() -> Tensor:
-        return joint_rows(codes, scale, normalize, dtype)
-
+    dtype = common_dtype(parts + codes) if exact else torch.float64
+    result = common_dtype(parts + codes)
     shape = parts[0].shape[:-1]
     width = sum(part.shape[-1] for part in parts)
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]
     step = max(1, COPY_ELEMENTS // width)
+
+    def joint_codebook() -> Tensor:
+        return joint_rows(codes, scale, normalize, dtype)
 
     def blocks() -> Iterator[Tensor]:
         for start in range(0, rows[0].shape[0], step):
@@ -148,23 +284,41 @@ def _nearest_shared(zs: list[Tensor], codebooks: list[Tensor], weights: list[flo
 
     library = _library(parts[0].device)
     if library is None:
-        twin = _twin(parts[0].device)
-        if twin is _cuda and len(parts) <= 2:
-            return _cuda.nearest_shared(tuple(rows), codes, scale, normalize)[0].view(shape)
+        if not want and len(parts) <= 2 and _twin(parts[0].device) is _cuda:
+            ids, distance = _cuda.nearest_shared(tuple(rows), codes, scale, normalize)
+            return Answer(_mark_not_finite(ids, distance).view(shape), None, None)
         joint = joint_codebook()
-        found = [twin.nearest_code(block, joint)[0] for block in blocks()]
-        return torch.cat(found).view(shape) if found else parts[0].new_empty(shape, dtype=torch.int64)
-    ids = torch.empty(shape, dtype=torch.int64)
+        found = [_search_twin(block, joint, bool(want)) for block in blocks()]
+        found = found or [_search_twin(parts[0].new_empty(0, width), joint, bool(want))]
+        ids = torch.cat([part[0] for part in found])
+        margin = torch.cat([part[2] for part in found if part[2] is not None]).to(result).view(shape) if want else None
+        _refuse_if_not_finite(codes, code_labels, ids, parts, labels)
+        return Answer(ids.view(shape), None, margin)
+    answer = _empty(shape, dtype, want)
+    extra = (scale, normalize, dtype)
+    try:
+        _search(
+            library,
+            codes,
+            extra,
+            lambda: PackedCodebook(library, joint_codebook(), copied=True),
+            blocks(),
+            answer,
+            trust_version,
+        )
+    except _native.NotFiniteError:
+        _refuse(codes, code_labels, parts, labels)
+    return Answer(answer.ids, None, None if answer.margin is None else answer.margin.to(result))
 
-    def make() -> PackedCodebook:
-        return PackedCodebook(library, joint_codebook(), copied=True)
 
-    packed = cache.get(codes, (scale, normalize, dtype), make)
-    _search_blocks(packed, codes[0], blocks(), ids, None)
-    return ids
+def finite_ids(z: Tensor, ids: Tensor, name: str) -> Tensor:
+    if z.device.type == "cpu":
+        require_finite(name, "features", z)
+        return ids.clone()
+    return torch.where(z.isfinite().all(-1), ids, -1)
 
 
-def _code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     library = _library(vectors.device)
     if library is None:
         twin = _twin(vectors.device)
@@ -173,7 +327,7 @@ def _code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Te
             _bad_ids(num_codes)
         counts, sums = twin.code_sums(vectors, ids, num_codes)
         return sums, counts
-    rows = vectors.to(_common_dtype((vectors,))).contiguous()
+    rows = vectors.to(common_dtype((vectors,))).contiguous()
     ids = ids.contiguous()
     counts = torch.empty(num_codes, dtype=torch.int64)
     sums = torch.empty((num_codes, rows.shape[1]), dtype=torch.float64)
@@ -198,74 +352,15 @@ def _bad_ids(num_codes: int) -> None:
     raise ValueError(f"ids: expected values in 0 .. {num_codes - 1}, got one outside")
 
 
-_namespace = torch.library.Library("tokenizers_mm", "DEF")
+def may_be_differentiated(*tensors: Tensor) -> bool:
+    """Whether any kind of derivative may be taken with respect to these tensors, a transform of torch.func included.
 
-
-def _define(schema: str, implementation, fake) -> None:
-    name = "tokenizers_mm::" + schema.partition("(")[0]
-    _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _namespace.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=_namespace)
-
-
-def _fake_ids(z: Tensor, codebook: Tensor) -> Tensor:
-    return z.new_empty(z.shape[:-1], dtype=torch.int64)
-
-
-def _fake_distance(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    ids = z.new_empty(z.shape[:-1], dtype=torch.int64)
-    return z.new_empty(z.shape[:-1], dtype=_common_dtype((z, codebook))), ids
-
-
-def _fake_shared(zs: list[Tensor], codebooks: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
-    return zs[0].new_empty(zs[0].shape[:-1], dtype=torch.int64)
-
-
-def _fake_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    sums = vectors.new_empty((num_codes, vectors.shape[1]), dtype=torch.float64)
-    return sums, ids.new_empty((num_codes,))
-
-
-def _save_distance(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _distance_backward(ctx, grad: Tensor | None, _):
-    """d |z - c|^2 = 2 (z - c) . (dz - dc); the codebook's part is summed in a fixed order."""
-    if grad is None:
-        return None, None
-    z, codebook, ids = ctx.saved_tensors
-    gap = 2 * grad[..., None] * (z.to(grad.dtype) - codebook[ids].to(grad.dtype))
-    grad_codebook = None
-    if ctx.needs_input_grad[1]:
-        rows = gap.reshape(-1, gap.shape[-1])
-        sums, _ = torch.ops.tokenizers_mm.code_sums(rows, ids.reshape(-1), codebook.shape[0])
-        grad_codebook = -sums.to(codebook.dtype)
-    return gap.to(z.dtype) if ctx.needs_input_grad[0] else None, grad_codebook
-
-
-def _save_sums(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[1])
-    ctx.dtype = inputs[0].dtype
-
-
-def _sums_backward(ctx, grad: Tensor | None, _):
-    (ids,) = ctx.saved_tensors
-    return None if grad is None else grad[ids].to(ctx.dtype), None, None
-
-
-# A floating-point output comes first: with an int64 one there, torch's tracing of the gradient fails.
-_define("nearest_code(Tensor z, Tensor codebook) -> Tensor", _nearest_ids, _fake_ids)
-_define("nearest_code_distance(Tensor z, Tensor codebook) -> (Tensor, Tensor)", _nearest_distance, _fake_distance)
-_define(
-    "nearest_code_shared(Tensor[] zs, Tensor[] codebooks, float[] weights, bool normalize) -> Tensor",
-    _nearest_shared,
-    _fake_shared,
-)
-_define("code_sums(Tensor vectors, Tensor ids, SymInt num_codes) -> (Tensor, Tensor)", _code_sums, _fake_sums)
-torch.library.register_autograd(
-    "tokenizers_mm::nearest_code_distance", _distance_backward, setup_context=_save_distance, lib=_namespace
-)
-torch.library.register_autograd("tokenizers_mm::code_sums", _sums_backward, setup_context=_save_sums, lib=_namespace)
+    The operators have no formulas of their own: where this is true, their values are joined with a differentiable
+    expression of the same value, which serves every mode and order of differentiation.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or any(tensor.requires_grad for tensor in tensors)
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )

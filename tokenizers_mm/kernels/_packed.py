@@ -1,5 +1,6 @@
-"""Codebooks packed for the native library, kept between calls while the codebook stays as it is."""
+"""Codebooks packed for the native library, kept between calls by their content."""
 
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tokenizers_mm.kernels import _native
 
 MAX_ENTRIES = 16
+MAX_ORPHANS = 2
 MAX_BYTES = 1 << 30
 COPY_ELEMENTS = 1 << 20
 """Elements converted at a time when a codebook has to be copied."""
@@ -23,8 +25,7 @@ class PackedCodebook:
         self._library = library
         self.copy = rows if copied else None
         self.dtype = rows.dtype
-        self._dtype_code = _native.dtype_code(rows)
-        self.handle = library.create(rows.shape[0], rows.shape[1], self._dtype_code, method)
+        self.handle = library.create(rows.shape[0], rows.shape[1], _native.dtype_code(rows), method)
         if not self.handle:
             raise _native.NativeUnavailableError(f"method: expected one for this codebook, got {method}")
 
@@ -42,80 +43,136 @@ class PackedCodebook:
         """How the last search was done: one of _native.METHODS ("auto": none was)."""
         return _native.METHODS[self._library.method(self.handle)]
 
-    def search(self, codes: Tensor, z: Tensor, ids: Tensor, distance: Tensor | None, threads: int) -> bool:
-        """Fill ids (and distance), one for each contiguous row of z; False: the codebook is not the one packed."""
-        status = self._library.nearest_code(
+    def search(self, codes: Tensor, z: Tensor, answer: "Answer", threads: int) -> int:
+        """Fill the answer, one value for each contiguous row of z; returns a status of the library."""
+        return self._library.nearest_code(
             self.handle,
             (codes if self.copy is None else self.copy).data_ptr(),
             z.data_ptr(),
-            ids.numel(),
-            ids.data_ptr(),
-            None if distance is None else distance.data_ptr(),
+            answer.ids.numel(),
+            answer.ids.data_ptr(),
+            None if answer.distance is None else answer.distance.data_ptr(),
+            None if answer.margin is None else answer.margin.data_ptr(),
             threads,
         )
-        if status == _native.STALE:
-            return False
-        if status:
-            _native.check(status, "nearest_code")
-        return True
+
+
+class Answer:
+    """Where a search writes: ids int64, and distances and margins where they are wanted, all of one shape."""
+
+    __slots__ = ("distance", "ids", "margin")
+
+    def __init__(self, ids: Tensor, distance: Tensor | None, margin: Tensor | None):
+        self.ids, self.distance, self.margin = ids, distance, margin
+
+    def rows(self, start: int, stop: int) -> "Answer":
+        """The part for the rows start .. stop - 1 of the flattened shape."""
+        parts = (None if part is None else part.view(-1)[start:stop] for part in (self.ids, self.distance, self.margin))
+        return Answer(*parts)  # type: ignore[arg-type]
 
 
 class _Entry:
-    __slots__ = ("packed", "storages", "versions")
+    __slots__ = ("owner", "packed", "storages", "versions")
 
-    def __init__(self, packed: PackedCodebook, storages: list[StorageWeakRef], versions: list[int]):
-        self.packed, self.storages, self.versions = packed, storages, versions
+    def __init__(self, packed: PackedCodebook):
+        self.packed = packed
+        self.owner: tuple | None = None
+        self.storages: list[StorageWeakRef] = []
+        self.versions: list[int] | None = None
+
+    def orphaned(self) -> bool:
+        return any(storage.expired() for storage in self.storages)
 
 
 class Cache:
-    """Packed codebooks by the memory they came from.
+    """Packed codebooks by their content: dtypes, shapes and 128 bits of a digest of their memory.
 
-    An entry belongs to a storage, held by a weak reference (which pins the storage's address, not its memory), and to a
-    version of it: an optimizer step or any other change in place makes the entry stale. Writes through `.data` do not
-    change the version; `clear` is for them.
+    A pack is a function of that content, so it cannot be out of date: every call reads the codebook once, at the speed
+    of memory, and finds the pack of what is there now, whoever wrote it and how. (Writing to it during a call is an
+    error of the caller.) The tensors that used an entry last own it: when they hold other content, it goes; when they
+    are gone, it is kept only while it is among the MAX_ORPHANS latest such entries, for codebooks that are computed
+    anew with every call.
     """
 
     def __init__(self):
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self._owned: dict[tuple, _Entry] = {}
         self._lock = threading.Lock()
 
-    def get(self, codebooks: tuple[Tensor, ...], extra: object, make: Callable[[], PackedCodebook]) -> PackedCodebook:
-        """The packed form of these tensors, made if need be. `extra` tells apart uses of the same tensors."""
-        key, versions = [extra], []
-        for codebook in codebooks:
-            if codebook.is_inference():  # no version to go by
-                return make()
-            key.append(_identity(codebook))
-            versions.append(codebook._version)
-        key = tuple(key)
+    def renew_lock(self) -> None:
+        """For a forked child: the thread that may hold the lock was not forked."""
+        self._lock = threading.Lock()
+
+    def get(
+        self,
+        library: _native.CpuLibrary,
+        codebooks: tuple[Tensor, ...],
+        extra: object,
+        make: Callable[[], PackedCodebook],
+        trust_version: bool,
+    ) -> PackedCodebook:
+        """The packed form of these tensors, made if need be. `extra` tells apart uses of the same tensors.
+
+        trust_version: take the pack these very tensors used last while their version counters stand still.
+        """
+        owner = (extra, *map(_identity, codebooks))
+        versions = None if any(c.is_inference() for c in codebooks) else [c._version for c in codebooks]
+        if trust_version and versions is not None:
+            entry = self._owned.get(owner)
+            if entry is not None and entry.versions == versions:
+                return entry.packed
+        key = (extra, *(_content(library, codebook) for codebook in codebooks))
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.versions == versions:
+            if entry is not None:
                 self._entries.move_to_end(key)
+                self._own(entry, owner, codebooks, versions)
                 return entry.packed
-        packed = make()
-        storages = [StorageWeakRef(codebook.untyped_storage()) for codebook in codebooks]
+        entry = _Entry(make())
         with self._lock:
-            self._entries[key] = _Entry(packed, storages, versions)
-            self._entries.move_to_end(key)
+            self._entries[key] = entry
+            self._own(entry, owner, codebooks, versions)
             self._trim()
-        return packed
+        return entry.packed
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._owned.clear()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _trim(self) -> None:
-        for key in [k for k, entry in self._entries.items() if any(s.expired() for s in entry.storages)]:
+    def _own(self, entry: _Entry, owner: tuple, codebooks: tuple[Tensor, ...], versions: list[int] | None) -> None:
+        if entry.owner != owner:
+            if entry.owner is not None:
+                self._owned.pop(entry.owner, None)
+            entry.owner = owner
+            entry.storages = [StorageWeakRef(codebook.untyped_storage()) for codebook in codebooks]
+        entry.versions = versions
+        former = self._owned.get(owner)
+        self._owned[owner] = entry
+        if former is not None and former is not entry:  # its content is gone
+            former.owner = None
+            self._drop(former)
+
+    def _drop(self, entry: _Entry) -> None:
+        for key in [key for key, other in self._entries.items() if other is entry]:
             del self._entries[key]
+        if entry.owner is not None and self._owned.get(entry.owner) is entry:
+            del self._owned[entry.owner]
+
+    def _trim(self) -> None:
+        orphans = [entry for entry in self._entries.values() if entry.orphaned()]
+        for entry in orphans[: max(0, len(orphans) - MAX_ORPHANS)]:
+            self._drop(entry)
         while len(self._entries) > MAX_ENTRIES:
-            self._entries.popitem(last=False)
+            self._drop(next(iter(self._entries.values())))
         total = sum(entry.packed.nbytes for entry in self._entries.values())
         while total > MAX_BYTES and len(self._entries) > 1:
-            total -= self._entries.popitem(last=False)[1].packed.nbytes
+            oldest = next(iter(self._entries.values()))
+            total -= oldest.packed.nbytes
+            self._drop(oldest)
 
 
 def _identity(codebook: Tensor) -> tuple:
@@ -126,6 +183,22 @@ def _identity(codebook: Tensor) -> tuple:
         codebook.stride(),
         codebook.dtype,
     )
+
+
+def _content(library: _native.CpuLibrary, codebook: Tensor) -> tuple:
+    """What decides about a pack: dtype, shape and a digest of the memory."""
+    size = codebook.element_size()
+    if codebook.is_contiguous():
+        rows, bytes_, stride = 1, codebook.numel() * size, 0
+    elif codebook.stride(1) == 1:
+        rows, bytes_, stride = codebook.shape[0], codebook.shape[1] * size, codebook.stride(0) * size
+    else:
+        return _content(library, codebook.contiguous())
+    digest = (ctypes.c_uint64 * 2)()
+    _native.check(
+        library.digest(codebook.data_ptr(), rows, bytes_, stride, digest, torch.get_num_threads()), "nearest_code"
+    )
+    return codebook.dtype, codebook.shape, digest[0], digest[1]
 
 
 def plain_rows(codebook: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:

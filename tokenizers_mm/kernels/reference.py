@@ -18,30 +18,70 @@ def nearest_code(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the nearest code and its squared distance.
 
     z [N, D] and codebook [K, D], any float dtypes; returns int64 [N] and float64 [N]. A code that holds NaN or infinity
-    is never chosen. A query without a finite distance gets index 0 and a NaN distance. Source: the definition.
+    is never chosen; a query that does gets index -1 and a NaN distance. A finite query without a finite distance
+    (overflow) gets index 0 and an infinite distance. Source: the definition.
     """
+    ids, distances, _ = _search(z, codebook, margins=False)
+    return ids, distances
+
+
+def nearest_code_margin(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `nearest_code`, and the margin, float64 [N]: how much farther, not squared, the nearest code of another value
+    is. Infinity where all codes are equal, zero where distances overflow, NaN for a query that is not finite.
+    """
+    ids, distances, others = _search(z, codebook, margins=True)
+    return ids, distances, margin_of(distances, others)
+
+
+def margin_of(nearest: Tensor, other: Tensor) -> Tensor:
+    """The difference of two distances from their squares, which does not cancel twice; zero where both overflow."""
+    margin = torch.where(torch.isfinite(other), (other - nearest) / (other.sqrt() + nearest.sqrt()), torch.inf)
+    margin = torch.where(other > nearest, margin, 0.0)
+    return torch.where(nearest.isnan(), torch.nan, margin)
+
+
+def _search(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, squared distance, and with `margins` the squared distance of the nearest code of another value."""
     codebook = codebook.double()
     usable = torch.isfinite(codebook).all(1)
     safe = torch.where(usable[:, None], codebook, 0.0)
     centre = safe.sum(0) / usable.sum().clamp_min(1)
     codes = torch.where(usable[:, None], codebook - centre, 0.0)
     norms = torch.where(usable, codes.square().sum(1), torch.inf)
+    size_of_codes = torch.where(usable, norms, 0.0).max()
+    value = _first_equal(safe) if margins else torch.empty(0)
     rows = max(1, TILE_ELEMENTS // max(codebook.shape))
     ids = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
-    distances = torch.full((z.shape[0],), torch.nan, dtype=torch.float64, device=z.device)
+    distances = torch.full((z.shape[0],), torch.inf, dtype=torch.float64, device=z.device)
+    others = distances.clone()
     for start in range(0, z.shape[0], rows):
         tile = slice(start, start + rows)
         query = z[tile].double()
         scores = torch.addmm(norms[None], query - centre, codes.T, alpha=-2.0)
-        size = (query - centre).square().sum(1) + torch.where(usable, norms, 0.0).max()
-        band = scores.min(1).values + BAND * (codebook.shape[1] + 8) * size
-        near = (scores <= band[:, None]) | ~torch.isfinite(band)[:, None]
-        ids[tile], distances[tile] = _decide(query, safe, near & usable)
-    return ids, distances
+        scores = torch.where(torch.isfinite(scores) | ~usable, scores, -torch.inf)  # overflow: compare in full
+        rounding = BAND * (codebook.shape[1] + 8) * ((query - centre).square().sum(1) + size_of_codes)
+        ids[tile], distances[tile] = _decide(query, safe, _within(scores, rounding) & usable)
+        if margins:
+            other = usable & (value != value[ids[tile]][:, None])
+            near = _within(torch.where(other, scores, torch.inf), rounding) & other
+            others[tile] = _decide(query, safe, near)[1]
+    finite = torch.isfinite(z).all(1)
+    return torch.where(finite, ids, -1), torch.where(finite, distances, torch.nan), others
+
+
+def _within(scores: Tensor, rounding: Tensor) -> Tensor:
+    """The codes that rounding does not rule out as the least of `scores` [N, K]."""
+    band = scores.min(1).values + rounding
+    return (scores <= band[:, None]) | ~torch.isfinite(band)[:, None]
+
+
+def _first_equal(codes: Tensor) -> Tensor:
+    """A number for every row that equal rows share, int64 [K]."""
+    return torch.unique(codes + 0.0, dim=0, return_inverse=True)[1]
 
 
 def _decide(query: Tensor, codes: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-    """Lexicographic minimum of (squared distance, index) over the candidates `near` [N, K]."""
+    """Lexicographic minimum of (squared distance, index) over the candidates `near` [N, K]; (0, infinity) without."""
     rows, candidates = near.nonzero(as_tuple=True)
     distances = torch.empty(rows.shape, dtype=torch.float64, device=query.device)
     step = max(1, TILE_ELEMENTS // query.shape[1])
@@ -52,8 +92,7 @@ def _decide(query: Tensor, codes: Tensor, near: Tensor) -> tuple[Tensor, Tensor]
     least = distances.new_full((query.shape[0],), torch.inf).scatter_reduce_(0, rows, distances, "amin")
     chosen = torch.where((distances == least[rows]) & torch.isfinite(distances), candidates, codes.shape[0])
     ids = candidates.new_full((query.shape[0],), codes.shape[0]).scatter_reduce_(0, rows, chosen, "amin")
-    found = ids < codes.shape[0]
-    return torch.where(found, ids, 0), torch.where(found, least, torch.nan)
+    return torch.where(ids < codes.shape[0], ids, 0), least
 
 
 def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

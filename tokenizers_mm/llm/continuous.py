@@ -23,6 +23,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, settle, write_json
 from tokenizers_mm.functional.gradients import scale_gradient
 from tokenizers_mm.llm.batch import IGNORED, Batch, Segment
+from tokenizers_mm.llm.positions import counted
 from tokenizers_mm.llm.presets import ChatFormat
 from tokenizers_mm.llm.projector import FeatureProjector, ProjectorConfig, embed
 from tokenizers_mm.llm.transformers_api import (
@@ -243,8 +244,7 @@ class ContinuousLM(nn.Module):
         return self._call(vectors, mask, start, keys, use_cache=keys is not None).last_hidden_state
 
     def _call(self, vectors: Tensor, mask: Tensor, start: int, keys: Any = None, *, use_cache: bool) -> Any:
-        positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, start:]
-        inputs = {"inputs_embeds": vectors, "attention_mask": mask.long(), "position_ids": positions}
+        inputs = {"inputs_embeds": vectors, "attention_mask": mask.long(), "position_ids": counted(mask)[:, start:]}
         return forward(decoder(self.language_model), inputs, cache=keys, use_cache=use_cache)
 
 

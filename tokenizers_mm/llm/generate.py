@@ -19,6 +19,7 @@ from tokenizers_mm.llm.batch import Batch
 from tokenizers_mm.llm.grammar import IMAGE, MARKER, NOTHING, ROW, SCALE, TEXT, Grammar
 from tokenizers_mm.llm.layout import ImagePlan
 from tokenizers_mm.llm.model import check_rows
+from tokenizers_mm.llm.positions import next_position, position_ids
 from tokenizers_mm.llm.transformers_api import cache_of, embeddings, forward, takes
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
@@ -99,7 +100,12 @@ def generate(
             require(not batch.features, "prompts", "images as ids", "images as features")
     device = embeddings(model).weight.device
     branches = [prompts, unconditional] if guided and unconditional is not None else [prompts]
-    decoder = _Decoder(model, *_stack([branch.to(device) for branch in branches]))
+    counts = {branch.longest_image for branch in branches}
+    require(len(counts) == 1, "unconditional", "rows of the same processor", "positions that are counted otherwise")
+    longest = counts.pop()
+    telling = longest is None or grammar.tells_images
+    require(telling, "positions", "'order' where images begin with plain text that the model may also say", "'slots'")
+    decoder = _Decoder(model, *_stack([branch.to(device) for branch in branches]), longest)
     state = grammar.read(prompts.input_ids.to(device))
     eos = grammar.eos if grammar.eos is not None else -1
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -115,6 +121,7 @@ def generate(
         if on_image is not None:
             history = torch.cat([history, tokens[:, None]], 1)
             _report(grammar, state, history, finished, on_image)
+        slots = grammar.slot(state, tokens)
         state = grammar.advance(state, tokens)
         finished |= tokens == eos
         if len(new) >= limit:
@@ -122,7 +129,7 @@ def generate(
         bar.update(1)
         if bool(finished.all()):
             break
-        decoder.append(tokens.repeat(len(branches)))
+        decoder.append(tokens.repeat(len(branches)), slots.repeat(len(branches)))
     bar.close()
     return torch.stack(new, 1) if new else history[:, :0]
 
@@ -149,9 +156,10 @@ def preview(tokenizer: ImageTokenizer, partial: PartialImage) -> Tensor:
 class _Decoder:
     """A model, its cache, and the tokens it has not read yet."""
 
-    def __init__(self, model: Any, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
+    def __init__(self, model: Any, tokens: Tensor, mask: Tensor, positions: Tensor, longest_image: int | None) -> None:
         self.model, self.mask, self.cache = model, mask, None
-        self.tokens, self.positions = tokens, positions
+        self.tokens, self.positions, self.longest_image = tokens, positions, longest_image
+        self.next = next_position(positions, mask, longest_image)
         self.options: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
     def logits(self) -> Tensor:
@@ -161,9 +169,11 @@ class _Decoder:
         self.cache = cache_of(out)
         return out.logits[:, -1]
 
-    def append(self, tokens: Tensor) -> None:
-        """The next token of each row, int64 [B]."""
-        self.tokens, self.positions = tokens[:, None], self.positions[:, -1:] + 1
+    def append(self, tokens: Tensor, slots: Tensor) -> None:
+        """The next token of each row and its slot in an image (-1 for text), both int64 [B]."""
+        self.tokens = tokens[:, None]
+        self.positions = position_ids(slots[:, None], self.next, self.longest_image)
+        self.next = torch.maximum(self.next, self.positions + 1)
         self.mask = F.pad(self.mask, (0, 1), value=1)
 
 

@@ -6,7 +6,7 @@ allows is one row of a table of booleans. So a step costs a few look-ups and one
 """
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -30,10 +30,14 @@ NOTHING, ROW, SCALE, IMAGE = 0, 1, 2, 3
 
 @dataclass
 class _Node:
-    """A state with a choice: where each token leads, and what is allowed; `strict` when nothing else is."""
+    """A state with a choice: where each token leads, and what is allowed; `strict` when nothing else is.
+
+    slots: of each of those tokens the slot in the image whose header it belongs to.
+    """
 
     jumps: dict[int, int]
     strict: bool
+    slots: dict[int, int] = field(default_factory=dict)
 
 
 class Grammar:
@@ -64,15 +68,16 @@ class Grammar:
         for plan in self.plans:
             headers = {plan.header, plan.short} if len(self.plans) == 1 else {plan.header}
             for header in sorted(headers):
-                node = self._nodes[FREE]
-                for token in header[:-1]:
+                node, skipped = self._nodes[FREE], len(plan.header) - len(header)
+                for slot, token in enumerate(header[:-1], skipped):
+                    node.slots[token] = slot
                     if token not in node.jumps:
                         strict = self.mode == "image" or (self.mode == "free" and header[0] in visual)
                         self._nodes.append(_Node({}, strict))
                         node.jumps[token] = len(self._nodes) - 1
                     node = self._nodes[node.jumps[token]]
                 require(header[-1] not in node.jumps, "sizes", "headers that tell the sizes apart", plan.header)
-                node.jumps[header[-1]] = -1
+                node.jumps[header[-1]], node.slots[header[-1]] = -1, len(plan.header) - 1
                 first_body.append((node, header[-1], plan))
         starts, state = {}, len(self._nodes)
         for plan in self.plans:
@@ -83,6 +88,7 @@ class Grammar:
             node.jumps[token] = starts[id(plan)]
         if self.mode == "image":
             self._nodes[START].jumps = dict(self._nodes[FREE].jumps)
+            self._nodes[START].slots = dict(self._nodes[FREE].slots)
 
     def _build(self) -> None:
         """All tables: `base` and `stride` point into `next`, `allowed` into the distinct sets `self.sets`."""
@@ -98,13 +104,15 @@ class Grammar:
                 self.sets.append(ranges)
             return index[ranges]
 
-        following, allowed = [], []
+        following, allowed, slots = [], [], []
         for number in range(len(self._nodes)):
             jumps, otherwise = self._leads(number)
-            row = [otherwise] * width
+            row, row_slots = [otherwise] * width, [-1] * width
             for token, state in jumps.items():
                 row[rank[token]] = state
+                row_slots[rank[token]] = {**self._nodes[FREE].slots, **self._nodes[number].slots}[token]
             following += row
+            slots += row_slots
             allowed.append(allow(self._node_ranges(number)))
         base = [number * width for number in range(len(self._nodes))]
         parts = {"base": [torch.tensor(base)], "allowed": [torch.tensor(allowed)]}
@@ -112,13 +120,15 @@ class Grammar:
         parts["kind"] = [torch.tensor(kinds)]
         parts["event"] = [torch.zeros(len(self._nodes), dtype=torch.int64)]
         after, start = [torch.tensor(following)], len(following)
+        all_slots = [torch.tensor(slots)]
         for plan, body in zip(self.plans, self._bodies, strict=True):
             skip = len(plan.header)
             count = plan.length - skip
             parts["base"].append(torch.arange(start, start + count))
             states = torch.arange(body + 1, body + count + 1)
-            states[-1] = FREE if self.mode != "image" else DONE
+            states[-1] = {"free": FREE, "text": START, "image": DONE}[self.mode]
             after.append(states)
+            all_slots.append(torch.arange(skip, plan.length))
             start += count
             pairs, inverse = torch.stack([plan.low[skip:], plan.high[skip:]], 1).unique(dim=0, return_inverse=True)
             ranks = torch.tensor([allow(((int(low), int(high)),)) for low, high in pairs])
@@ -127,7 +137,7 @@ class Grammar:
             parts["kind"].append(torch.where(stream >= 0, stream, MARKER))
             parts["event"].append(_events(plan)[skip:])
         self._cpu = {name: torch.cat(values) for name, values in parts.items()}
-        self._cpu["next"] = torch.cat(after)
+        self._cpu["next"], self._cpu["slot"] = torch.cat(after), torch.cat(all_slots)
         self._cpu["stride"] = (torch.arange(len(self._cpu["base"])) < len(self._nodes)).long()
         rank_of = torch.zeros(max([self.vocabulary.size, *[token + 1 for token in tokens]]), dtype=torch.int64)
         rank_of[tokens] = torch.arange(1, width)
@@ -160,9 +170,20 @@ class Grammar:
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
         """The states after these tokens; both int64 [B]. Tokens must be allowed ones."""
+        return self._look_up("next", state, tokens)
+
+    def slot(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """The slots in their images of tokens that follow these states, -1 for text; all int64 [B]."""
+        return self._look_up("slot", state, tokens)
+
+    @property
+    def tells_images(self) -> bool:
+        """Whether the first token of every image that the model opens itself can be no text."""
+        return self.mode != "free" or all(node.strict for node in self._nodes[DONE + 1 :])
+
+    def _look_up(self, name: str, state: Tensor, tokens: Tensor) -> Tensor:
         table = self._on(state.device)
-        place = torch.addcmul(table["base"][state], table["stride"][state], table["rank"][tokens])
-        return table["next"][place]
+        return table[name][torch.addcmul(table["base"][state], table["stride"][state], table["rank"][tokens])]
 
     def mask(self, state: Tensor, scores: Tensor) -> Tensor:
         """Write -inf into scores [B, V] where the states do not allow a token, in place; returns them.

@@ -27,6 +27,7 @@ from tokenizers_mm.llm.batch import (
 )
 from tokenizers_mm.llm.layout import IMAGE_START
 from tokenizers_mm.llm.parsing import ImageRun, Malformed, Parser
+from tokenizers_mm.llm.positions import Mode, position_ids
 from tokenizers_mm.llm.vocabulary import VisualVocabulary, text_ids
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes, ImageLatents
@@ -52,7 +53,7 @@ class MultimodalProcessor:
         text_tokenizer: Any,
         vocabulary: VisualVocabulary,
         fit: Fit = "refuse",
-        positions: Literal["order", "slots"] = "order",
+        positions: Mode = "order",
         features: Callable[[Any], Any] | None = None,
     ) -> None:
         require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
@@ -65,8 +66,9 @@ class MultimodalProcessor:
         )
         self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
         self.fit: Fit = fit
-        self.slots, self.features = positions == "slots", features or tokenizer.features
-        self.longest = max([vocabulary.plan(s.height, s.width).length for s in vocabulary.sizes], default=0)
+        self.features = features or tokenizer.features
+        lengths = [vocabulary.plan(size.height, size.width).length for size in vocabulary.sizes]
+        self.longest_image = max(lengths, default=0) if positions == "slots" else None
         self.parser = Parser(vocabulary)
         self.prefix, self.eos, self.pad = _special_ids(text_tokenizer)
         self._no_text = torch.tensor(
@@ -105,7 +107,9 @@ class MultimodalProcessor:
                 pieces.append(self._piece(segment, codes))
             if end and self.eos is not None:
                 pieces.append(make_row(torch.tensor([self.eos]), learn=not row or row[-1].learn))
-            made.append(join_rows(pieces, self._slot_positions(pieces, row) if self.slots else None))
+            slots = torch.cat([piece.position_ids for piece in pieces])
+            positions = position_ids(slots, self.longest_image or 0, self.longest_image)
+            made.append(join_rows(pieces, positions, self.longest_image))
             require(len(made[-1]) > 0, f"row {len(made) - 1}", "at least one token", "none")
         return made
 
@@ -179,19 +183,10 @@ class MultimodalProcessor:
                 fail("row", "texts, images, paths, image codes or Segments", type(segment.content).__name__)
         return segments
 
-    def _slot_positions(self, pieces: list[Row], row: list[Segment]) -> Tensor:
-        """Slots of images from 0; text from the length of the longest image on. pieces: prefix, the row's, the end."""
-        images = [False, *(not isinstance(segment.content, str) for segment in row), False]
-        parts, text = [], self.longest
-        for piece, image in zip(pieces, images[: len(pieces)], strict=True):
-            parts.append(torch.arange(len(piece)) + (0 if image else text))
-            text += 0 if image else len(piece)
-        return torch.cat(parts)
-
     def _piece(self, segment: Segment, codes: dict[int, Any]) -> Row:
         content = segment.content
         if isinstance(content, _Tokens):
-            return make_row(content.ids, segment.learn)
+            return make_row(content.ids, segment.learn, slots=torch.arange(len(content.ids)))
         if isinstance(content, str):
             return make_row(self._text(content), segment.learn)
         found = codes[id(segment)]
@@ -199,7 +194,7 @@ class MultimodalProcessor:
             return self._feature_piece(found)
         plan = self.vocabulary.plan(found.height, found.width)
         tokens = self.vocabulary.to_tokens(found)[0].cpu()
-        return make_row(tokens, segment.learn, plan.places)
+        return make_row(tokens, segment.learn, plan.places, slots=torch.arange(len(tokens)))
 
     def _text(self, text: str) -> Tensor:
         ids = torch.tensor(self.text_tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
@@ -217,10 +212,11 @@ class MultimodalProcessor:
             plan = self.vocabulary.plan(*size)
             if counts == [stream.num_ids for stream in plan.streams] and len(parts) > 1:
                 start = len(plan.header) - len(plan.short)
-                places = plan.places[start:]
-                return with_features(make_row(plan.low[start:], False, places, places[:, 0] >= 0), parts)
+                places, slots = plan.places[start:], torch.arange(start, plan.length)
+                return with_features(make_row(plan.low[start:], False, places, places[:, 0] >= 0, slots), parts)
         inside = torch.full((sum(counts),), self.pad, dtype=torch.int64)
-        return with_features(make_row(inside, False, is_feature=torch.ones_like(inside, dtype=torch.bool)), parts)
+        every, slots = torch.ones_like(inside, dtype=torch.bool), torch.arange(len(inside))
+        return with_features(make_row(inside, False, is_feature=every, slots=slots), parts)
 
     @torch.no_grad()
     def _encode_all(self, segments: list[Segment]) -> dict[int, Any]:

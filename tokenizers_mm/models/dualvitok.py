@@ -74,6 +74,8 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         self.config, self.resolutions = config, config.resolutions
         self.semantic_encoder, self.pixel_encoder = semantic_encoder, pixel_encoder
         self.semantic_quantizer, self.pixel_quantizer = semantic_quantizer, pixel_quantizer
+        semantic_quantizer.name_queries("semantic_encoder")
+        pixel_quantizer.name_queries("pixel_head")
         self.semantic_decoder, self.pixel_decoder = semantic_decoder, pixel_decoder
         dim = semantic_quantizer.dim + pixel_quantizer.dim
         self.pixel_head = nn.Linear(config.pixel_encoder.out_channels, pixel_quantizer.dim)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require, shorten
 from tokenizers_mm._files import regular_file, settle
+from tokenizers_mm._summary import CONFIG, SAVE_ID, WEIGHTS
 from tokenizers_mm.config import MAX_BYTES, check_plain, from_mapping
 from tokenizers_mm.models import MODELS, ImageTokenizer, Provenance
-from tokenizers_mm.models.saving import CONFIG, FORMAT, SAVE_ID, WEIGHTS
+from tokenizers_mm.models.saving import FORMAT
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Kinds of numbers that weights may have; 8-bit ones mean nothing without a scale, which a checkpoint does not say."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from tokenizers_mm._check import require
+from tokenizers_mm._check import require, require_finite
 from tokenizers_mm.config import Range, checked
 from tokenizers_mm.decoders.diffusion import TokenDenoiser, TokenDenoiserConfig
 from tokenizers_mm.decoders.mar import MARDecoder, MARDecoderConfig
@@ -139,6 +139,8 @@ class MAR(ImageTokenizer[ImageLatents]):
         latents = posterior.mean if noise is None else posterior.sample(noise)
         height, width = x.shape[-2:]
         values = (latents * self.config.latent_scale).flatten(2).transpose(1, 2)
+        if not torch.compiler.is_compiling():  # values cannot be looked at inside a graph
+            require_finite("autoencoder", "latents", values)
         return ImageLatents(values, height, width, self.grid(height, width))
 
     def latents(self, values: Tensor, grid: Grid) -> ImageLatents:

@@ -1,11 +1,9 @@
 """Our format on disk: config.json, model.safetensors, preprocessor_config.json and a model card.
 
-config.json and the metadata of model.safetensors carry the same `save_id`, a hash of all that config.json says, so that
-files of two saves are never taken for one tokenizer. Reading it back is `models.loading.load_directory`.
+config.json and the metadata of model.safetensors carry the same `save_id` (see `_summary`), so that files of two saves
+are never taken for one tokenizer. Reading it back is `models.loading.load_directory`.
 """
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
+from tokenizers_mm._summary import CONFIG, SAVE_ID, SUMMARY, WEIGHTS, save_id, tensors_id
 from tokenizers_mm.config import to_mapping
 
 if TYPE_CHECKING:
@@ -25,21 +24,20 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of config.json; raised when a file of an older library could no longer be read as it is."""
 
-SAVE_ID = "save_id"
-"""The key of the hash that binds the weights to their configuration."""
-
-CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
+PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
 
 
 def write(tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str]) -> None:
     """Write the four files, which replace those of an earlier save as a set."""
-    config = _config(tokenizer)
-    save_id = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:32]
+    state = tokenizer.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    config = _config(tokenizer) | {SUMMARY: summarize(tokenizer) | {"tensors": tensors_id(shapes)}}
+    mark = {SAVE_ID: save_id(config)}
     with atomic_directory(directory) as folder:
-        write_json(folder / CONFIG, config | {SAVE_ID: save_id})
+        write_json(folder / CONFIG, config | mark)
         write_json(folder / PREPROCESSOR, _preprocessor(tokenizer))
         write_text(folder / CARD, _card(tokenizer))
-        save_tensors(tokenizer.state_dict(), folder / WEIGHTS, {SAVE_ID: save_id})
+        save_tensors(state, folder / WEIGHTS, mark)
 
 
 def save_tensors(
@@ -71,6 +69,17 @@ def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
         "family": tokenizer.family,
         "config": to_mapping(tokenizer.config),
         "provenance": to_mapping(tokenizer.provenance),
+    }
+
+
+def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
+    """Plain values that describe a tokenizer: what `tokenizers-mm info` prints."""
+    size = tokenizer.image_size
+    return {
+        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        "image_size": None if size is None else list(size),
+        "size_multiple": tokenizer.size_multiple,
+        "streams": to_mapping(tokenizer.streams(*size)) if size else [],
     }
 
 

@@ -75,6 +75,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         self.config = config = checked(config)
         self.semantic_encoder, self.pixel_encoder = semantic_encoder, pixel_encoder
         self.quantizer = quantizer
+        quantizer.name_queries("semantic_head", "pixel_head")
         self.semantic_decoder, self.pixel_decoder = semantic_decoder, pixel_decoder
         self.dims = semantic_dim, pixel_dim = config.quantizer.dims
         width = semantic_encoder.dim

@@ -16,11 +16,15 @@ Self = TypeVar("Self", bound="Quantizer")
 class Quantizer(nn.Module, ABC):
     """Features with the channel last in, `Quantized` out. Nothing in it learns except through gradients.
 
+    Features that hold NaN or infinity are an error; on CUDA, where nothing is read back, their ids are -1, which
+    ImageCodes refuses, and their vectors NaN.
     `codebook_size` codes of `dim` channels. All computing is in float32 whatever the autocast state.
     """
 
     codebook_size: int
     dim: int
+    query_names: tuple[str, ...] = ("z",)
+    """What errors call the features, one name for each part of their channels."""
 
     @property
     def revivable(self) -> bool:
@@ -34,6 +38,10 @@ class Quantizer(nn.Module, ABC):
     def prepared(self) -> Callable[[Tensor], Quantized]:
         """`quantize` for several calls in a row while nothing learns: what depends on the codes alone is made once."""
         return self.quantize
+
+    def name_queries(self, *names: str) -> None:
+        """Let errors about features name the modules that made them."""
+        self.query_names = names
 
     @abstractmethod
     def look_up(self, ids: Tensor) -> Tensor:

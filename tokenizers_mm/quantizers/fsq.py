@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Length, Range, Width, checked
 from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids, round_to_levels
@@ -44,7 +45,8 @@ class FSQ(Quantizer):
         whole = round_to_levels(_linear(self.project_in, z), levels)
         zero = z.new_zeros(())
         terms = VQTerms(zero, zero, zero) if self.training else None
-        return Quantized(self._expand(whole), levels_to_ids(whole, levels), terms, queries=z.detach())
+        ids = kernels.finite_ids(z, levels_to_ids(whole, levels), self.query_names[0])
+        return Quantized(self._expand(whole), ids, terms, queries=z.detach())
 
     def look_up(self, ids: Tensor) -> Tensor:
         return self._expand(ids_to_levels(ids, self.config.levels))

@@ -28,6 +28,10 @@ class MultiScaleQuantizer(Quantizer):
         self.grids = tuple((int(rows), int(columns)) for rows, columns in grids)
         self.codebook_size, self.dim = quantizer.codebook_size, quantizer.dim
 
+    def name_queries(self, *names: str) -> None:
+        super().name_queries(*names)
+        self.quantizer.name_queries(*names)
+
     @in_float32
     def quantize(self, z: Tensor, keep: Sequence[int] | None = None) -> Quantized:
         """`keep` lists the scales to use (scale drop in training); None uses all."""

@@ -25,6 +25,11 @@ class ResidualQuantizer(Quantizer):
         self.stages = nn.ModuleList(stages)
         self.codebook_size, self.dim = stages[0].codebook_size, stages[0].dim
 
+    def name_queries(self, *names: str) -> None:
+        super().name_queries(*names)
+        for stage in self.stages:
+            stage.name_queries(*names)  # type: ignore[operator]
+
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
         residual, parts = z, []

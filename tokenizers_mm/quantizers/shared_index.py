@@ -46,6 +46,7 @@ class SharedIndexQuantizer(Quantizer):
         self.codebook_size, self.dim = config.codebook_size, sum(config.dims)
         bound = 1.0 / config.codebook_size
         parts = [torch.empty(config.codebook_size, dim).uniform_(-bound, bound) for dim in config.dims]
+        self.query_names = ("z",) * len(config.dims)
         self.codebooks = nn.ParameterList(nn.functional.normalize(part, dim=-1) for part in parts)
 
     def codebook(self) -> Tensor:
@@ -58,12 +59,18 @@ class SharedIndexQuantizer(Quantizer):
         return self._quantize(z, self.codebook())
 
     def prepared(self) -> Callable[[Tensor], Quantized]:
-        return partial(self._quantize, codebook=self.codebook())
+        return partial(self._quantize, codebook=self.codebook(), trust_version=True)
 
     @in_float32
-    def _quantize(self, z: Tensor, codebook: Tensor) -> Quantized:
+    def _quantize(self, z: Tensor, codebook: Tensor, trust_version: bool = False) -> Quantized:
         z, dims = self._normalized(z), self.config.dims
-        ids = kernels.nearest_code_shared(z.split(dims, -1), codebook.split(dims, -1), self.config.weights)
+        ids = kernels.nearest_code_shared(
+            z.split(dims, -1),
+            codebook.split(dims, -1),
+            self.config.weights,
+            trust_version=trust_version,
+            names=self.query_names,
+        )
         vectors = look_up(codebook, ids)
         terms = vq_terms(z, vectors, self._entropy(z, codebook)) if self.training else None
         return Quantized(straight_through(z, vectors), ids, terms, queries=z.detach())

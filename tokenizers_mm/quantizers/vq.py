@@ -26,7 +26,7 @@ class VQ(Quantizer):
 
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
-        return _quantize(z, self.codebook(), self.training, rotation=False)
+        return _quantize(z, self.codebook(), self.training, False, self.query_names[0])
 
     def look_up(self, ids: Tensor) -> Tensor:
         return look_up(self.codebook(), ids)
@@ -66,7 +66,7 @@ class SimVQ(Quantizer):
 
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
-        return _quantize(z, self.codebook(), self.training, self.config.rotation)
+        return _quantize(z, self.codebook(), self.training, self.config.rotation, self.query_names[0])
 
     def look_up(self, ids: Tensor) -> Tensor:
         return look_up(self.frozen.float(), ids) @ self.transform.weight.float().T  # type: ignore[operator]
@@ -79,8 +79,8 @@ class SimVQ(Quantizer):
         raise ValueError("SimVQ: expected no revival of codes (its codebook is frozen by design), got a request for it")
 
 
-def _quantize(z: Tensor, codebook: Tensor, training: bool, rotation: bool) -> Quantized:
-    ids = kernels.nearest_code(z, codebook)
+def _quantize(z: Tensor, codebook: Tensor, training: bool, rotation: bool, name: str) -> Quantized:
+    ids = kernels.nearest_code(z, codebook, name=name)
     vectors = look_up(codebook, ids)
     terms = vq_terms(z, vectors) if training else None
     passed = rotate_to(z, vectors) if rotation else straight_through(z, vectors)

@@ -1,139 +1,110 @@
-"""The demo: train a small two-codebook tokenizer, measure it on what it never saw, save it, load it, look at it.
+"""The demo: train a small two-codebook tokenizer, measure it on held-out images, save it, load it, show it.
 
-Then a small language model learns to read and to write its codes (`language_model`, `judgement`).
+Then a small language model learns to read and to write its codes. The work is a fixed number of steps: every machine
+gets the same quality, and one machine the same numbers every time.
 """
 
 import argparse
-import math
 import sys
-from dataclasses import replace
+import tempfile
+import time
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import tokenizers_mm as tmm
 from tokenizers_mm._files import write_json
-from tokenizers_mm._images import image_to_tensor
-from tokenizers_mm.data.photographs import fixed_crops
-from tokenizers_mm.data.scenes import COLOURS, SHAPES, Scene, make_scene, scene_images
-from tokenizers_mm.eval.codebook import codebook_health
-from tokenizers_mm.eval.image import psnr, ssim
-from tokenizers_mm.eval.pictures import comparison_grid, plot_curves, save_picture
-from tokenizers_mm.eval.report import reconstruct
-from tokenizers_mm.eval.semantics import linear_probe
-from tokenizers_mm.models import ImageTokenizer
 
-from ..config import read_config
-from ..log import read_log
-from ..loop import run
+from ..config import RunConfig, read_config
+from ..state import build_state
+from ..step import train_step
+from .clock import Clock, in_words
+from .tokenizer import measure_tokenizer, train_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BRIDGE_SECONDS = 580.0
-NUM_CROPS, NUM_PROBE_TRAIN, NUM_PROBE_TEST = 96, 6400, 960
+
+TOKENIZER, PROBES = "train the tokenizer", "measure it"
+LANGUAGE_MODEL, DRAWINGS = "train the language model", "ask it and let it draw"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Steps of the tokenizer and of the language model, and scenes that the latter learns from."""
+
+    tokenizer_steps: int
+    language_steps: int
+    language_scenes: int
+
+
+FULL, QUICK = Work(1200, 4000, 8000), Work(150, 500, 2000)
+
+WARM_START, PROBING, DRAWING = 40, 60, 200
+"""Work besides the steps, in units of them: before the tokenizer's training and after it, in its steps; after the
+language model's training, in its steps."""
 
 
 def demo(out: Path, quick: bool = False) -> dict[str, Any]:
-    """Run all of it; leaves the tokenizer, the language model, pictures and summary.json in `out`; returns the summary.
+    """Run all of it; leaves the tokenizer, the language model, images and summary.json in `out`; returns the summary.
 
-    quick: an eighth of the time, for a first look. Without `transformers` it ends with the tokenizer.
+    quick: an eighth of the steps, for a first look. Without `transformers` it ends with the tokenizer.
     """
-    config = read_config(str(CONFIGS / "demo.yaml"), [f"out={out / 'training'}"])
-    if quick:
-        config = replace(config, max_seconds=config.max_seconds / 8)
-    state = run(config)
-    state.averaged.eval().save(out / "tokenizer")
-    tokenizer = tmm.load(out / "tokenizer")
-
-    side = config.objective.model.config["image_size"][0]
-    crops = torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", NUM_CROPS, side)])
-    decoded, codes = reconstruct(tokenizer, crops)
-    train_scenes, test_scenes = _balanced(NUM_PROBE_TRAIN), _balanced(NUM_PROBE_TEST, start=1 << 30)
-    scene_codes = _encode_scenes(tokenizer, test_scenes, side)
-    stream = codes[0].streams[0]
-    summary = {
-        "psnr_heldout": float(psnr(crops, decoded).mean()),
-        "ssim_heldout": float(ssim(crops, decoded).mean()),
-        "codebook_usage": codebook_health([*codes, *scene_codes])[stream.name]["usage"],
-        "codebook_usage_crops": codebook_health(codes)[stream.name]["usage"],
-        **_probe(tokenizer, train_scenes, test_scenes, side),
-        "roundtrip_max_abs": _roundtrip(state.averaged.eval(), tokenizer, crops),
-        "train_seconds": state.seconds,
-        "train_steps": state.step,
-        "ids_per_image": stream.num_ids,
-        "bits_per_id": math.log2(stream.codebook_size),
-        "heldout_crops": len(crops),
-    }
-    save_picture(comparison_grid(crops[:32], decoded[:32], zoom=2), out / "reconstructions.png")
-    _curves(out / "training" / "log.jsonl", out / "curves.png")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no value that is read depends on it
+    work, speaks = QUICK if quick else FULL, find_spec("transformers") is not None
+    steps = [f"out={out / 'training'}", f"steps={work.tokenizer_steps}"]
+    config = read_config(str(CONFIGS / "demo.yaml"), steps)
+    started = time.perf_counter()
+    clock = Clock(predict(config, work, speaks))
+    print(f"On this machine this takes about {in_words(sum(clock.expected.values()))}.", file=sys.stderr)
+    clock.begin(TOKENIZER)
+    tokenizer, trained = train_tokenizer(config, out)
+    clock.begin(PROBES)
+    summary = measure_tokenizer(tokenizer, out) | trained
     write_json(out / "summary.json", summary)
-    if find_spec("transformers") is None:
+    if not speaks:
         print("The language model needs transformers: pip install 'tokenizers_mm[llm]'", file=sys.stderr)
         return summary
-    from .judgement import bridge_demo  # an optional package
+    from .judgement import measure_language_model  # an optional package
+    from .language_model import teach
 
-    summary |= bridge_demo(tokenizer, out, BRIDGE_SECONDS / 8 if quick else BRIDGE_SECONDS)
+    clock.begin(LANGUAGE_MODEL)
+    count = work.language_steps
+    bridge, taught = teach(tokenizer, out, count, work.language_scenes, lambda step: clock.tick(step / count))
+    clock.begin(DRAWINGS)
+    summary |= measure_language_model(bridge, tokenizer, out) | taught
+    summary["whole_seconds"] = time.perf_counter() - started
     write_json(out / "summary.json", summary)
     return summary
 
 
-def _roundtrip(trained: ImageTokenizer[Any], loaded: ImageTokenizer[Any], images: Tensor) -> float:
-    """Largest difference between the trained model's reconstruction and what the loaded one decodes from ids alone."""
-    with torch.no_grad():
-        codes = trained.encode(images)
-        return float((trained(images).image - loaded.decode_ids(codes.ids)).abs().max())
+def predict(config: RunConfig, work: Work, speaks: bool) -> dict[str, float]:
+    """Seconds of every phase, from a few steps of each kind on this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = build_state(replace(config, out=folder, objective=replace(config.objective, warm_start=None)))
+        batches = state.objective.batches(0, 0)
+        step = _seconds(lambda: train_step(state, [next(batches)]), 6)
+        expected = {TOKENIZER: (work.tokenizer_steps + WARM_START) * step, PROBES: PROBING * step}
+        if speaks:
+            from .language_model import TURNS, teach  # an optional package
+
+            times = [time.perf_counter()]
+            count = 3 * len(TURNS)
+            teach(state.averaged.eval(), Path(folder), count, 64, lambda _: times.append(time.perf_counter()))
+            turn = (times[-1] - times[len(TURNS)]) / (2 * len(TURNS))
+            expected |= {LANGUAGE_MODEL: work.language_steps * turn, DRAWINGS: DRAWING * turn}
+    return expected
 
 
-def _balanced(count: int, start: int = 0) -> list[Scene]:
-    """Held-out scenes in which every pair of shape and colour is the largest object's equally often."""
-    per_class = count // (len(SHAPES) * len(COLOURS))
-    left = {(shape, colour): per_class for shape in SHAPES for colour in COLOURS}
-    scenes, index = [], start
-    while len(scenes) < per_class * len(left):
-        scene = make_scene(index, "heldout")
-        key = (scene.objects[0].shape, scene.objects[0].colour)
-        if left[key] > 0:
-            left[key] -= 1
-            scenes.append(scene)
-        index += 1
-    return scenes
-
-
-def _encode_scenes(tokenizer: ImageTokenizer[Any], scenes: list[Scene], side: int) -> list[tmm.ImageCodes]:
-    return [tokenizer.encode(part) for part in scene_images(scenes, side).split(64)]
-
-
-def _probe(tokenizer: ImageTokenizer[Any], train: list[Scene], test: list[Scene], side: int) -> dict[str, float]:
-    """Accuracy of linear probes for shape and colour of the largest object on the semantic and on the pixel vectors.
-
-    A scene counts as right when both are right.
-    """
-    semantic_dim = tokenizer.config.quantizer.dims[0]
-    features = {}
-    for name, scenes in (("train", train), ("test", test)):
-        with torch.no_grad():
-            features[name] = torch.cat([tokenizer.vectors(c) for c in _encode_scenes(tokenizer, scenes, side)])
-    result: dict[str, float] = {}
-    for part, name in ((slice(None, semantic_dim), ""), (slice(semantic_dim, None), "_pixel")):
-        x, y = (features[split][..., part].flatten(1) for split in ("train", "test"))
-        right = torch.ones(len(test), dtype=torch.bool)
-        for task, classes in (("shape", SHAPES), ("colour", tuple(COLOURS))):
-            labels = [
-                torch.tensor([classes.index(getattr(s.objects[0], task)) for s in scenes]) for scenes in (train, test)
-            ]
-            hits = linear_probe((x, labels[0]), (y, labels[1]), len(classes))
-            result[f"probe_{task}{name}"] = float(hits.double().mean())
-            right &= hits
-        result[f"probe_accuracy{name}"] = float(right.double().mean())
-    return result
-
-
-def _curves(log: Path, path: Path) -> None:
-    lines = read_log(log)
-    names = ("psnr", "pixel", "semantic", "commitment", "usage_shared", "lr")
-    plot_curves({name: [(line["step"], line[name]) for line in lines if name in line] for name in names}, path)
+def _seconds(act: Any, count: int) -> float:
+    """Mean seconds of a call, after two that are not counted."""
+    for _ in range(2):
+        act()
+    started = time.perf_counter()
+    for _ in range(count):
+        act()
+    return (time.perf_counter() - started) / count
 
 
 def main(arguments: list[str]) -> int:
@@ -145,7 +116,7 @@ def main(arguments: list[str]) -> int:
     summary = demo(options.out, options.quick)
     print()
     for name, value in summary.items():
-        print(f"{name:<22} {value:.4g}" if isinstance(value, float) else f"{name:<22} {value}")
+        print(f"{name:<26} {value:.4g}" if isinstance(value, float) else f"{name:<26} {value}")
     print(f"\nLook at {options.out / 'reconstructions.png'}: originals over reconstructions, never trained on,")
     print(f"and at {options.out / 'curves.png'}: the training.")
     print(f"The tokenizer is in {options.out / 'tokenizer'}: tokenizers_mm.load takes it.")

@@ -20,7 +20,7 @@ from tokenizers_mm.llm.next_scale import NextScaleGenerator, ScaleSampling
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
 
-from .language_model import COLOUR, SHAPE, TELL, Bridge, Lessons, make_lessons, teach
+from .language_model import COLOUR, SHAPE, TELL, Bridge, Lessons, make_lessons
 
 NUM_HELDOUT, SHOWN, TOGETHER = 200, 16, 10
 CANDIDATES = 4
@@ -41,9 +41,8 @@ class Drawing:
     parsed: int
 
 
-def bridge_demo(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> dict[str, Any]:
-    """Train, ask and draw; leaves the model, understanding.md and generation.png in `out`; returns the numbers."""
-    bridge, report = teach(tokenizer, out, seconds)
+def measure_language_model(bridge: Bridge, tokenizer: ImageTokenizer[Any], out: Path) -> dict[str, Any]:
+    """Ask about held-out scenes and draw held-out captions; leaves understanding.md and generation.png in `out`."""
     heldout = [make_scene(HELDOUT + index, "heldout") for index in range(NUM_HELDOUT)]
     answers = understand(bridge, make_lessons(tokenizer, heldout))
     drawings = draw(bridge, heldout)
@@ -58,7 +57,6 @@ def bridge_demo(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> di
         "generation_accuracy_first": _share(_right(d.first, s) for d, s in zip(drawings, heldout, strict=True)),
         "generation_real": _share(_right(s.render(bridge.size[0]), s) for s in heldout),
         "parse_rate": sum(d.parsed for d in drawings) / (CANDIDATES * len(drawings)),
-        **report,
     }
 
 

@@ -5,9 +5,8 @@ It reads pictures as the features of their codes, and draws by next-scale predic
 
 import itertools
 import random
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tokenizers_mm._check import fail
 from tokenizers_mm._files import write_json
 from tokenizers_mm.data.scenes import COLOURS, COLUMNS, GROUNDS, ROWS, SHAPES, Scene, make_scene, scene_images
 from tokenizers_mm.llm import (
@@ -38,10 +36,11 @@ from tokenizers_mm.models.saving import save_tensors
 from tokenizers_mm.types import ImageCodes
 
 from ..optim import OptimizerConfig, descend, learning_rate
+from .tokenizer import image_size
 
 WIDTH, DEPTH, HEADS = 128, 4, 4
-NUM_SCENES, DRAWN, TOLD = 8000, 8, 8
-"""Scenes to learn from, and how many of them a step of drawing and one of telling take."""
+DRAWN, TOLD = 8, 8
+"""Scenes in a step of drawing and in one of telling."""
 
 TURNS = (*["draw"] * 5, "tell")
 UNCAPTIONED = 0.1
@@ -71,7 +70,7 @@ class Bridge(nn.Module):
         self.prefix = len(processor.rows([[f"{DRAW} {LONGEST}", processor.opening()]], end=False)[0])
         self.model: Any = make_model(processor, self.codes, 2 * self.prefix + stream.num_ids)
         self.projector = FeatureProjector(ProjectorConfig(processor.feature_dims(), WIDTH))
-        self.scales = NextScaleInputs(stream.grids, self.codes.shape[1], WIDTH)
+        self.scales = NextScaleInputs(stream.grids, self.codes.shape[1], WIDTH, self.prefix)
         self.first_id = processor.vocabulary.codes[0].start
 
     def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -111,32 +110,35 @@ class Lessons:
         return Segment(ImageFeatures((self.features[index],), *self.size), learn=False, as_features=True)
 
 
-def teach(tokenizer: ImageTokenizer[Any], out: Path, seconds: float) -> tuple[Bridge, dict[str, Any]]:
-    """Train for so many seconds; leaves the model in `out/language_model`, and says how long and how far it went."""
+def teach(
+    tokenizer: ImageTokenizer[Any], out: Path, steps: int, num_scenes: int, shown: Callable[[int], object] = print
+) -> tuple[Bridge, dict[str, Any]]:
+    """Train for `steps` steps on `num_scenes` scenes; leaves the model in `out/language_model`.
+
+    shown: called with the number of steps done, after each.
+    """
     torch.manual_seed(0)
     bridge = Bridge(tokenizer, make_processor(tokenizer))
-    lessons = make_lessons(tokenizer, [make_scene(index) for index in range(NUM_SCENES)])
+    lessons = make_lessons(tokenizer, [make_scene(index) for index in range(num_scenes)])
     matrices = [p for p in bridge.model.transformer.h.parameters() if p.ndim == 2]
     others = [p for p in bridge.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = (
         (MATRICES, torch.optim.Muon(matrices, lr=MATRICES.lr, weight_decay=MATRICES.weight_decay)),
         (OTHERS, torch.optim.AdamW(others, OTHERS.lr, OTHERS.betas, weight_decay=OTHERS.weight_decay)),
     )
-    rng, turns, started, step = random.Random(0), itertools.cycle(TURNS), time.perf_counter(), 0
+    rng, turns, started = random.Random(0), itertools.cycle(TURNS), time.perf_counter()
     means: dict[str, float] = {}
     bridge.train()
-    while (spent := time.perf_counter() - started) < seconds:
+    for step in range(steps):
         turn = next(turns)
         loss = draw_loss(bridge, lessons, rng) if turn == "draw" else tell_loss(bridge, lessons, rng)
         loss.backward()
         for options, optimizer in optimizers:
-            descend(optimizer, learning_rate(options, step, spent / seconds), options.clip)
+            descend(optimizer, learning_rate(options, step, step / steps), options.clip)
         means[turn] = means.get(turn, loss.item()) * 0.98 + loss.item() * 0.02
-        step += 1
-        if step % 200 == 0:
-            print(f"bridge {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()), file=sys.stderr)
+        shown(step + 1)
     bridge.eval().save(out / "language_model")
-    report = {"bridge_seconds": time.perf_counter() - started, "bridge_steps": step}
+    report = {"bridge_seconds": time.perf_counter() - started, "bridge_steps": steps}
     write_json(out / "language_model" / "demo.json", report | {f"loss_{k}": v for k, v in means.items()})
     return bridge, report
 
@@ -190,12 +192,6 @@ def make_model(processor: MultimodalProcessor, codes: Tensor, positions: int) ->
     )
     name = processor.vocabulary.codes[0].stream
     return extend(GPT2LMHeadModel(config), processor.vocabulary, codebooks={name: codes})
-
-
-def image_size(tokenizer: ImageTokenizer[Any]) -> tuple[int, int]:
-    """(height, width) of a tokenizer of one size."""
-    size = tokenizer.image_size
-    return size if size is not None else fail("tokenizer", "one of a fixed size", "one of any size")
 
 
 @torch.no_grad()

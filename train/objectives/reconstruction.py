@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +16,16 @@ from tokenizers_mm.data.sources import Batch, DataConfig, Mixture, Positions, li
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.models import ImageTokenizer
+from tokenizers_mm.models.tokenflow import TokenFlow
 from tokenizers_mm.types import Disturbance
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from .base import Moment, Objective, Player, Terms
 from .codebook_health import CodebookHealth, RevivalConfig
-from .start import ModelConfig, build_tokenizer, check_model, model_size
+from .start import ModelConfig, build_tokenizer, check_model, model_size, parse_model
 from .terms import ImageTerms, LossConfig, check_loss
+from .warm_start import WarmStartConfig, check_warm_start, warm_start
 
 Share = Annotated[float, Range(0, 1)]
 
@@ -46,7 +48,8 @@ class NoiseConfig:
 @dataclass(frozen=True)
 class ReconstructionConfig:
     """discriminator_optimizer: by default as `optimizer`. noise: disturb the pixel codes. scale_drop: chance that one
-    scale but the first is left out of a step. trainable: prefixes of the parameters that learn; none means all."""
+    scale but the first is left out of a step. trainable: prefixes of the parameters that learn; none means all.
+    warm_start: fit linear paths and codebook to training images before the first step (see `warm_start`)."""
 
     model: ModelConfig
     kind: Literal["reconstruction"] = "reconstruction"
@@ -58,6 +61,7 @@ class ReconstructionConfig:
     noise: NoiseConfig | None = None
     scale_drop: Share = 0.0
     trainable: tuple[str, ...] = ()
+    warm_start: WarmStartConfig | None = None
 
 
 class Reconstruction(Objective):
@@ -77,6 +81,8 @@ class Reconstruction(Objective):
         own = config.discriminator_optimizer
         require(own is None or bool(config.loss.weights.generator), "config.objective.discriminator_optimizer",
                 "nothing where loss.weights.generator is 0", "one")  # fmt: skip
+        if config.warm_start is not None:
+            check_warm_start(parse_model(config.model), "config.objective.warm_start")
         quantizer = config.model.config.get("quantizer")
         temperature = quantizer.get("entropy_temperature") if isinstance(quantizer, dict) else None
         idle = temperature is not None and not config.loss.weights.entropy and not config.model.start_from
@@ -115,6 +121,11 @@ class Reconstruction(Objective):
         side = self.tokenizer.size_multiple
         streams = self.tokenizer.streams(*(self.size or (side, side)))
         return max((len(stream.grids) for stream in streams), default=1)
+
+    def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
+        if self.config.warm_start is not None:
+            warm_start(cast(TokenFlow, self.tokenizer), self.config.data, self.run.seed, self.config.warm_start)
+        return []
 
     def enter(self, stage: int) -> None:
         for network in self.networks.values():

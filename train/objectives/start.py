@@ -30,6 +30,13 @@ class ModelConfig:
     fresh: tuple[str, ...] = ()
 
 
+def parse_model(model: ModelConfig) -> Any:
+    """The family's own configuration, checked; None without one."""
+    if not model.config:
+        return None
+    return from_mapping(MODELS[model.family].Config, model.config, "config.objective.model.config")
+
+
 def check_model(model: ModelConfig) -> None:
     """Refuse an unknown family, and values that do not go together."""
     where = "config.objective.model"

@@ -46,7 +46,8 @@ class TeacherConfig:
     """A frozen timm tower whose tokens the semantic decoder learns to predict.
 
     name, options, mean, std, features: as in the tokenizer's own semantic encoder. pretrained: False takes random
-    weights, which is of use in tests only.
+    weights, which is of use in tests only. package: Python package that carries the weights, in place of timm's hub.
+    image_size: (height, width) that images are resized to (bilinear) for the tower; None leaves them as they are.
     """
 
     name: str
@@ -55,6 +56,8 @@ class TeacherConfig:
     std: tuple[float, float, float] | None = None
     features: Literal["norm", "last", "projected"] = "norm"
     pretrained: bool = True
+    package: str = ""
+    image_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,11 @@ class ImageTerms:
         if self.teacher is None:
             assert output.target is not None
             return cosine_distance(semantic, output.target.float())
+        assert self.config.teacher is not None
+        size = self.config.teacher.image_size
         with torch.no_grad():
-            target = self.teacher(x).flatten(1, 2)
+            seen = x if size is None else F.interpolate(x, size, mode="bilinear")
+            target = self.teacher(seen).flatten(1, 2)
         return cosine_distance(semantic, target.float())
 
 
@@ -180,5 +186,5 @@ def _teacher(config: TeacherConfig) -> SemanticEncoder:
     options = {"name": config.name, "options": config.options, "mean": config.mean, "std": config.std}
     teacher = SemanticEncoder(SemanticEncoderConfig(**options, features=config.features, pretrained=config.pretrained))  # type: ignore[arg-type]
     if config.pretrained:
-        load_pretrained(teacher)
+        load_pretrained(teacher, config.package)
     return teacher.requires_grad_(False).eval()
