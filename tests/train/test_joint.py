@@ -24,8 +24,9 @@ from train.__main__ import main
 from train.config import RunConfig, read_config
 from train.log import read_log
 from train.loop import run
-from train.objectives.guard import Guard, GuardConfig, held_out
+from train.objectives.guard import Guard, GuardConfig
 from train.objectives.joint import PARTS
+from train.objectives.validation import held_out
 from train.state import State, build_state
 from train.step import train_step, weighted_sum
 
@@ -80,13 +81,8 @@ def looks(out: Path) -> list[dict[str, Any]]:
 
 
 def quality(tokenizer: Any, count: int = 8) -> float:
-    config = configured_guard(count)
-    pictures = held_out(config, (32, 32))
+    pictures = held_out("", count, (32, 32))
     return float(psnr(pictures, reconstruct(tokenizer, pictures)[0]).mean())
-
-
-def configured_guard(count: int) -> Any:
-    return GuardConfig(pictures=count)
 
 
 def test_captions_are_learned_in_stage_one_and_further_in_stage_two(folder: Path, tmp_path: Path) -> None:
@@ -221,9 +217,9 @@ def test_the_guard_keeps_the_last_good_tokenizer(
 
 def test_rfid_crosses_the_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, 2.9, 3.1])
-    monkeypatch.setattr("train.objectives.guard.rfid", lambda a, b, weights: next(values))
+    monkeypatch.setattr("train.objectives.validation.rfid", lambda a, b, weights: next(values))
     config = GuardConfig(inception="weights.pth", max_fid_ratio=1.5, action="freeze", pictures=8)
-    guard = Guard(config, held_out(config, (32, 32)))
+    guard = Guard(config, held_out("", 8, (32, 32)))
     parts = {"tokenizer": tmm.load(folder / "tokenizer")}
     lines = [guard.measure(parts, step) for step in range(3)]
     assert [line["guard"] for line in lines] == ["before", "within", "freeze"]
