@@ -169,6 +169,7 @@ class State:
                 raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
         for name in COUNTERS:
             setattr(self, name, counters[name])
+        self.objective.enter(self.stage)  # the restored state may say what learns
 
 
 def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> State:

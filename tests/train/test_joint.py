@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import tokenizers_mm as tmm
+import train.loop
 from tests.cases import ROOT
 from tests.llm.fakes import words
 from tests.models.test_tokenflow import tiny_config
+from tests.train.kinds import assert_same, final
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.eval.image import psnr
@@ -213,6 +215,32 @@ def test_the_guard_keeps_the_last_good_tokenizer(
         assert main(arguments(folder, tmp_path, *plan)) == 0
         assert (tmp_path / "model.safetensors").read_bytes() == before
         assert len(looks(tmp_path)) == 4
+
+
+def test_a_run_goes_on_after_its_tokenizer_was_frozen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the stage of the freeze and in the one after; it ends as the run that was left alone."""
+    wild = "{stage: joint, steps: 4, tokenizer: {lr: 1.0}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
+    again = "{stage: joint, steps: 3, tokenizer: {lr: 0.001}, projector: {lr: 0.001}}"
+    plan = [f"objective.stages=[{wild}, {again}]", *NO_GAN, "save_every=1"]
+    plan += ["objective.guard={every: 2, pictures: 4, max_psnr_drop: 1.0, action: freeze}"]
+    whole = train.loop.train_step
+    run(configured(folder, tmp_path / "whole", *plan))
+    for cut in (3, 5):
+
+        def step(state: State, batches: Any, until: int = cut) -> Any:
+            if state.step == until:
+                raise KeyboardInterrupt
+            return whole(state, batches)
+
+        monkeypatch.setattr(train.loop, "train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(configured(folder, tmp_path / "parts", *plan))
+    monkeypatch.setattr(train.loop, "train_step", whole)
+    state = run(configured(folder, tmp_path / "parts", *plan))
+    assert state.objective.guard.frozen  # type: ignore[attr-defined]
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "parts"))
 
 
 def test_rfid_crosses_the_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

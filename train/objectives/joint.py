@@ -170,7 +170,7 @@ class Joint(Objective):
                 parameter.requires_grad_(part in learning)
 
     def learners(self, stage: int) -> dict[str, Learner]:
-        learning = self.learning(stage)
+        learning = self.config.stages[stage].learning()  # a tokenizer that the guard freezes keeps an idle optimizer
         found = {part: Learner(options, self.learnable[part]) for part, options in learning.items()}
         if "discriminator" in self.networks and "tokenizer" in learning:
             options = self.config.discriminator_optimizer or learning["tokenizer"]
