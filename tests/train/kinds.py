@@ -33,7 +33,8 @@ SMALLER: dict[str, dict[str, Any]] = {
         "objective.data.workers": 0,
         "objective.loss.gan_start": 2,
         "objective.revival.every": 2,
-        "objective.model.config.semantic_encoder.options.proj_drop_rate": 0.1,
+        "objective.model.config.semantic_encoder.options.drop_path_rate": 0.3,
+        "objective.model.config.semantic_encoder.options.depth": 2,
         "objective.optimizer.schedule": "constant",
     },
     "mar": {
@@ -84,7 +85,7 @@ def without_dropout(kind: str) -> dict[str, Any]:
     """Edits for tests that compare runs whose batches are divided differently."""
     if kind == "reconstruction":
         return {
-            "objective.model.config.semantic_encoder.options.proj_drop_rate": 0.0,
+            "objective.model.config.semantic_encoder.options.drop_path_rate": 0.0,
             "objective.model.config.quantizer.entropy_temperature": None,
             "objective.loss.weights.entropy": 0.0,  # it, captions and batch norm mix the samples of a batch
             "objective.loss.weights.semantic": 0.0,

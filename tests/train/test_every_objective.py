@@ -19,6 +19,7 @@ from tests.train.kinds import (
     make_place,
     plain,
     run_ranks,
+    same_on_all_ranks,
     start,
     tiny,
     without_dropout,
