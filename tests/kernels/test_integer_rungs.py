@@ -1,4 +1,4 @@
-"""Integer rungs of every instruction set: exact at the edges of their ranges, for any dimension, the same bits everywhere."""
+"""Integer rungs of every instruction set: exact at the edges of their ranges, any dimension, equal bits everywhere."""
 
 from collections.abc import Iterator
 
