@@ -371,10 +371,10 @@ Stats search(const Query& query, Codebook& book) {
     stats = search_all_in_full(query, known);
   } else if (method == TMM_BRUTE) {
     stats = search_live(query);
-  } else if (!query.margin && (method == TMM_TREE || (method == TMM_AUTO && wants_tree(query, book, known)))) {
+  } else if (method == TMM_TREE || (method == TMM_AUTO && wants_tree(query, book, known))) {
     method = TMM_TREE;
     stats = search_tree(query, known, book.box_tree(query.codes, query.threads));
-  } else if (method == TMM_AUTO || method == TMM_TREE) {
+  } else if (method == TMM_AUTO) {
     stats = search_ladder(query, book, &method);
   } else {
     stats = search_rung(query, book, method - TMM_INT8);
