@@ -50,7 +50,7 @@ CAPS = {
         "OPENBLAS_CORETYPE": "Haswell",
     },
 }
-"""Environment by instruction set that keeps the peers from a stronger one: torch, either FAISS wheel, their BLAS."""
+"""Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS."""
 CAPS["avx_vnni"] = {**CAPS["avx2"], "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 CAPS["avx512_vnni"] = {}
 

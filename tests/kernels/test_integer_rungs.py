@@ -1,4 +1,4 @@
-"""Integer rungs of every instruction set: exact at the edges of their ranges, any dimension, equal bits everywhere."""
+"""Integer rungs of every instruction set: exact at the edges of their ranges, the same bits everywhere."""
 
 from collections.abc import Iterator
 
@@ -49,9 +49,7 @@ def edge(kind: str, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
         strong = torch.where(torch.arange(d) % 37 == 5, 25.0, 1.0)
         z = (torch.linspace(-1.2, 1.2, n)[:, None] + 1e-3 * z) * strong
         c = (torch.linspace(-1, 1, k)[:, None] * signs.abs() + 1e-3 * c) * strong
-    elif (
-        kind == "split"
-    ):  # neighbouring runs of 16 dimensions hold their mass next to each other; 4 dimensions in 16 bits
+    elif kind == "split":  # runs of 16 dimensions with their mass next to each other; 4 in 16 bits
         strong = torch.where(torch.arange(d) >= d - 4, 25.0, 1.0)
         inside = (torch.arange(d) - 8).remainder(32) < 16
         z = (torch.linspace(-1.2, 1.2, n)[:, None] * inside + 1e-3 * z) * strong
