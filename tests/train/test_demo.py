@@ -91,11 +91,12 @@ def test_publishing_writes_a_card_with_what_was_measured(
 ) -> None:
     for name, value in {"NUM_CROPS": 6, "NUM_PROBE_TRAIN": 32, "NUM_PROBE_TEST": 32}.items():
         monkeypatch.setattr(tokenizer, name, value)
-    monkeypatch.setattr(shipped, "class_survival", lambda _: {"class_survives_top1": 0.25, "class_survives_top5": 0.5})
+    survival = {"classified": 8, "class_survives_top1": 0.25, "class_survives_top5": 0.5}
+    monkeypatch.setattr(shipped, "class_survival", lambda _: survival)
     numbers = shipped.publish(tmm.load("tokenizers_mm/demo-64"), tmp_path, tmp_path / "folder")
     card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert f"PSNR of 6 crops | {numbers['psnr_heldout']:.2f} dB" in card
-    assert "25%, among its five 50%" in card
+    assert "25%, among its first five 50%" in card
     assert (tmp_path / "folder" / "card.png").is_file()
     again = tmm.load(tmp_path / "folder")
     assert again.provenance.license == "Apache-2.0"
