@@ -24,7 +24,7 @@ class TreeSearch {
       int32_t found[kTreeBatch], slots[kTreeBatch * kTreeCandidates];
       std::fill_n(found, rows, -1);
       if (tree_.grid.unit > 0)
-        isa_.grid_candidates(tree_.grid, tree_.view.dim, query_.z.f32(row), rows, grid_scratch_.get(), slots, found);
+        isa_.tree->grid_candidates(tree_.grid, tree_.view.dim, query_.z.f32(row), rows, grid_scratch_.get(), slots, found);
       for (int64_t r = 0; r < rows; ++r) {
         if (found[r] > 0) {
           choose(row + r, slots + r * kTreeCandidates, found[r]);
@@ -51,7 +51,7 @@ class TreeSearch {
   }
 
   void search_row(int64_t row) {
-    const int64_t found = isa_.tree_candidates(tree_.view, query_.z.f32(row), bounds_.get(), slots_.get(), kCapacity);
+    const int64_t found = isa_.tree->candidates(tree_.view, query_.z.f32(row), bounds_.get(), slots_.get(), kCapacity);
     if (found <= 0 || found > kCapacity) {
       search_in_full(query_, known_.only, row, &stats_);
     } else {

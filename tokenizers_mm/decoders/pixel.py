@@ -91,7 +91,8 @@ class PixelDecoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3 * config.head_patch**2, 3, padding=1)
         self.linear = None
         if config.linear:
-            self.linear = nn.Conv2d(config.in_channels, 3 * config.factor**2, 3, padding=1)
+            out = 3 * config.factor**2
+            self.linear = nn.Conv2d(config.in_channels, out, 3, padding=1, padding_mode="replicate")
             for parameter in self.conv_out.parameters():
                 nn.init.zeros_(parameter)
 

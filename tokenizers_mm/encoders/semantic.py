@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require, shorten
-from tokenizers_mm.config import Length, MLPRatio, Pattern, Range, Share, Width, checked
+from tokenizers_mm.config import Keys, Length, MLPRatio, Pattern, Range, Share, Width, checked
 
 _CONSTRUCTION = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of timm's constructors for sizes that they do not check themselves."""
 
 _Side = Annotated[int, Range(1, 4096)]
 _StemDepth = Annotated[int, Range(1, 64)]
-_Mean, _Deviation = Annotated[float, Range(-10, 10)], Annotated[float, Range(1e-6, 1e6)]
+_Mean = Annotated[float, Range(-10, 10)]
+_Deviation = Annotated[float, Range(1e-6, 1e6)]
 
 ChannelMeans = tuple[_Mean, _Mean, _Mean]
 ChannelDeviations = tuple[_Deviation, _Deviation, _Deviation]
@@ -77,7 +78,7 @@ class SemanticEncoderConfig:
     """
 
     name: TowerName
-    options: TowerOptions = field(default_factory=TowerOptions)
+    options: Annotated[dict[str, Any], Keys(TowerOptions)] = field(default_factory=dict)
     pretrained: bool = False
     mean: ChannelMeans | None = None
     std: ChannelDeviations | None = None
