@@ -182,11 +182,17 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _srgb_transform(profile: bytes, source: str, target: str) -> Any:
-    """The colour transform from a profile to sRGB; None where the profile is sRGB."""
-    opened = ImageCms.getOpenProfile(BytesIO(profile))
-    if "srgb" in (opened.profile.profile_description or "").lower():
-        return None
-    return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), source, target)
+    """The transform from a profile to sRGB; None where it moves no colour by more than 3: the profile is sRGB."""
+    opened = ImageCms.ImageCmsProfile(BytesIO(profile))
+    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), source, target)
+    if source == target:
+        levels = np.arange(0, 256, 51, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+        probe = Image.fromarray(colours).convert(source)
+        moved = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int) - np.asarray(probe)
+        if np.abs(moved).max() <= 3:
+            return None
+    return transform
 
 
 _silence = threading.Lock()

@@ -19,6 +19,9 @@ from tokenizers_mm._check import fail, shorten
 PROGRAM = "tokenizers_mm.train"
 """The training program is not part of the library; the wheel installs it beside it."""
 
+SHIPPED = "tokenizers_mm/demo-64"
+"""Tokenizer of `encode`, `decode`, `eval` and `export` by default; it is in the package."""
+
 TRACEBACK = "TOKENIZERS_MM_TRACEBACK"
 """Environment variable: where it is set, an error ends with Python's traceback too."""
 
@@ -130,12 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     _tokenizer_option(command)
     _fit_option(command)
     command.add_argument("--strict", action="store_true", help="end at the first image that cannot be encoded")
-    command.add_argument("--out", type=Path, required=True, help="a .safetensors or .npz file")
+    command.add_argument(
+        "--out", type=Path, default=Path("ids.safetensors"), help="a .safetensors or .npz file (default: %(default)s)"
+    )
 
     command = verb("decode", _decode, "Ids to images.")
     command.add_argument("ids", type=Path, help="a file that `encode` wrote")
     _tokenizer_option(command)
-    command.add_argument("--out-dir", type=Path, required=True)
+    command.add_argument("--out-dir", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
 
     command = verb("eval", _eval, "Metrics over a folder of images, as JSON.")
     _tokenizer_option(command)
@@ -167,13 +172,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tokenizer_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tokenizer", required=True, help="directory or hub id")
+    command.add_argument(
+        "--tokenizer",
+        default=SHIPPED,
+        help="directory, hub id, or a tokenizer of the package (default: %(default)s, for 64 x 64 pixels)",
+    )
     command.add_argument("--device", help="for example cuda")
 
 
-def _fit_option(command: argparse.ArgumentParser, default: str = "refuse") -> None:
+def _fit_option(command: argparse.ArgumentParser, default: str = "") -> None:
+    told = default or f"refuse, but crop for {SHIPPED}"
     command.add_argument(
-        "--fit", choices=("refuse", "crop", "pad", "resize"), default=default, help="for images of another size"
+        "--fit",
+        choices=("refuse", "crop", "pad", "resize"),
+        default=default,
+        help=f"for images of another size (default: {told})",
     )
 
 
@@ -201,6 +214,7 @@ def _encode(options: argparse.Namespace) -> None:
     from tokenizers_mm.data.sources import list_images
 
     check_output(options.out)
+    fit = options.fit or ("crop" if options.tokenizer == SHIPPED else "refuse")
     paths: list[Path] = []
     for path in options.images:
         paths += list_images(path) if path.is_dir() else [path]
@@ -209,7 +223,7 @@ def _encode(options: argparse.Namespace) -> None:
     tolerant = len(paths) > 1 and not options.strict
     report = (lambda _, error: _skip(error, skipped)) if tolerant else None
     found: dict[int, Any] = {}
-    for indices, batch in tokenizer.encode_batches(paths, options.fit, report):
+    for indices, batch in tokenizer.encode_batches(paths, fit, report):
         found.update(zip(indices, batch.to("cpu").unbind(), strict=True))
     if not found:
         fail("images", "at least one readable image", f"none ({len(skipped)} refused)")
@@ -244,8 +258,8 @@ def _decode(options: argparse.Namespace) -> None:
             kind = "latents" if continuous else "ids"
             fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
         most = max(1, limit // (first.height * first.width))
-        alike = list(itertools.takewhile(first.is_like, items[done : done + most]))
-        codes: Any = join_codes([item.codes(tokenizer.streams) for item in alike])
+        alike: list[Any] = list(itertools.takewhile(first.is_like, items[done : done + most]))
+        codes = join_codes([item.codes(tokenizer.streams) for item in alike])
         with torch.no_grad():
             images = tokenizer.decode(codes.to(tokenizer.device))
         for index, image in enumerate(tensor_to_images(images), done):

@@ -49,9 +49,7 @@ def edge(kind: str, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
         strong = torch.where(torch.arange(d) % 37 == 5, 25.0, 1.0)
         z = (torch.linspace(-1.2, 1.2, n)[:, None] + 1e-3 * z) * strong
         c = (torch.linspace(-1, 1, k)[:, None] * signs.abs() + 1e-3 * c) * strong
-    elif (
-        kind == "split"
-    ):  # neighbouring runs of 16 dimensions hold their mass next to each other; 4 dimensions in 16 bits
+    elif kind == "split":  # runs of 16 dimensions with their mass next to each other; 4 in 16 bits
         strong = torch.where(torch.arange(d) >= d - 4, 25.0, 1.0)
         inside = (torch.arange(d) - 8).remainder(32) < 16
         z = (torch.linspace(-1.2, 1.2, n)[:, None] * inside + 1e-3 * z) * strong
@@ -62,7 +60,7 @@ def edge(kind: str, n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("d", [1, 4, 7, 16, 31, 33, 64, 257, 530, 800])
 @pytest.mark.parametrize("kind", ["gauss", "flat", "signs", "runs", "one dimension", "wide", "split"])
 def test_edges_of_the_ranges(kind: str, d: int, isa: str) -> None:
-    """A sum beyond its range breaks the certificate, which `pinned` takes for a changed codebook."""
+    """A sum beyond its range breaks the certificate: the answer is wrong."""
     z, c = edge(kind, 37, 150, d)
     for method in ("int8", "int16"):
         ids, found = pinned(method, z, c)

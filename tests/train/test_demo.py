@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import tokenizers_mm as tmm
 from tests.cases import ROOT
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.photographs import fixed_crops
@@ -15,7 +16,7 @@ from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.eval.report import reconstruct
 from train.config import read_config
 from train.demo import __main__ as program
-from train.demo import judgement, language_model, tokenizer
+from train.demo import judgement, language_model, shipped, tokenizer
 from train.demo.clock import Clock
 from train.state import build_state
 
@@ -83,3 +84,20 @@ def test_a_start_needs_a_model_with_linear_paths() -> None:
             str(ROOT / "configs" / "demo.yaml"),
             ["objective.model.config.pixel_encoder.linear=none"],
         )
+
+
+def test_publishing_writes_a_card_with_what_was_measured(
+    one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NUM_CROPS": 6, "NUM_PROBE_TRAIN": 32, "NUM_PROBE_TEST": 32}.items():
+        monkeypatch.setattr(tokenizer, name, value)
+    survival = {"classified": 8, "class_survives_top1": 0.25, "class_survives_top5": 0.5}
+    monkeypatch.setattr(shipped, "class_survival", lambda _: survival)
+    numbers = shipped.publish(tmm.load("tokenizers_mm/demo-64"), tmp_path, tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    assert f"PSNR of 6 crops | {numbers['psnr_heldout']:.2f} dB" in card
+    assert "25%, among its first five 50%" in card
+    assert (tmp_path / "folder" / "card.png").is_file()
+    again = tmm.load(tmp_path / "folder")
+    assert again.provenance.license == "Apache-2.0"
+    assert "chelsea" in card

@@ -87,7 +87,9 @@ def write_codes(
             tensors["grids"] = torch.tensor([item.grid for item in codes if isinstance(item, ImageLatents)])
     with atomic_path(path) as temporary:
         if path.suffix == ".npz":
-            arrays = {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in tensors.items()}
+            arrays: dict[str, Any] = {}
+            for name, tensor in tensors.items():
+                arrays[name] = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
             with temporary.open("wb") as stream:
                 np.savez(stream, metadata=np.array(json.dumps(facts)), **arrays)
         else:
@@ -118,7 +120,8 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
         wide = [sizes, as_ids(tensors["grids"])] if "grids" in tensors else [sizes]
         count = len(offsets) - 1 if offsets.ndim == 1 else -1
         right = count > 0 and all(tuple(t.shape) == (count, 2) for t in wide) and len(wide) == 1 + (key == "latents")
-        right = right and offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
+        ends = offsets.flatten().tolist()
+        right = right and ends[0] == 0 and ends[-1] == len(values) and ends == sorted(ends)
         require(right, str(path), "offsets and sizes that fit each other", f"offsets {list(offsets.shape)}")
         places = torch.cat(wide, 1).tolist()
         parts = values.split(offsets.diff().tolist())

@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 from tokenizers_mm._check import require
 
-ROUNDS = 6
+ROUNDS = 4
 """Of the Feistel network; an even number, so that both halves end where they began."""
 
 SHARES = 1 << 20
@@ -33,14 +33,15 @@ def permute(index: int, size: int, key: int) -> int:
     require(0 <= index < size, "index", f"0 to {size - 1}", index)
     bits = max(2, (size - 1).bit_length())
     low = bits - bits // 2
-    widths = ((1 << bits // 2) - 1, (1 << low) - 1)
+    left_mask, low_mask = (1 << bits // 2) - 1, (1 << low) - 1
+    rounds = [
+        ((key + number * 0x9E3779B97F4A7C15) & _MASK, low_mask if number % 2 else left_mask) for number in range(ROUNDS)
+    ]
     while True:
-        left, right = index >> low, index & widths[1]
-        for number in range(ROUNDS):
-            z = (right + key + number * 0x9E3779B97F4A7C15) & _MASK  # splitmix64
-            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-            left, right = right, left ^ ((z ^ (z >> 31)) & widths[number % 2])
+        left, right = index >> low, index & low_mask
+        for salt, mask in rounds:
+            z = ((right ^ salt) * 0xBF58476D1CE4E5B9) & _MASK  # the first half of splitmix64's mixing
+            left, right = right, left ^ (((z ^ (z >> 29)) * 0x94D049BB133111EB) >> 32 & mask)
         index = left << low | right
         if index < size:
             return index

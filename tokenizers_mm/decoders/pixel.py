@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range, Width, checked
+from tokenizers_mm.functional.deblocking import deblock
 from tokenizers_mm.layers.conv import (
     AttentionLevels,
     Level,
@@ -32,8 +32,7 @@ class PixelDecoderConfig:
     context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
     linear: add a linear map of every 3x3 neighbourhood of z to a patch, which a training run can start by regression.
-    refine_channels: c > 0 (with `linear` and an even head_patch) ends with two 3x3 convolutions at half the size, over
-        c channels of the network and the linear map's image, so that no edges of patches remain.
+    deblock: steps up to about this size at the edges of the patches are smoothed (`functional.deblocking`); 0: none.
     """
 
     in_channels: Width
@@ -47,7 +46,7 @@ class PixelDecoderConfig:
     context_channels: Width | None = None
     num_groups: Width = 32
     linear: bool = False
-    refine_channels: Annotated[int, Range(0, 1024)] = 0
+    deblock: Annotated[float, Range(0, 2)] = 0.0
 
     @property
     def factor(self) -> int:
@@ -60,9 +59,7 @@ class PixelDecoderConfig:
         first = self.channels * self.multipliers[-1]
         if self.resampling == "dc":
             require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)
-        able = self.linear and self.head_patch % 2 == 0
-        require(able or not self.refine_channels, "refine_channels", "0 (no linear map, or an odd head_patch)",
-                self.refine_channels)  # fmt: skip
+        require(self.factor >= 6 or not self.deblock, "deblock", "0 for patches of less than 6 pixels", self.deblock)
 
 
 class PixelDecoder(nn.Module):
@@ -91,22 +88,18 @@ class PixelDecoder(nn.Module):
             )
             width = widths[index]
         self.norm_out = norm(width)
-        refine = config.refine_channels
-        out = refine * (config.head_patch // 2) ** 2 if refine else 3 * config.head_patch**2
-        self.conv_out = nn.Conv2d(width, out, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, 3 * config.head_patch**2, 3, padding=1)
         self.linear = None
         if config.linear:
-            self.linear = nn.Conv2d(config.in_channels, 3 * config.factor**2, 3, padding=1)
-        if refine:
-            self.refine_in = nn.Conv2d(refine + 12, refine, 3, padding=1)
-            self.refine_out = nn.Conv2d(refine, 12, 3, padding=1)
-        if config.linear:
-            nn.init.zeros_(self.last_layer)
+            out = 3 * config.factor**2
+            self.linear = nn.Conv2d(config.in_channels, out, 3, padding=1, padding_mode="replicate")
+            for parameter in self.conv_out.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight whose gradient norms balance the adversarial term (VQGAN, eq. 7)."""
-        return (self.refine_out if self.config.refine_channels else self.conv_out).weight  # type: ignore[return-value]
+        return self.conv_out.weight  # type: ignore[return-value]
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         z = z.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
@@ -120,15 +113,10 @@ class PixelDecoder(nn.Module):
             for block in level:  # type: ignore[attr-defined]
                 h = block(h, context)
         h = silu(self.norm_out(h, context))
-        h = self.conv_out(h)
-        if self.linear is None:
-            return F.pixel_shuffle(h, self.config.head_patch)
-        image = F.pixel_shuffle(self.linear(z), self.config.factor)
-        if not self.config.refine_channels:
-            return image + F.pixel_shuffle(h, self.config.head_patch)
-        h = F.pixel_shuffle(h, self.config.head_patch // 2)
-        h = silu(self.refine_in(torch.cat([h, F.pixel_unshuffle(image, 2)], 1)))
-        return image + F.pixel_shuffle(self.refine_out(h), 2)
+        image = F.pixel_shuffle(self.conv_out(h), self.config.head_patch)
+        if self.linear is not None:
+            image = image + F.pixel_shuffle(self.linear(z), self.config.factor)
+        return deblock(image, self.config.factor, self.config.deblock) if self.config.deblock else image
 
 
 def _norm_factory(config: PixelDecoderConfig) -> NormFactory:

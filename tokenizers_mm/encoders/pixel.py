@@ -96,7 +96,8 @@ class PixelEncoder(nn.Module):
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         if config.linear == "beside":
-            nn.init.zeros_(self.conv_out.weight)
+            for parameter in self.conv_out.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()  # over channels-last tensors the CPU's group norm loses two digits

@@ -97,6 +97,7 @@ def nearest_code(
     else:
         return _nearest(z, codebook, trust_version, name)
     if not return_distance:
+        assert margin is not None
         return ids, margin
     if _ops.may_be_differentiated(z, codebook):
         gap = z.to(distance.dtype) - _rows(codebook, ids).to(distance.dtype)

@@ -104,9 +104,11 @@ def start_decoder(tokenizer: TokenFlow, vectors: Tensor, images: Tensor, ridge: 
     assert linear is not None
     assert linear.bias is not None
     pixel = vectors[..., tokenizer.dims[0] :].permute(0, 3, 1, 2)
-    near = F.unfold(pixel, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    near = F.unfold(F.pad(pixel, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).flatten(0, 1).double()
     near = torch.cat([near, torch.ones(len(near), 1, dtype=torch.float64)], 1)
-    patches = F.pixel_unshuffle(images, tokenizer.pixel_decoder.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
+    patches = (
+        F.pixel_unshuffle(images, tokenizer.pixel_decoder.config.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
+    )
     gram = near.T @ near / len(near)
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     solution = torch.linalg.solve(gram, near.T @ patches / len(near)).T
