@@ -208,7 +208,7 @@ def training(run: Run, seconds: float) -> str:
     if lacking:
         raise SkippedError(f"missing packages: {' '.join(lacking)}")
     shutil.rmtree(WORK / "training", ignore_errors=True)
-    arguments = ["-m", "train", "configs/debug.yaml", f"out={WORK / 'training'}", "precision=bf16", "data.workers=0"]
+    arguments = ["-m", "train", "configs/debug.yaml", f"out={WORK / 'training'}", "precision=bf16"]
     arguments.append(f"steps={2 if run.dry else 20}")
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if run.dry else {}
     begin, said = time.monotonic(), "with torch.compile"

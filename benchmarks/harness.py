@@ -4,17 +4,21 @@ import ctypes
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import random
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tokenizers_mm import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,6 +30,40 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 PAUSE = 0.05
 """Seconds before each timed call. OpenMP's workers spin for a while after a call, on the core the next method needs."""
+
+
+CAPS = {
+    "portable": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "FAISS_OPT_LEVEL": "generic",
+        "FAISS_SIMD_LEVEL": "NONE",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "OPENBLAS_CORETYPE": "Prescott",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "FAISS_OPT_LEVEL": "avx2",
+        "FAISS_SIMD_LEVEL": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    },
+}
+"""Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS."""
+CAPS["avx_vnni"] = {**CAPS["avx2"], "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
+CAPS["avx512_vnni"] = {}
+
+
+def cap_isa(isa: str, module: str, arguments: list[str]) -> None:
+    """Start the benchmark again with this instruction set as the strongest, for ours and for the peers.
+
+    They read the environment when they are loaded, so that it has to be there before. Returns in the new process.
+    """
+    wanted = {**CAPS[isa], "TOKENIZERS_MM_ISA": isa}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        command = [sys.executable, "-m", module, *arguments]
+        os.execve(sys.executable, command, {**os.environ, **wanted})
 
 
 def interleave(
@@ -80,6 +118,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, versions, commit and date; nothing that names the machine."""
     info: dict[str, Any] = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     info["cpu"] = _cpu_model()
+    info["isa"] = kernels.describe()["isa"]
+    info["capped"] = {name: os.environ[name] for name in sorted(CAPS["portable"]) if name in os.environ}
+    info["torch_isa"] = torch.backends.cpu.get_cpu_capability()
     info["gpu"] = torch.cuda.get_device_name() if device.startswith("cuda") else None
     info["python"] = platform.python_version()
     for package in ("torch", "faiss-cpu", "vector-quantize-pytorch"):

@@ -1,13 +1,16 @@
 """nearest_code against torch.cdist, chunked addmm, torch.compile, FAISS and vector-quantize-pytorch.
 
-    python -m benchmarks.nearest_code [--threads 1 2] [--grid G1 G5] [--data gauss] [--rows 2048] [--methods FAISS]
-                                      [--quick] [--device cuda]
+    python -m benchmarks.nearest_code [--threads 1 2] [--grid G1 G5] [--data gauss] [--rows 256 2048] [--methods FAISS]
+                                      [--isa avx2] [--quick] [--device cuda]
 
+--isa caps the instruction set of ours and of the peers, so that one machine measures what weaker ones would see.
 Ratios are times of a method over ours, all in one process and interleaved. "ours" packs the codebook inside the timed
 call; "ours, packed" finds it in the cache.
 """
 
 import argparse
+import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch import Tensor
 from benchmarks import harness
 from tokenizers_mm import kernels
 from tokenizers_mm.kernels import _native
-from tokenizers_mm.kernels._packed import PackedCodebook
+from tokenizers_mm.kernels._packed import Answer, PackedCodebook
 
 GRID = {
     "G1": (16384, 8192, 32),
@@ -84,9 +87,8 @@ def ours(z: Tensor, c: Tensor) -> Tensor:
 def ours_float32(z: Tensor, c: Tensor) -> Tensor:
     """Our own fused float32 pass, the yardstick for bad codebooks."""
     ids = torch.empty(len(z), dtype=torch.int64)
-    PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32")).search(
-        c, z, ids, None, torch.get_num_threads()
-    )
+    packed = PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32"))
+    packed.search(c, z, Answer(ids, None, None), torch.get_num_threads())
     return ids
 
 
@@ -171,9 +173,9 @@ def mismatches(z: Tensor, c: Tensor, rows: int = 128) -> int:
     return wrong
 
 
-def measure(case: str, kind: str, threads: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(case: str, kind: str, rows: int | None, threads: int, options: argparse.Namespace) -> dict[str, Any]:
     n, k, d = GRID[case]
-    n = min(n, options.rows or n, n // 16 if options.quick else n)
+    n = min(n, rows or n, n // 16 if options.quick else n)
     z, c = (tensor.to(options.device) for tensor in make(kind, n, k, d))
     torch.set_num_threads(threads)
     methods: dict[str, Callable[[], Any]] = {
@@ -192,10 +194,11 @@ def measure(case: str, kind: str, threads: int, options: argparse.Namespace) -> 
     times = harness.interleave(methods, options.rounds, options.device, options.clock)
     wrong = mismatches(z, c)
     base = times["ours"]
-    rows = [["", "ms", "time / ours", "peak extra MB"]]
+    table = [["", "ms", "time / ours", "peak extra MB"]]
     for name, value in sorted(times.items(), key=lambda item: item[1]):
-        rows.append([name, f"{value:.2f}", f"{value / base:.2f}", f"{memory[name] or 0:.1f}"])
-    print(f"\n{case} N={n} K={k} D={d} {kind}, {threads} thread(s), {wrong} mismatches\n{harness.table(rows)}")
+        table.append([name, f"{value:.2f}", f"{value / base:.2f}", f"{memory[name] or 0:.1f}"])
+    isa = kernels.describe()["isa"]
+    print(f"\n{case} N={n} K={k} D={d} {kind}, {isa}, {threads} thread(s), {wrong} mismatches\n{harness.table(table)}")
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
     return {"case": case, "n": n, "k": k, "d": d, "data": kind, "threads": threads, "device": options.device,
             "clock": options.clock,
@@ -208,19 +211,21 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=(*DATA, "gauss_n", *WORST, "worst"), default=list(DATA))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, help="at most this many tokens")
+    parser.add_argument("--rows", nargs="+", type=int, default=[None], help="at most this many tokens")
+    parser.add_argument("--isa", choices=_native.ISAS, help="the strongest instruction set, of ours and of the peers")
     parser.add_argument("--methods", nargs="+", help="only these, beside ours")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=harness.CLOCKS, default="wall", help="cpu: for one thread on a busy machine")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the tokens, without torch.compile")
     options = parser.parse_args()
+    if options.isa:
+        harness.cap_isa(options.isa, "benchmarks.nearest_code", sys.argv[1:])
     kinds = [kind for name in options.data for kind in (WORST if name == "worst" else (name,))]
     about = harness.machine(options.device)
     print(about, kernels.describe())
     for case in options.grid:
-        for kind in kinds:
-            for threads in options.threads:
-                harness.record("nearest_code", measure(case, kind, threads, options), about)
+        for kind, rows, threads in itertools.product(kinds, options.rows, options.threads):
+            harness.record("nearest_code", measure(case, kind, rows, threads, options), about)
 
 
 if __name__ == "__main__":

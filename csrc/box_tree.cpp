@@ -65,8 +65,8 @@ void clear_bounds(float* bounds, int dim) {
 bool to_grid(const GridTree& grid, const float* value, int dim, int32_t* q) {
   for (int j = 0; j < dim; ++j) {
     const float scaled = (value[j] - grid.origin[j]) * grid.unit;
-    if (!(std::fabs(scaled) <= kGridReach)) return false;
-    q[j] = static_cast<int32_t>(scaled + (kGridCentre + 0.5f));  // to nearest, within 2^-9; much faster than a library call here
+    if (!(std::fabs(scaled) <= grid.reach)) return false;
+    q[j] = static_cast<int32_t>(scaled + (static_cast<float>(grid.centre) + 0.5f));  // to nearest, within 2^-9; much faster than a library call here
   }
   return true;
 }
@@ -85,7 +85,9 @@ void place_grid(const std::vector<Item<kWidth>>& items, int dim, GridTree* grid)
     grid->origin[j] = low + half;
     extent = std::max(extent, half);
   }
-  const float unit = 8190.0f / extent;
+  grid->centre = kGridWidth[(dim + 1) / 2] / 2;
+  grid->reach = static_cast<float>(grid->centre - 2);
+  const float unit = (0.5f * grid->reach - 1.0f) / extent;
   grid->unit = unit < 1e30f && unit > 1e-30f ? unit : 0.0f;
   grid->slack = 2.04f * std::sqrt(static_cast<float>(dim)) * 1.0001f;
 }
@@ -133,7 +135,8 @@ void build_grid(const std::vector<Item<kWidth>>& items, int dim, Tree* tree) {
   GridBox leaf_box, super_box;
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t leaf = slot / kLeaf, super = leaf / kLeaf;
-    int32_t q[kMaxTreeDim] = {};
+    int32_t q[kMaxTreeDim];
+    std::fill_n(q, kMaxTreeDim, grid.centre);  // also past the last dimension, as of tokens
     if (!to_grid(grid, items[std::min(slot, count - 1)].value, dim, q)) {
       grid.unit = 0;
       return;
@@ -149,8 +152,11 @@ void build_grid(const std::vector<Item<kWidth>>& items, int dim, Tree* tree) {
     if (leaf % kLeaf == kLeaf - 1) super_box.store(&tree->grid_super_bounds[super / kLeaf * box], pairs, super % kLeaf);
   }
   for (int64_t b = supers; b < blocks * kLeaf; ++b)
-    for (int p = 0; p < 2 * pairs; ++p)
-      tree->grid_super_bounds[b / kLeaf * box + p * kLeaf + b % kLeaf] = static_cast<int32_t>(kNoBox * 0x10001u);
+    for (int p = 0; p < 2 * pairs; ++p) {  // the whole grid but for the first dimension
+      const int32_t outside = kGridWidth[pairs] + kNoBox, whole = p < pairs ? 0 : -1;
+      tree->grid_super_bounds[b / kLeaf * box + p * kLeaf + b % kLeaf] =
+          p % pairs ? whole : static_cast<int32_t>((static_cast<uint32_t>(whole) & 0xffff0000u) | static_cast<uint32_t>(outside));
+    }
   if (2 * coarse > supers * kLeaf) grid.unit = 0;
   grid.supers = supers;
   grid.super_bounds = tree->grid_super_bounds.get();
@@ -200,7 +206,7 @@ void build(const Codebook& codebook, const Summary& known, const Rows& codes, Tr
   // A float32 sum of dim squared differences errs by at most (dim + 2) units of 2^-24, relative.
   tree->view = {dim, supers, tree->super_bounds.get(), tree->leaf_bounds.get(), tree->leaf_codes.get(),
                 1.0f + static_cast<float>(dim + 4) * 0x1p-22f};
-  if (codebook.isa->grid_candidates) build_grid(items, dim, tree);
+  if (codebook.isa->tree->grid_candidates) build_grid(items, dim, tree);
 }
 
 }  // namespace

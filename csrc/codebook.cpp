@@ -127,18 +127,19 @@ void Pack::reorder(const float* x, float* out) const {
   for (int64_t i = wide; i < static_cast<int64_t>(order.size()); ++i) rest[i - wide] = x[order[i]];
 }
 
-float Pack::mixed_scale(float* ordered) const {
+float Pack::mixed_scale(const Isa& isa, float* ordered, bool code) const {
   float wide_top = 0, top = 0;
   for (int64_t i = 0; i < wide; ++i) wide_top = std::max(wide_top, std::fabs(ordered[i]));
   const float* rest = narrow(ordered);
+  if (!code) return std::max(isa.token_scale(rest, narrow_padded()), wide_top / kWideLevels);
   for (int64_t i = 0; i < narrow_padded(); ++i) top = std::max(top, std::fabs(rest[i]));
-  return std::max(top / 127.0f, wide_top / kWideLevels);
+  return std::max(top / isa.code_levels, wide_top / kWideLevels);
 }
 
 QuantStats Pack::quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const {
   const QuantStats a = isa.quantise[kInt16](ordered, narrow(ordered) - ordered, scale, words);
   const QuantStats b = isa.quantise[kInt8](narrow(ordered), narrow_padded(), scale, words + wide / 2);
-  return {a.residual2 + b.residual2, b.sum};  // only 8-bit codes are stored plus 128
+  return {a.residual2 + b.residual2, b.sum};  // only 8-bit codes are stored with an offset
 }
 
 // A few dimensions much larger than the others would set the step of 8-bit values for all of them, and with it the bound. Those
@@ -166,13 +167,16 @@ void Codebook::choose_wide(const Rows& codes, const Summary& known, Pack* pack) 
 
 void Codebook::fill(const Rows& codes, const Summary& known, int which, int threads, Pack* made) const {
   const int per_word = which == kInt8 ? 4 : which == kInt16 ? 2 : 1;
-  const int64_t lanes = isa->lanes, vectors = isa->vectors, panel = lanes * vectors;
+  const int64_t lanes = isa->lanes, vectors = isa->vectors, panel = lanes * vectors, pass = lanes * isa->tile;
   if (which == kInt8) {
     choose_wide(codes, known, made);
-    made->scale = std::max(known.largest, 1e-30f) / 127.0f;
+    made->scale = std::max(known.largest, 1e-30f) / isa->code_levels;
   }
   const int64_t wide = made->wide, wide_steps = wide / 2;
   const int64_t steps = made->steps = wide_steps + (d - wide + per_word - 1) / per_word;
+  // Bytes are stored as q + code_levels + 1, without a sign, in 8 bits or 7: that flips the highest of them.
+  const int64_t narrow_from = which == kInt8 ? wide_steps : steps;
+  const uint32_t levels = static_cast<uint32_t>(isa->code_levels), flip = 0x01010101u * (levels + 1), bits = 0x01010101u * (2 * levels + 1);
   std::mutex merge;
   if (wide) {
     float top = 1e-30f;
@@ -183,7 +187,7 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
         if (std::isinf(known.bias[code])) continue;
         centre(known, codes, code, which, row.get());
         made->reorder(row.get(), ordered.get());
-        mine = std::max(mine, made->mixed_scale(ordered.get()));
+        mine = std::max(mine, made->mixed_scale(*isa, ordered.get(), true));
       }
       std::lock_guard<std::mutex> lock(merge);
       top = std::max(top, mine);
@@ -199,7 +203,7 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
     Buffer<int32_t> words(made->words(padded));
     double worst = 0;
     for (int64_t code = first * panel; code < last * panel; ++code) {
-      const int64_t in_panel = code % panel, place = in_panel % vectors * lanes + in_panel / vectors;
+      const int64_t in_panel = code % panel, vector = in_panel % vectors, lane = in_panel / vectors;
       const bool wins = code < k && !std::isinf(known.bias[code]);
       if (wins) {
         centre(known, codes, code, which, row.get());
@@ -215,15 +219,14 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
         worst = std::max<double>(worst, isa->quantise[which](row.get(), padded, made->scale, words.get()).residual2);
         source = words.get();
       }
-      const uint32_t flip = which == kInt8 ? 0x80808080u : 0u;  // codes are stored as q + 128, unsigned
-      int32_t* out = &made->codes[code / panel * panel * steps + place];
-      for (int64_t step = 0; step < steps; ++step, out += panel) {
+      int32_t* out = &made->codes[code / panel * panel * steps + vector / isa->tile * pass * steps + vector % isa->tile * lanes + lane];
+      for (int64_t step = 0; step < steps; ++step, out += pass) {
         uint32_t word;
         std::memcpy(&word, static_cast<const char*>(source) + 4 * step, 4);
-        *out = static_cast<int32_t>(step < wide_steps ? word : word ^ flip);
+        *out = static_cast<int32_t>(step < narrow_from ? word : (word & bits) ^ flip);
       }
       const float start = which == kDifference ? 0.0f : known.bias[code < k ? code : 0];
-      made->bias[code / panel * panel + place] = wins ? start : -std::numeric_limits<float>::infinity();
+      made->bias[code / panel * panel + vector * lanes + lane] = wins ? start : -std::numeric_limits<float>::infinity();
     }
     std::lock_guard<std::mutex> lock(merge);
     made->residual = std::max(made->residual, worst);

@@ -118,8 +118,8 @@ struct Pack {
   float* narrow(float* ordered) const { return ordered + (wide + 15) / 16 * 16; }
   int64_t narrow_padded() const { return (static_cast<int64_t>(order.size()) - wide + 15) / 16 * 16; }
   QuantStats quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const;
-  // s for the largest magnitudes of the two kinds: |q| <= 127 and kWideLevels.
-  float mixed_scale(float* ordered) const;
+  // The smallest s for reordered values of a code or a token; |q| <= kWideLevels in the wide dimensions.
+  float mixed_scale(const Isa& isa, float* ordered, bool code) const;
 };
 
 struct Tree {
@@ -159,6 +159,7 @@ struct Codebook {
   const int64_t panels;
 
   std::atomic<int> rung[2] = {-1, -1};    // lowest rung worth trying, without and with margins
+  std::atomic<int64_t> rows{0};           // searched so far, where the box tree may be worth its making
   std::atomic<int> last_method{TMM_AUTO};
 
   // Every call must pass the rows of the same content.
@@ -192,7 +193,7 @@ struct Codebook {
 
 void build_tree(const Codebook& codebook, const Summary& known, const Rows& codes, Tree* tree);
 
-// Of the int8 rung: at most kMaxWide products of magnitudes up to kWideLevels stay below 2^28.
+// int8 rung: at most kMaxWide products of magnitudes up to kWideLevels stay below 2^28.
 constexpr int64_t kMaxWide = 64;
 constexpr float kWideLevels = 2047.0f;
 

@@ -14,9 +14,9 @@ constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in 
 constexpr int kTreeBatch = 32;       // tokens searched together in a grid tree
 constexpr int kTreeLeaves = 8192;    // leaves in reach of all of them,
 constexpr int kTreeCandidates = 32;  // and codes of one: more, and a token is searched in the float32 tree
-constexpr int32_t kGridCentre = 16384;
-constexpr float kGridReach = 16382.0f;  // |value| of a coordinate on the grid, so that q is in [2, 32766]
-constexpr int32_t kNoBox = 49151;       // both bounds of a missing box: out of reach by 16385 or more, also as 16 signed bits
+// Widths of the grid for 1 to 6 pairs of dimensions: a squared distance over all of them fits int32.
+constexpr int32_t kGridWidth[] = {0, 32767, 23170, 18918, 16383, 14654, 13377};
+constexpr int32_t kNoBox = 16384;         // a missing box is this far outside the grid in its first dimension: out of reach
 constexpr float kFarthestReach = 2.6e8f;  // less than the square of that
 
 enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kDifference = 3, kRungs = 4 };
@@ -25,9 +25,10 @@ enum Rung { kInt8 = 0, kInt16 = 1, kFloat32 = 2, kDifference = 3, kRungs = 4 };
 constexpr float kInvalidBias = -1610612736.0f;   // -1.5 * 2^30
 constexpr int32_t kLowestValid = -1200000000;    // between the two ranges
 
-// Scores of one block of tokens against all panels. A panel holds `vectors * lanes` codes as [step][vector][lane] words of 32
-// bits (4 int8, 2 int16 or 1 float32 values of one code); code j of a panel is lane j / vectors of vector j % vectors, so the
-// maximum over the vectors of one lane covers `vectors` consecutive codes: a group. Tokens are [tile][step][kTileRows] words.
+// Scores of one block of tokens against all panels. A panel holds `vectors * lanes` codes, `tile` vectors at a time, as
+// [vectors / tile][step][tile][lane] words of 32 bits (4 int8, 2 int16 or 1 float32 values of one code); code j of a panel is lane
+// j / vectors of vector j % vectors, so the maximum over the vectors of one lane covers `vectors` consecutive codes: a group.
+// Tokens are [tile][step][kTileRows] words.
 struct ScanArgs {
   const void* codes;
   int64_t panels;
@@ -71,10 +72,12 @@ struct TreeView {
 };
 
 // The same tree with codes and bounds rounded to 16-bit integers, two dimensions to a word: [ceil(dim / 2)][kLeaf] words in place
-// of [dim][kLeaf] floats. Slots past the last code repeat it; super boxes past the last one are out of reach. See tree_avx512.cpp.
+// of [dim][kLeaf] floats. Slots past the last code repeat it; super boxes past the last one are out of reach. See tree_search.h.
 struct GridTree {
-  float origin[16];  // q = round((value - origin) * unit) + kGridCentre
+  float origin[16];  // q = round((value - origin) * unit) + centre, in [0, kGridWidth]
   float unit;        // 0: the grid is too coarse for these codes
+  int32_t centre;
+  float reach;       // |value - origin| * unit of a point on the grid, at most
   float slack;       // 2 e
   int64_t supers;
   const int32_t* super_bounds;
@@ -82,12 +85,39 @@ struct GridTree {
   const int32_t* leaf_codes;
 };
 
+// What a search costs, measured: it decides between methods that give the same answer.
+struct TreeChoice {
+  int most_dims;   // dimensions up to which the box tree is faster than a rung
+  int64_t codes;   // codes from which it is,
+  int64_t rows;    // and rows searched with one codebook from which its making pays
+};
+struct Choice {
+  float cycles[kRungs];  // of one multiply-add of a scan
+  TreeChoice tree;
+};
+
+struct TreeLoops {
+  // Slots (leaf * kLeaf + lane) whose code may be the nearest or, with `two`, the second nearest; returns how many there are in
+  // all, or -1 when float32 cannot tell (overflow, underflow, not a number).
+  // scratch: floats for 2 * (supers + 2 * kLeaf) + (supers + 1) * kLeaf + capacity + kLeaf; out: capacity + kLeaf.
+  int64_t (*candidates)(const TreeView&, const float* z, bool two, float* scratch, int32_t* out, int64_t capacity);
+  // The same for `rows` <= kTreeBatch tokens in the grid tree: found[row] slots at slots[row * kTreeCandidates], or -1 where the
+  // grid cannot tell. scratch: grid_scratch() words, aligned to 64 bytes. Null where there is none.
+  void (*grid_candidates)(const GridTree&, int dim, const float* z, int64_t rows, bool two, int32_t* scratch, int32_t* slots,
+                          int32_t* found);
+};
+
 struct Isa {
   const char* name;
   int lanes;
   int vectors;
+  int tile;  // vectors in a pass; it divides `vectors`
   bool has[kRungs];
   void (*scan[kRungs])(const ScanArgs&);
+  // int8 rung: the largest |q| of a code, which is stored as q + code_levels + 1, without a sign; and the smallest scale with
+  // which it takes a token of `padded` values (a multiple of 16): at least max |x| / 127.
+  float code_levels;
+  float (*token_scale)(const float* x, int64_t padded);
   // out = (row - mean) * scale, zero-padded to a multiple of 16.
   RowStats (*centre_f32)(const float* row, const float* mean, float scale, int64_t d, float* out);
   RowStats (*centre_f64)(const double* row, const float* mean, float scale, int64_t d, float* out);
@@ -100,13 +130,8 @@ struct Isa {
   // fast). Eight partial sums in double precision, so that every instruction set gives the same bits; NaN never wins.
   void (*score_f32)(const float* z, const float* codes, int64_t n, int64_t d, int64_t first, Best* best);
   void (*score_f64)(const double* z, const double* codes, int64_t n, int64_t d, int64_t first, Best* best);
-  // Slots (leaf * kLeaf + lane) whose code may be the nearest; returns how many there are in all, or -1 when float32 cannot
-  // tell (overflow, underflow, not a number).
-  // scratch: floats for 2 * (supers + 2 * kLeaf) + (supers + 1) * kLeaf + capacity + kLeaf; out: capacity + kLeaf.
-  int64_t (*tree_candidates)(const TreeView&, const float* z, float* scratch, int32_t* out, int64_t capacity);
-  // The same for `rows` <= kTreeBatch tokens in the grid tree: found[row] slots at slots[row * kTreeCandidates], or -1 where the
-  // grid cannot tell. scratch: grid_scratch() words, aligned to 64 bytes. Null where there is none.
-  void (*grid_candidates)(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
+  const TreeLoops* tree;
+  Choice choice;
 };
 
 static inline int64_t grid_scratch(int64_t supers) {
@@ -115,9 +140,10 @@ static inline int64_t grid_scratch(int64_t supers) {
 }
 
 const Isa* avx512_isa();    // null where the compiler does not know it
+const Isa* avx_vnni_isa();  // needs avx2_isa() too
 const Isa* avx2_isa();
 const Isa* portable_isa();
 const Isa* current_isa();   // the one that codebooks made now get
-void grid_candidates_avx512(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
+extern const TreeLoops kTreeAvx512, kTreeAvx2;
 
 }  // namespace tmm

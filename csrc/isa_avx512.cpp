@@ -168,6 +168,12 @@ QuantStats quantise(const float* x, int64_t padded, float scale, void* out) {
   return {_mm512_reduce_add_ps(residual2), kBytes ? _mm512_reduce_add_epi32(sum) : 0};
 }
 
+float token_scale(const float* x, int64_t padded) {
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t i = 0; i < padded; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  return _mm512_reduce_max_ps(largest) / 127.0f;
+}
+
 int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 16, as everywhere here
   __m512i a = _mm512_loadu_si512(values), b = a;
   int64_t i = 16;
@@ -247,120 +253,14 @@ void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best
   }
 }
 
-inline __m512 box_bound(const float* bounds, const __m512* z, int dim) {  // squared distance to 16 boxes, lower bound
-  __m512 sum = _mm512_setzero_ps();
-  for (int j = 0; j < dim; ++j) {
-    const __m512 below = _mm512_sub_ps(_mm512_load_ps(bounds + j * kLeaf), z[j]);
-    const __m512 above = _mm512_sub_ps(z[j], _mm512_load_ps(bounds + (dim + j) * kLeaf));
-    const __m512 gap = _mm512_max_ps(_mm512_max_ps(below, above), _mm512_setzero_ps());
-    sum = _mm512_fmadd_ps(gap, gap, sum);
-  }
-  return sum;
-}
-
-inline __m512 leaf_distances(const float* codes, const __m512* z, int dim) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int j = 0; j < dim; ++j) {
-    const __m512 gap = _mm512_sub_ps(z[j], _mm512_load_ps(codes + j * kLeaf));
-    sum = _mm512_fmadd_ps(gap, gap, sum);
-  }
-  return sum;
-}
-
-inline int lowest_lane(__m512 v, float* least) {
-  *least = _mm512_reduce_min_ps(v);
-  return __builtin_ctz(_mm512_cmp_ps_mask(v, _mm512_set1_ps(*least), _CMP_LE_OQ) | 0x10000u);
-}
-
-// Appends base + lane for the lanes of `mask`; writes up to 16 values past the end.
-inline int64_t append(int32_t* list, int64_t count, __m512i base, __mmask16 mask) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(base, lanes)));
-  return count + __builtin_popcount(mask);
-}
-
-// Few branches depend on the data: first the super boxes in reach are listed, then their leaves, then the leaves are scored.
-template <int kDim>
-int64_t tree_search(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
-  __m512 z[kDim];
-  for (int j = 0; j < kDim; ++j) z[j] = _mm512_set1_ps(point[j]);
-  const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf, box_size = 2 * kDim * kLeaf;
-  int32_t* supers = reinterpret_cast<int32_t*>(scratch + blocks * kLeaf);
-  int32_t* leaves = supers + (blocks + 1) * kLeaf;
-  __m512 nearest = _mm512_set1_ps(__builtin_inff());
-  __m512i where = _mm512_setzero_si512();
-  for (int64_t b = 0; b < blocks; ++b) {
-    const __m512 bound = box_bound(tree.super_bounds + b * box_size, z, kDim);
-    _mm512_store_ps(scratch + b * kLeaf, bound);
-    const __mmask16 less = _mm512_cmp_ps_mask(bound, nearest, _CMP_LT_OQ);
-    nearest = _mm512_mask_mov_ps(nearest, less, bound);
-    where = _mm512_mask_mov_epi32(where, less, _mm512_set1_epi32(static_cast<int>(b)));
-  }
-  float least;
-  const int lane = lowest_lane(nearest, &least);
-  if (lane >= kLeaf) return -1;
-  alignas(64) int32_t position[kLeaf];
-  _mm512_store_si512(position, where);
-  const int64_t home = static_cast<int64_t>(position[lane]) * kLeaf + lane;
-  const int start = lowest_lane(box_bound(tree.leaf_bounds + home * box_size, z, kDim), &least);
-  if (start >= kLeaf) return -1;
-  const int64_t leaf_size = kDim * kLeaf;
-  float best = _mm512_reduce_min_ps(leaf_distances(tree.leaf_codes + (home * kLeaf + start) * leaf_size, z, kDim));
-  if (!(best < 1e30f)) return -1;
-
-  __m512 reach = _mm512_set1_ps(best * tree.slack);
-  int64_t near_supers = 0, near_leaves = 0;
-  for (int64_t b = 0; b < blocks; ++b)
-    near_supers = append(supers, near_supers, _mm512_set1_epi32(static_cast<int>(b * kLeaf)),
-                         _mm512_cmp_ps_mask(_mm512_load_ps(scratch + b * kLeaf), reach, _CMP_LE_OQ));
-  for (int64_t i = 0; i < near_supers; ++i) {
-    const int64_t box = supers[i];
-    const __m512 bound = box_bound(tree.leaf_bounds + box * box_size, z, kDim);
-    near_leaves = append(leaves, near_leaves, _mm512_set1_epi32(static_cast<int>(box * kLeaf)),
-                         _mm512_cmp_ps_mask(bound, reach, _CMP_LE_OQ));
-  }
-
-  int64_t count = 0;
-  float* found = reinterpret_cast<float*>(leaves + (tree.supers + 1) * kLeaf);
-  for (int64_t i = 0; i < near_leaves; ++i) {
-    const int64_t leaf = leaves[i];
-    const __m512 d2 = leaf_distances(tree.leaf_codes + leaf * leaf_size, z, kDim);
-    __mmask16 near = _mm512_cmp_ps_mask(d2, reach, _CMP_LE_OQ);
-    if (!near) continue;
-    least = _mm512_reduce_min_ps(d2);
-    if (least < best) {
-      best = least;
-      reach = _mm512_set1_ps(best * tree.slack);
-      near = _mm512_cmp_ps_mask(d2, reach, _CMP_LE_OQ);
-    }
-    if (count + kLeaf > capacity) return capacity + 1;
-    append(out, count, _mm512_set1_epi32(static_cast<int>(leaf * kLeaf)), near);
-    _mm512_storeu_ps(found + count, _mm512_maskz_compress_ps(near, d2));
-    count += __builtin_popcount(near);
-  }
-  if (!(best > 1e-30f)) return -1;
-  const float limit = best * tree.slack;
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i)
-    if (found[i] <= limit) out[kept++] = out[i];
-  return kept;
-}
-
-int64_t tree_candidates(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
-  switch (tree.dim) {
-#define TMM_TREE(dim) case dim: return tree_search<dim>(tree, point, scratch, out, capacity);
-    TMM_TREE(1) TMM_TREE(2) TMM_TREE(3) TMM_TREE(4) TMM_TREE(5) TMM_TREE(6)
-    TMM_TREE(7) TMM_TREE(8) TMM_TREE(9) TMM_TREE(10) TMM_TREE(11) TMM_TREE(12)
-#undef TMM_TREE
-  }
-  return -1;
-}
-
 const Isa kIsa = {"avx512_vnni",
                   kLanes,
                   kVectors,
+                  kVectors,
                   {true, true, true, true},
                   {scan<uint8_t>, scan<int16_t>, scan<float>, scan<Gap>},
+                  127.0f,
+                  token_scale,
                   centre_f32,
                   centre_f64,
                   {quantise<true>, quantise<false>},
@@ -368,8 +268,8 @@ const Isa kIsa = {"avx512_vnni",
                   collect,
                   score<float>,
                   score<double>,
-                  tree_candidates,
-                  grid_candidates_avx512};
+                  &kTreeAvx512,
+                  {{0.011f, 0.02f, 0.042f, 0.08f}, {10, 512, 2400}}};
 
 }  // namespace
 

@@ -6,11 +6,15 @@
 namespace tmm {
 
 const Isa* portable_isa() {
+  static const TreeLoops kTree = {tree_candidates, nullptr};
   static const Isa isa = {"portable",
                           kLanes,
                           kVectors,
+                          kVectors,
                           {false, false, true, true},
                           {nullptr, nullptr, scan<FloatRung>, scan<DifferenceRung>},
+                          0,
+                          nullptr,
                           centre<float>,
                           centre<double>,
                           {quantise<int8_t>, quantise<int16_t>},
@@ -18,8 +22,8 @@ const Isa* portable_isa() {
                           collect,
                           score<float>,
                           score<double>,
-                          tree_candidates,
-                          nullptr};
+                          &kTree,
+                          {{0, 0, 0.19f, 0.3f}, {8, 16384, 640}}};
   return &isa;
 }
 

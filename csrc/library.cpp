@@ -1,4 +1,8 @@
 // The library's entry points other than the searches: versions, choice of instruction set, lifetime of codebooks.
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -12,6 +16,11 @@ namespace tmm {
 namespace {
 
 #if defined(__x86_64__) || defined(__i386__)
+// The system's support of the registers is that of AVX2. Not by name: compilers learned the name late.
+bool runs_avx_vnni() {
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
 bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
@@ -19,11 +28,13 @@ bool runs_avx512() {
 bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #else
 bool runs_avx512() { return false; }
+bool runs_avx_vnni() { return false; }
 bool runs_avx2() { return false; }
 #endif
 
 const Isa* find(const char* name) {
-  const Isa* all[] = {runs_avx512() ? avx512_isa() : nullptr, runs_avx2() ? avx2_isa() : nullptr, portable_isa()};
+  const Isa* all[] = {runs_avx512() ? avx512_isa() : nullptr, runs_avx_vnni() ? avx_vnni_isa() : nullptr,
+                      runs_avx2() ? avx2_isa() : nullptr, portable_isa()};
   for (const Isa* isa : all)
     if (isa && (!name || std::strcmp(isa->name, name) == 0)) return isa;
   return nullptr;

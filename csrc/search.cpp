@@ -26,7 +26,8 @@
 namespace tmm {
 namespace {
 
-constexpr int64_t kProbeRows = 48;
+constexpr int64_t kProbeRows = 48;   // a multiple of kTileRows
+constexpr int64_t kLeastProbed = 32;  // rows of a call from which some of them choose the rung first
 constexpr int64_t kGroupBudget = 1 << 20;  // group maxima of a block, in int32: more, and groups of more codes are scored
 constexpr int64_t kAllGroups = 6 << 20;    // and of all threads together
 constexpr int64_t kMaxInt8Dim = 8192;
@@ -59,9 +60,9 @@ class BlockSearch {
     list_.reset(kCapacity);
   }
 
-  // Rows row_of(0 .. count-1); `keep` false only measures.
+  // Rows row_of(0 .. count-1).
   template <class RowOf>
-  Stats run(int64_t count, RowOf row_of, bool keep) {
+  Stats run(int64_t count, RowOf row_of) {
     const int64_t tiles = (count + kTileRows - 1) / kTileRows;
     num_scales_ = 0;
     std::memset(scale_slot_, 0xff, sizeof scale_slot_);
@@ -72,7 +73,7 @@ class BlockSearch {
     isa_.scan[rung_]({pack_.codes.get(), book_.panels, pack_.steps, pack_.wide / 2, pack_.bias.get(), tokens_.get(), tiles, scales_,
                       num_scales_, scale_of_, bias_table_.get(), groups_.get(), groups_per_row_, span_});
     Stats stats;
-    for (int64_t r = 0; r < count; ++r) select(row_of(r), r, keep, &stats);
+    for (int64_t r = 0; r < count; ++r) select(row_of(r), r, &stats);
     stats.rows = count;
     return stats;
   }
@@ -100,14 +101,14 @@ class BlockSearch {
     } else {
       if (pack_.wide) pack_.reorder(x_.get(), ordered_.get());
       const double least = rung_ == kInt16 ? norm * inverse_norm_
-                           : pack_.wide    ? pack_.mixed_scale(ordered_.get())
-                                           : stats.largest * (1 / 127.0);
+                           : pack_.wide    ? pack_.mixed_scale(isa_, ordered_.get(), false)
+                                           : isa_.token_scale(x_.get(), book_.padded);
       const float scale = row_scale(least, r);
       const QuantStats quantised = pack_.wide ? pack_.quantise_mixed(isa_, ordered_.get(), scale, words_.get())
                                               : isa_.quantise[rung_](x_.get(), book_.padded, scale, words_.get());
       source = words_.get();
       state.unit = static_cast<double>(scale) * pack_.scale;
-      state.offset = rung_ == kInt8 ? 128 * static_cast<int64_t>(quantised.sum) : 0;  // codes are stored plus 128
+      state.offset = rung_ == kInt8 ? static_cast<int64_t>(isa_.code_levels + 1) * quantised.sum : 0;  // as the codes are stored
       const double residual = std::sqrt(static_cast<double>(quantised.residual2)) * 1.001;
       state.bound = 1.0001 * (residual * known_.radius + (norm + residual) * pack_.residual) + 0.51 * state.unit + 0x1p-22 * rounding;
     }
@@ -166,7 +167,8 @@ class BlockSearch {
     return bits ^ ((bits >> 31) & 0x7fffffff);
   }
 
-  void score_group(int32_t group, Leader* leader) const {
+  void score_group(int32_t group, Leader* leader, Stats* stats) const {
+    stats->codes += isa_.vectors * span_;
     const int64_t block = group / isa_.lanes, lane = group % isa_.lanes;
     for (int64_t panel = block * span_; panel < std::min(book_.panels, (block + 1) * span_); ++panel) {
       const int64_t first = panel * panel_ + lane * isa_.vectors;
@@ -208,12 +210,11 @@ class BlockSearch {
     double least = bar - 2 * bound(bar, state);
     int64_t found = list_groups(groups, least, state);
     if (found > kCapacity) return false;
-    stats->codes += found * isa_.vectors * span_;
     int64_t scored = 0;
     const auto score_largest = [&] {
       if (scored == found) return;
       bring_largest(groups, scored, found);
-      score_group(list_[scored++], leader);
+      score_group(list_[scored++], leader, stats);
     };
     score_largest();
     if (query_.margin) score_largest();
@@ -225,21 +226,27 @@ class BlockSearch {
       scored = 0;
       if (found > kCapacity) return false;
     }
-    const int32_t threshold = threshold_for(score - bound(score, state), state);
-    for (; scored < found; ++scored)
-      if (groups[list_[scored]] >= threshold) score_group(list_[scored], leader);
+    double limit = leader->limit();
+    int32_t threshold = threshold_for(score - bound(score, state), state);
+    for (; scored < found; ++scored) {
+      if (groups[list_[scored]] < threshold) continue;
+      score_group(list_[scored], leader, stats);
+      if (!query_.margin || leader->limit() == limit) continue;
+      limit = leader->limit();
+      score = true_score(limit, state);
+      threshold = threshold_for(score - bound(score, state), state);
+    }
     return true;
   }
 
-  void select(int64_t row, int64_t r, bool keep, Stats* stats) {
+  void select(int64_t row, int64_t r, Stats* stats) {
     Leader leader(query_, row);
     const bool certain = score_groups(r, &leader, stats);
     if (!certain) stats->codes += book_.k;
-    if (!keep) return;
     certain ? leader.store(stats) : search_in_full(query_, known_.only, row, stats);
   }
 
-  static constexpr int64_t kParts = 8;
+  static constexpr int64_t kParts = 4;
   static constexpr int kScales = 2049;  // exponent and three bits of mantissa of a positive float32
   const Query& query_;
   const Codebook& book_;
@@ -263,14 +270,23 @@ int64_t block_rows(int64_t n, int threads) {
   return std::min<int64_t>(kBlockRows, (share + kTileRows - 1) / kTileRows * kTileRows);
 }
 
-Stats search_rung(const Query& query, Codebook& book, int rung) {
+// A few rows spread over all of them, and the others in order.
+struct Sample {
+  int64_t count, stride;  // rows 0, stride, 2 stride, ..., `count` of them
+  int64_t row(int64_t i) const { return i * stride; }
+  int64_t other(int64_t i) const { return i < count * (stride - 1) ? i + i / (stride - 1) + 1 : i + count; }
+};
+
+Stats search_rung(const Query& query, Codebook& book, int rung, Sample done = {0, 2}) {
   const Summary& known = book.summary(query.codes, query.threads);
   const Pack& pack = book.pack(query.codes, rung, query.threads);
-  const int64_t block = block_rows(query.n, query.threads);
+  Query rest = query;
+  rest.n -= done.count;
+  const int64_t block = block_rows(rest.n, query.threads);
   return over_blocks(
-      query, block, [&] { return std::make_unique<BlockSearch>(query, book, known, pack, rung, block); },
-      [](BlockSearch& search, int64_t first, int64_t last) {
-        return search.run(last - first, [first](int64_t r) { return first + r; }, true);
+      rest, block, [&] { return std::make_unique<BlockSearch>(query, book, known, pack, rung, block); },
+      [done](BlockSearch& search, int64_t first, int64_t last) {
+        return search.run(last - first, [first, done](int64_t r) { return done.other(first + r); });
       });
 }
 
@@ -284,12 +300,6 @@ Stats search_all_in_full(const Query& query, const Summary& known) {
       });
 }
 
-// Cycles per multiply-add of a rung's main loop, roughly, and of scoring a candidate in double precision.
-double cycles_per_product(const Isa& isa, int rung) {
-  const double lanes = isa.lanes;
-  return rung == kInt8 ? 0.25 / lanes : rung == kInt16 ? 0.5 / lanes : rung == kFloat32 ? 1 / lanes : 2 / lanes;
-}
-
 // Whether the next rung's slower pass costs less than what this rung leaves to score in double precision.
 int better_rung(const Codebook& book, int rung, const Stats& stats) {
   const double products = static_cast<double>(book.k) * static_cast<double>(book.d);
@@ -298,7 +308,7 @@ int better_rung(const Codebook& book, int rung, const Stats& stats) {
   int next = rung + 1;
   while (next < kRungs && !book.isa->has[next]) ++next;
   if (next == kRungs || (next == kDifference && book.dtype != TMM_F32)) return rung;  // it needs the values themselves
-  return excess > products * (cycles_per_product(*book.isa, next) - cycles_per_product(*book.isa, rung)) ? next : rung;
+  return excess > products * static_cast<double>(book.isa->choice.cycles[next] - book.isa->choice.cycles[rung]) ? next : rung;
 }
 
 int lowest_rung(const Codebook& book, bool margins) {
@@ -314,29 +324,38 @@ void raise_rung(std::atomic<int>* rung, int least) {
   }
 }
 
-Stats probe(const Query& query, Codebook& book, int rung) {
-  const int64_t count = std::min<int64_t>(kProbeRows, query.n / 4), stride = query.n / count;
-  BlockSearch search(query, book, book.summary(query.codes, query.threads), book.pack(query.codes, rung, query.threads), rung,
-                     (count + kTileRows - 1) / kTileRows * kTileRows);
-  return search.run(count, [stride](int64_t r) { return r * stride; }, false);
+// Answers the rows of a sample, which show what a rung leaves to score.
+Stats probe(const Query& query, Codebook& book, int rung, Sample sample) {
+  BlockSearch search(query, book, book.summary(query.codes, query.threads), book.pack(query.codes, rung, query.threads), rung, sample.count);
+  return search.run(sample.count, [sample](int64_t r) { return sample.row(r); });
 }
 
 Stats search_ladder(const Query& query, Codebook& book, int* method) {
   const bool margins = query.margin != nullptr;
   int rung = lowest_rung(book, margins);
-  for (int better = rung; query.n >= 32; rung = better) {
-    better = better_rung(book, rung, probe(query, book, rung));
-    if (better == rung) break;
+  Sample sample{0, 2};
+  Stats stats;
+  if (query.n >= kLeastProbed) {
+    sample.count = std::min<int64_t>(kProbeRows, query.n / 4 / kTileRows * kTileRows);
+    sample.stride = query.n / sample.count;
+    for (int better = rung;; rung = better) {
+      stats = probe(query, book, rung, sample);
+      better = better_rung(book, rung, stats);
+      if (better == rung) break;
+    }
   }
-  const Stats stats = search_rung(query, book, rung);
-  raise_rung(&book.rung[margins], query.n >= 32 ? rung : better_rung(book, rung, stats));
+  stats.add(search_rung(query, book, rung, sample));
+  raise_rung(&book.rung[margins], sample.count ? rung : better_rung(book, rung, stats));
   *method = TMM_INT8 + rung;
   return stats;
 }
 
-// The box tree wins for few dimensions; from about ten on it visits too many leaves.
-bool wants_tree(const Query& query, const Summary& known) {
-  return query.z.dtype == TMM_F32 && query.codes.d <= 8 && known.usable >= 512;
+// The box tree wins for few dimensions and many codes, once enough rows have come to pay for its making.
+bool wants_tree(const Query& query, Codebook& book, const Summary& known) {
+  const TreeChoice& from = book.isa->choice.tree;
+  if (query.z.dtype != TMM_F32 || query.codes.d > from.most_dims || known.usable < from.codes) return false;
+  const int64_t before = book.rows.fetch_add(std::min<int64_t>(query.n, from.rows), std::memory_order_relaxed);
+  return before + query.n >= from.rows;
 }
 
 Stats search(const Query& query, Codebook& book) {
@@ -352,10 +371,10 @@ Stats search(const Query& query, Codebook& book) {
     stats = search_all_in_full(query, known);
   } else if (method == TMM_BRUTE) {
     stats = search_live(query);
-  } else if (!query.margin && (method == TMM_TREE || (method == TMM_AUTO && wants_tree(query, known)))) {
+  } else if (method == TMM_TREE || (method == TMM_AUTO && wants_tree(query, book, known))) {
     method = TMM_TREE;
     stats = search_tree(query, known, book.box_tree(query.codes, query.threads));
-  } else if (method == TMM_AUTO || method == TMM_TREE) {
+  } else if (method == TMM_AUTO) {
     stats = search_ladder(query, book, &method);
   } else {
     stats = search_rung(query, book, method - TMM_INT8);

@@ -85,7 +85,7 @@ def test_bad_input_is_one_sentence_and_code_2(saved: Path, tmp_path: Path, capsy
             ["decode", str(tmp_path / "text.png"), "--tokenizer", tok, "--out-dir", str(tmp_path / "o")],
             "ids: expected a whole file",
         ),
-        (["train", config, "optimiser.lr=1"], "config.optimiser: unknown key; did you mean 'optimizer'"),
+        (["train", config, "objective.optimiser.lr=1"], "optimiser: unknown key; did you mean 'optimizer'"),
         (["train", str(tmp_path / "no.yaml")], "config: expected the path of a YAML file"),
     ]:
         assert main(arguments) == 2, arguments

@@ -13,6 +13,7 @@ from tokenizers_mm.config import (
     MAX_ENTRIES,
     MAX_LENGTH,
     MAX_TEXT,
+    Keys,
     Length,
     Pattern,
     Range,
@@ -86,7 +87,7 @@ class Limited:
     name: Annotated[str, Pattern("[a-z]+", "a plain name")] = "a"
     maybe: Annotated[int, Range(0)] | None = None
     side: Left | Inner | None = None
-    options: Options = field(default_factory=Options)
+    options: Annotated[dict[str, Any], Keys(Options)] = field(default_factory=dict)
     anything: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:

@@ -138,7 +138,8 @@ def test_any_error_ends_in_two_places_only() -> None:
 
 
 def test_every_file_goes_through_the_one_writer() -> None:
-    """Files are opened for writing in `_files.py`, or at a place that `atomic_path` or `atomic_directory` gave."""
+    """Files are opened for writing in `_files.py`, at a place that `atomic_path` or `atomic_directory` gave, or in a
+    temporary folder."""
     writing = re.compile(
         r"""open\([^)]*["'][wax]b?\+?["']|\.write_(text|bytes)\(|\bsave_file\(|torch\.save\(|savez\("""
     )
@@ -149,15 +150,21 @@ def test_every_file_goes_through_the_one_writer() -> None:
         for match in writing.finditer(text):
             before = text[: match.start()]
             place = before[before.rfind("\ndef ") :]
-            assert re.search(r"with .*atomic_(path|directory)\(", place), f"{path}: {match[0]}"
+            assert re.search(r"with .*(atomic_(path|directory)|TemporaryDirectory)\(", place), f"{path}: {match[0]}"
 
 
 @pytest.mark.parametrize(
     ("op", "native"),
-    [("nearest_code", "nearest_code"), ("nearest_code_shared", "nearest_code"), ("code_sums", "code_sums")],
+    [
+        ("nearest_code", "nearest_code"),
+        ("nearest_code_shared", "nearest_code"),
+        ("code_sums", "code_sums"),
+        ("kmeans", "code_sums"),
+    ],
 )
 def test_every_kernel_is_a_family_of_five(op: str, native: str) -> None:
-    """Declaration, native code, reference twin, test, benchmark. The shared search is one search over joined parts."""
+    """Declaration, native code, reference twin, test, benchmark. The shared search is one search over joined parts;
+    k-means is made of the search and the sums."""
     from tokenizers_mm import kernels
 
     assert callable(getattr(kernels, op))

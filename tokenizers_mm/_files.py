@@ -31,10 +31,10 @@ REPLACING = ".tmm-replacing"
 
 def regular_file(path: str | os.PathLike[str], expected: str = "a file") -> Path:
     """The path, if it is a regular file or a link to one. A FIFO or a device could block a reader or never end."""
-    file = Path(path)
-    if not file.is_file():
-        fail(str(file), expected, kind_of(file))
-    return file
+    kind = kind_of(path)
+    if kind != "a file":
+        fail(str(path), expected, kind)
+    return Path(path)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ Every image becomes upright 8-bit RGB in sRGB by one rule, which never looks at 
     frames        the first of an animation; a PIL image gives the frame it stands at
 """
 
-import io
 import os
 import sys
 import threading
@@ -69,7 +68,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The bytes of an image file as upright RGB. ValueError, with the name, for what is broken, huge or no image."""
-    with _decoding(name), Image.open(io.BytesIO(data)) as image:
+    with _decoding(name), Image.open(BytesIO(data)) as image:
         return upright_rgb(image, name)
 
 
@@ -183,11 +182,17 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _srgb_transform(profile: bytes, source: str, target: str) -> Any:
-    """The colour transform from a profile to sRGB; None where the profile is sRGB."""
-    opened = ImageCms.getOpenProfile(BytesIO(profile))
-    if "srgb" in (opened.profile.profile_description or "").lower():
-        return None
-    return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), source, target)
+    """The transform from a profile to sRGB; None where it moves no colour by more than 3: the profile is sRGB."""
+    opened = ImageCms.ImageCmsProfile(BytesIO(profile))
+    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), source, target)
+    if source == target:
+        levels = np.arange(0, 256, 51, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+        probe = Image.fromarray(colours).convert(source)
+        moved = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int) - np.asarray(probe)
+        if np.abs(moved).max() <= 3:
+            return None
+    return transform
 
 
 _silence = threading.Lock()

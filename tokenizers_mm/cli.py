@@ -258,8 +258,8 @@ def _decode(options: argparse.Namespace) -> None:
             kind = "latents" if continuous else "ids"
             fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
         most = max(1, limit // (first.height * first.width))
-        alike = list(itertools.takewhile(first.is_like, items[done : done + most]))
-        codes: Any = join_codes([item.codes(tokenizer.streams) for item in alike])
+        alike: list[Any] = list(itertools.takewhile(first.is_like, items[done : done + most]))
+        codes = join_codes([item.codes(tokenizer.streams) for item in alike])
         with torch.no_grad():
             images = tokenizer.decode(codes.to(tokenizer.device))
         for index, image in enumerate(tensor_to_images(images), done):

@@ -6,6 +6,7 @@ dataclasses. Limits stand beside the fields:
     depth: Annotated[int, Range(0, 256)]
     betas: tuple[Annotated[float, Range(0, 1, high_open=True)], ...]
     names: Annotated[tuple[str, ...], Length(1, 8)]
+    options: Annotated[dict[str, Any], Keys(SomeTypedDict)]
     name: Annotated[str, Pattern(r"[a-z0-9_]+", "a plain name")]
 
 What holds between fields is checked by an optional method `check(self)`, which raises with `require` and names relative
@@ -89,6 +90,17 @@ class Pattern:
     def check(self, value: Any, where: str) -> None:
         """Refuse a text that does not match."""
         require(re.fullmatch(self.regex, value) is not None, where, self.meaning, repr(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys and types of a plain dictionary, as a TypedDict has them: options for something else, by name."""
+
+    schema: Any
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse other keys and values."""
+        _convert_typed_dict(self.schema, value, where)
 
 
 Width = Annotated[int, Range(1, 1 << 16)]
@@ -246,7 +258,8 @@ def _convert(hint: Any, value: Any, where: str, marks: tuple[Any, ...] = ()) -> 
     schema: Any = hint
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        value = _convert(arguments[0], value, where, hint.__metadata__)
+        keys = next((mark.schema for mark in hint.__metadata__ if isinstance(mark, Keys)), arguments[0])
+        value = _convert(keys, value, where, hint.__metadata__)
         for mark in hint.__metadata__:
             mark.check(value, where)
         return value
@@ -288,7 +301,8 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     choices: list[Any] = [a for a in arguments if a is not type(None)]
     if len(choices) == 1:
         return _convert(choices[0], value, where)
-    kinds = {a.kind: a for a in choices if dataclasses.is_dataclass(a) and isinstance(getattr(a, "kind", None), str)}
+    schemas = [a for a in choices if dataclasses.is_dataclass(a)]
+    kinds: dict[str, Any] = {a.kind: a for a in schemas if isinstance(getattr(a, "kind", None), str)}  # type: ignore[attr-defined]
     if kinds and isinstance(value, Mapping):
         kind = value.get("kind")
         if not isinstance(kind, str) or kind not in kinds:
@@ -389,7 +403,7 @@ class _Interpolation:
         require(len(active) < MAX_DEPTH, here, f"at most {MAX_DEPTH} interpolations in a chain", "more")
         value: Any = self._data
         for key in target:
-            index = int(key) if isinstance(value, list) and str(key).isdecimal() else key
+            index: Any = int(key) if isinstance(value, list) and re.fullmatch("[0-9]{1,9}", str(key)) else key
             inside = index in value if isinstance(value, dict) else isinstance(index, int) and index < len(value)
             require(isinstance(value, (dict, list)) and inside, here, "an interpolation of a key", f"${{{name}}}")
             value = value[index]

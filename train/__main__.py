@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from tokenizers_mm.cli import guarded
 from tokenizers_mm.config import to_mapping
 
 from .config import RunConfig, objective_class, read_config
@@ -19,24 +20,23 @@ CONFIG: a YAML file; configs/ holds one for every kind of run.
 
 def main(arguments: list[str]) -> int:
     """Train. Bad input ends with one sentence and code 2, a signal with a checkpoint and 128 plus its number."""
+    return guarded("tokenizers-mm train", lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     given = [argument for argument in arguments if argument != "--check"]
     if not given or given[0] in ("-h", "--help"):
         print(USAGE, file=sys.stderr)
         return 0 if given else 2
+    config = read_config(given[0], given[1:])
+    if "--check" in arguments:
+        print(check(config))
+        return 0
     try:
-        config = read_config(given[0], given[1:])
-        if "--check" in arguments:
-            print(check(config))
-        else:
-            run(config)
+        run(config)
     except InterruptedRunError as interrupted:
         print(f"tokenizers-mm train: {interrupted}", file=sys.stderr)
         return 128 + interrupted.number
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, FloatingPointError) as error:
-        print(f"tokenizers-mm train: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

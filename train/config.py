@@ -42,7 +42,9 @@ class RunConfig:
     batch_size: samples of a micro-batch of one process. accumulate: micro-batches per step. precision: of autocast.
     device: "auto" takes an accelerator where there is one. ema: decay of the moving average of weights that is saved,
     0 for none. non_finite: "stop" ends the run at a gradient that is not finite, "skip" leaves the step out.
-    log_every, sample_every, save_every: in steps, 0 for never (the last two). keep: number of checkpoints.
+    log_every, sample_every, validate_every, save_every: in steps, 0 for never (but for the first). keep: number of
+    checkpoints. best: the measurement of the validation by which the best networks are kept, in `out/best`; "" keeps
+    none.
     resume: "auto" continues from the newest whole checkpoint in `out`, "never" starts from step 0.
     """
 
@@ -59,6 +61,8 @@ class RunConfig:
     seed: Annotated[int, Range(0, 2**62)] = 0
     log_every: Annotated[int, Range(1)] = 10
     sample_every: Annotated[int, Range(0)] = 0
+    validate_every: Annotated[int, Range(0)] = 0
+    best: str = ""
     save_every: Annotated[int, Range(0)] = 1000
     keep: Annotated[int, Range(1)] = 2
     resume: Literal["auto", "never"] = "auto"
@@ -106,6 +110,10 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
         fail("config.objective", "a mapping with a kind", "another value")
     kind = objective_class(objective.get("kind"))
     config = dataclasses.replace(config, objective=from_mapping(kind.Config, objective, "config.objective"))
+    measured = bool(kind.MEASURES)
+    require(not config.validate_every or measured, "config.validate_every", f"0 (kind: {kind.kind})", "a number")
+    known = config.best in kind.MEASURES and config.validate_every > 0
+    require(not config.best or known, "config.best", f"one of {list(kind.MEASURES)}, with validate_every", config.best)
     require(not config.ema or bool(kind.AVERAGED), "config.ema", f"0 (kind: {config.objective.kind})", config.ema)
     stages = kind.stages_of(config)
     for index, stage in enumerate(stages):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,11 @@ from tokenizers_mm._files import atomic_path
 
 from .state import State
 
-TOTALS = ("revived", "skipped", "skipped_steps")
-"""Values that are added up between two lines of the log; of all others the mean is written."""
+TOTALS = ("revived", "skipped")
+"""Beginnings of the names of values that are added up between two lines of the log; of all others the mean counts."""
+
+SHOWN_SKIPS = 20
+"""Inputs left out that are named on the screen; those after them are only counted, by cause."""
 
 
 class Log:
@@ -29,6 +33,7 @@ class Log:
         self._counted: dict[str, int] = {}
         self._tensorboard: Any = None
         self._bar: Any = None
+        self._skips = 0
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -46,10 +51,12 @@ class Log:
         if not self.active:
             return
         skipped = [name for batch in batches for name in state.objective.skipped(batch)]
-        for name in skipped:
-            self._bar.write(f"skipped: {name}", file=sys.stderr)
-        if skipped:
-            report = report | {"skipped": float(len(skipped))}
+        for sentence in skipped:
+            self._skips += 1
+            if self._skips <= SHOWN_SKIPS:
+                self._bar.write(f"skipped: {sentence}", file=sys.stderr)
+            for name in ("skipped", f"skipped_{_cause(sentence)}"):
+                report[name] = report.get(name, 0.0) + 1.0
         for name, value in report.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counted[name] = self._counted.get(name, 0) + 1
@@ -61,7 +68,7 @@ class Log:
         line: dict[str, float] = {"step": state.step, "seconds": round(state.seconds, 3)}
         if len(state.objective.stages) > 1:
             line["stage"] = state.stage
-        line |= {n: v if n in TOTALS else v / self._counted[n] for n, v in self._sums.items()} | window
+        line |= {n: v if n.startswith(TOTALS) else v / self._counted[n] for n, v in self._sums.items()} | window
         self._sums, self._counted = {}, {}
         self._append(line)
         shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
@@ -94,6 +101,11 @@ class Log:
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _cause(sentence: str) -> str:
+    """Kind of error in a sentence about an input that was left out."""
+    return re.split(r"[:, ]", sentence.rpartition(" got ")[2])[0] or "unknown"
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:

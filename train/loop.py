@@ -58,6 +58,8 @@ def _train(state: State, log: Log, signals: Signals) -> None:
         log.notes(state, notes)
         if config.sample_every and (state.step % config.sample_every == 0 or state.finished):
             log.show(state)
+        if config.validate_every and (state.step % config.validate_every == 0 or state.finished):
+            log.notes(state, [_validate(state)])
         if state.stage_over and not state.finished:
             state.enter(state.stage + 1)
             log.notes(state, objective.begin(state.stage, state.samples))
@@ -69,3 +71,14 @@ def _train(state: State, log: Log, signals: Signals) -> None:
         save_checkpoint(state)
     if stop and not state.finished:
         raise InterruptedRunError(stop, state.step)
+
+
+def _validate(state: State) -> dict[str, float]:
+    """Measure held-out samples; the best networks so far go to `out/best`."""
+    found = state.objective.validate(state.averaged)
+    value = found.get(state.config.best)
+    if value is not None and (state.best is None or value > state.best):
+        state.best = value
+        if state.accelerator.is_main_process:
+            state.objective.save(state.averaged, Path(state.config.out) / "best")
+    return {f"validation_{name}": value for name, value in found.items()}

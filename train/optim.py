@@ -45,9 +45,8 @@ class Learner:
 def adamw(learner: Learner) -> torch.optim.Optimizer:
     """New AdamW for a learner; fused on CUDA."""
     options = learner.options
-    optimizer = torch.optim.AdamW(
-        list(learner.parameters), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
-    )
+    parameters: Any = list(learner.parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
     if all(p.is_cuda for group in optimizer.param_groups for p in group["params"]):
         for group in optimizer.param_groups:
             group["fused"] = True

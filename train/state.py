@@ -13,7 +13,7 @@ from .distributed import make_accelerator
 from .objectives.base import Moment, Objective, Player, Stage, Terms
 from .optim import Learner, adamw, load_optimizer
 
-COUNTERS = ("step", "stage", "stage_step", "samples", "seconds", "stage_seconds")
+COUNTERS = ("step", "stage", "stage_step", "samples", "seconds", "stage_seconds", "best")
 
 
 class Pass(nn.Module):
@@ -37,6 +37,7 @@ class State:
     """A run.
 
     step: over all stages. samples: that all processes together have used. seconds: of training, over all stages.
+    best: the highest validated value of `config.best` so far.
     """
 
     config: RunConfig
@@ -51,6 +52,7 @@ class State:
     samples: int = 0
     seconds: float = 0.0
     stage_seconds: float = 0.0
+    best: float | None = None
     _passes: dict[Player, nn.Module] = field(default_factory=dict)
 
     @property
@@ -167,6 +169,7 @@ class State:
                 raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
         for name in COUNTERS:
             setattr(self, name, counters[name])
+        self.objective.enter(self.stage)  # the restored state may say what learns
 
 
 def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> State:

@@ -72,8 +72,9 @@ def _shares(state: State, player: Player, batches: Sequence[Any]) -> tuple[list[
     """
     counts = [state.objective.counts(player.name, batch) for batch in batches]
     names = sorted(counts[0])
+    shares: list[dict[str, float]] = [{} for _ in batches]
     if not names:
-        return [{} for _ in batches], {}
+        return shares, {}
     mine = torch.tensor([sum(count[name] for count in counts) for name in names], device=state.accelerator.device)
     totals = dict(zip(names, sum_over_ranks(mine).tolist(), strict=True))
     state.objective.check_labels(totals, state.step)

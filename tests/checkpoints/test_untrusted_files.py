@@ -202,9 +202,9 @@ def test_a_pickle_that_is_no_mapping_of_text_is_refused(tmp_path: Path) -> None:
 def test_special_files_are_refused_and_not_waited_for(tmp_path: Path) -> None:
     for suffix in (".pt", ".safetensors"):
         os.mkfifo(tmp_path / f"fifo{suffix}")
-        with pytest.raises(ValueError, match="got something that is no regular file"):
+        with pytest.raises(ValueError, match=r"got a (FIFO|device)"):
             read(tmp_path / f"fifo{suffix}")
-    with pytest.raises(ValueError, match="got something that is no regular file"):
+    with pytest.raises(ValueError, match=r"got a (FIFO|device)"):
         read("/dev/zero")
 
 

@@ -207,6 +207,7 @@ def test_a_pack_is_kept_and_follows_the_version(host: None) -> None:
     codebook.copy_(codebook.flip(0))
     new, checked = _cuda.packs.get((codebook,), (1.0,))
     assert new is not first
+    assert new.buffer is first.buffer  # on the same stream, and nobody will ask for the first again
     assert not checked
     assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
     kernels.invalidate()
@@ -234,6 +235,20 @@ def test_a_change_behind_torch_is_noticed(host: None, pass_name: str, monkeypatc
         assert other is not pack
         assert not checked
         assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
+
+
+def test_packs_of_codebooks_that_are_gone_are_used_again(host: None) -> None:
+    buffers = set()
+    for seed in range(6):
+        z, codebook = random_pair(2, 40, 3)
+        assert_nearest(*_cuda.nearest_code(z, codebook + seed), (z,), (codebook + seed,), (1.0,))
+        assert len(_cuda.packs) == 1
+        buffers |= {entry.pack.buffer.data_ptr() for entry in _cuda.packs._entries.values()}
+    assert len(buffers) == 1
+    kept = [torch.randn(30 + i, 4) for i in range(_cuda.MAX_PACKS + 3)]
+    for codebook in kept:
+        _cuda.packs.get((codebook,), (1.0,))
+    assert len(_cuda.packs) == _cuda.MAX_PACKS
 
 
 def test_every_single_change_alters_the_hash(host: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,7 @@ def test_info_from_the_files_says_what_loading_says(family: str, tmp_path: Path)
     loaded = load(tmp_path / "a")
     lines = read_lines(tmp_path / "a")
     assert lines == describe(family, summarize(loaded), to_mapping(loaded.provenance))
+    assert lines is not None
     assert f"parameters   {sum(p.numel() for p in loaded.parameters()):,}" in lines
     config, weights = (tmp_path / "a" / name for name in ("config.json", "model.safetensors"))
     whole = config.read_text(), weights.read_bytes()

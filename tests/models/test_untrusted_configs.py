@@ -215,7 +215,7 @@ def test_no_option_of_a_config_names_a_file_or_an_address(
         edited(folder, options={**SIZES, **option})
         assert outcome(folder, capsys) == "refused"
         with pytest.raises(ValueError, match=r"options|unknown key"):
-            SemanticEncoder(SemanticEncoderConfig("vit_tiny_patch16_224", {**SIZES, **option}))  # type: ignore
+            SemanticEncoder(SemanticEncoderConfig("vit_tiny_patch16_224", {**SIZES, **option}))
     for name in (
         *("hf-hub:owner/name", "hf_hub:owner/name", "local-dir:.", f"local-dir:{folder}", "timm/vit_tiny_patch16_224"),
         *("https://example.com/x", "../x", "vit_tiny_patch16_224/../x", "vit_tiny_patch16_224.a.b", "VIT_tiny", "none"),
@@ -246,6 +246,16 @@ def test_a_config_cannot_ask_for_more_memory_than_its_weights_file_holds(
     (folder / "config.json").write_text(json.dumps(document))
     with address_space(1 << 30):
         assert outcome(folder, capsys) == "refused"
+
+
+def test_a_new_model_that_memory_cannot_hold_is_refused_before_it_is_built() -> None:
+    config = tokenflow_config()
+    decoder = dataclasses.replace(config.semantic_decoder, width=1 << 16, depth=256)
+    with (
+        address_space(1 << 30),
+        pytest.raises(ValueError, match=r"config: expected weights within the [\d,]+ byt"),
+    ):
+        TokenFlow.from_config(dataclasses.replace(config, semantic_decoder=decoder))
 
 
 @contextmanager
@@ -305,5 +315,5 @@ def test_a_fifo_in_place_of_a_file_is_refused(name: str, tmp_path: Path, capsys:
     (tmp_path / "tokenizer" / name).unlink()
     os.mkfifo(tmp_path / "tokenizer" / name)
     assert outcome(tmp_path / "tokenizer", capsys) == "refused"
-    with pytest.raises(ValueError, match="got something that is no regular file"):
+    with pytest.raises(ValueError, match="got a FIFO"):
         tmm.load(tmp_path / "tokenizer")

@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -33,7 +35,8 @@ SMALLER: dict[str, dict[str, Any]] = {
         "objective.data.workers": 0,
         "objective.loss.gan_start": 2,
         "objective.revival.every": 2,
-        "objective.model.config.semantic_encoder.options.proj_drop_rate": 0.1,
+        "objective.model.config.semantic_encoder.options.drop_path_rate": 0.3,
+        "objective.model.config.semantic_encoder.options.depth": 2,
         "objective.optimizer.schedule": "constant",
     },
     "mar": {
@@ -84,7 +87,7 @@ def without_dropout(kind: str) -> dict[str, Any]:
     """Edits for tests that compare runs whose batches are divided differently."""
     if kind == "reconstruction":
         return {
-            "objective.model.config.semantic_encoder.options.proj_drop_rate": 0.0,
+            "objective.model.config.semantic_encoder.options.drop_path_rate": 0.0,
             "objective.model.config.quantizer.entropy_temperature": None,
             "objective.loss.weights.entropy": 0.0,  # it, captions and batch norm mix the samples of a batch
             "objective.loss.weights.semantic": 0.0,
@@ -180,11 +183,21 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.train.kinds", "train.loop", "train.objectives.joint", "train.objectives.mar"])
 
 
-def start(data: dict[str, Any], file: Path, rank: int = 0, world: int = 1, port: int = 0) -> Any:
-    """A process that runs the training program on a configuration, written to `file` first."""
+def start(
+    data: dict[str, Any],
+    file: Path,
+    rank: int = 0,
+    world: int = 1,
+    port: int = 0,
+    kill_at: tuple[str, int] | None = None,
+) -> Any:
+    """A process that runs the training program on a configuration, written to `file` first.
+
+    kill_at: name of a function, and the number of its call at whose end the process kills itself.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(data))
-    process = _CONTEXT.Process(target=_program, args=(str(file), rank, world, port))
+    process = _CONTEXT.Process(target=_program, args=(str(file), rank, world, port, kill_at))
     process.start()
     return process
 
@@ -217,7 +230,23 @@ def _hash(state: Any) -> str:
     return found.hexdigest()
 
 
-def _program(file: str, rank: int, world: int, port: int) -> None:
+def _kill_at(name: str, number: int) -> None:
+    """Let the process die at the end of a call of a function."""
+    module, _, function = name.rpartition(".")
+    place = importlib.import_module(module)
+    whole, left = getattr(place, function), [number]
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        found = whole(*arguments, **options)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(place, function, call)
+
+
+def _program(file: str, rank: int, world: int, port: int, kill_at: tuple[str, int] | None) -> None:
     if world > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -228,6 +257,8 @@ def _program(file: str, rank: int, world: int, port: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
+    if kill_at is not None:
+        _kill_at(*kill_at)
     sys.stderr = open(f"{file}.stderr", "w")  # noqa: SIM115 (read by the test)
     from train import __main__ as program
 

@@ -55,7 +55,9 @@ def state_of(
     )
     monkeypatch.setattr("train.objectives.reconstruction.build_tokenizer", lambda _: model)
     monkeypatch.setattr("train.objectives.terms.load_lpips", lambda _: PooledDifference())
-    data = DataConfig(image_size=(model.size_multiple * 4,) * 2)  # not read: the steps get their images
+    data = DataConfig(
+        image_size=(4 * model.size_multiple, 4 * model.size_multiple)
+    )  # not read: the steps get their images
     objective = ReconstructionConfig(
         ModelConfig("dualvitok"), data=data, loss=loss, noise=noise, optimizer=OptimizerConfig(lr=0.0)
     )

@@ -59,6 +59,11 @@ def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, An
         if "buckets" in objective["data"]:
             return edits | {"objective.data.buckets": {"min_pixels": 1024, "max_pixels": 4096, "cell": 16, "step": 32}}
         return edits | {"objective.data.image_size": [64, 64]}
+    if objective["loss"].get("teacher", {}).get("package"):  # published weights of an optional package
+        tower = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
+        model["config"]["semantic_decoder"]["out_dim"] = 48
+        objective["warm_start"]["images"] = 8
+        objective["loss"]["teacher"] = {"name": "vit_tiny_patch16_224", "options": tower, "pretrained": False}
     if model["config"]["quantizer"]["codebook_size"] == 32768:  # a released model
         if "start_from" in model:
             source = yaml.safe_load((ROOT / "configs" / "tokenflow_clipb_224.yaml").read_text())["objective"]

@@ -19,6 +19,7 @@ from tests.train.kinds import (
     make_place,
     plain,
     run_ranks,
+    same_on_all_ranks,
     start,
     tiny,
     without_dropout,
@@ -119,6 +120,28 @@ def test_killed_at_random_and_resumed_is_unbroken(kind: str, place: Path, unbrok
     assert process.exitcode == 0, (tmp_path / "run.yaml.stderr").read_text()
     assert_same(final(unbroken(kind)), final(tmp_path / "run"))
     assert lines(unbroken(kind)) == lines(tmp_path / "run")
+
+
+FAULTS = {
+    "tensors of a checkpoint are written": ("train.checkpoint.save_tensors", 3),
+    "hashes of a checkpoint are taken": ("train.checkpoint._sha256", 8),
+    "a checkpoint is about to be rotated": ("train.checkpoint.list_checkpoints", 4),
+    "a network has stepped and its discriminator has not": ("train.step.descend", 9),
+    "a step is over and nothing is saved": ("train.loop.train_step", 5),
+}
+"""Places of a kill: the function and the number of the call that does not return."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_killed_while(fault: str, place: Path, unbroken: Any, tmp_path: Path) -> None:
+    data = plain("reconstruction", place, tmp_path / "run", {"save_every": 1})
+    process = start(data, tmp_path / "run.yaml", kill_at=FAULTS[fault])
+    process.join()
+    assert process.exitcode == -9, (tmp_path / "run.yaml.stderr").read_text()
+    run(parse_config(data))
+    assert_same(final(unbroken("reconstruction")), final(tmp_path / "run"))
+    assert lines(unbroken("reconstruction")) == lines(tmp_path / "run")
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(("kind", "number"), [("reconstruction", 2), ("mar", 15), ("language", 15), ("joint", 2)])

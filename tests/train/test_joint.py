@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import tokenizers_mm as tmm
+import train.loop
 from tests.cases import ROOT
 from tests.llm.fakes import words
 from tests.models.test_tokenflow import tiny_config
+from tests.train.kinds import assert_same, final
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.eval.image import psnr
@@ -24,8 +26,9 @@ from train.__main__ import main
 from train.config import RunConfig, read_config
 from train.log import read_log
 from train.loop import run
-from train.objectives.guard import Guard, GuardConfig, held_out
+from train.objectives.guard import Guard, GuardConfig
 from train.objectives.joint import PARTS
+from train.objectives.validation import held_out
 from train.state import State, build_state
 from train.step import train_step, weighted_sum
 
@@ -80,13 +83,8 @@ def looks(out: Path) -> list[dict[str, Any]]:
 
 
 def quality(tokenizer: Any, count: int = 8) -> float:
-    config = configured_guard(count)
-    pictures = held_out(config, (32, 32))
+    pictures = held_out("", count, (32, 32))
     return float(psnr(pictures, reconstruct(tokenizer, pictures)[0]).mean())
-
-
-def configured_guard(count: int) -> Any:
-    return GuardConfig(pictures=count)
 
 
 def test_captions_are_learned_in_stage_one_and_further_in_stage_two(folder: Path, tmp_path: Path) -> None:
@@ -219,11 +217,37 @@ def test_the_guard_keeps_the_last_good_tokenizer(
         assert len(looks(tmp_path)) == 4
 
 
+def test_a_run_goes_on_after_its_tokenizer_was_frozen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the stage of the freeze and in the one after; it ends as the run that was left alone."""
+    wild = "{stage: joint, steps: 4, tokenizer: {lr: 1.0}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
+    again = "{stage: joint, steps: 3, tokenizer: {lr: 0.001}, projector: {lr: 0.001}}"
+    plan = [f"objective.stages=[{wild}, {again}]", *NO_GAN, "save_every=1"]
+    plan += ["objective.guard={every: 2, pictures: 4, max_psnr_drop: 1.0, action: freeze}"]
+    whole = train.loop.train_step
+    run(configured(folder, tmp_path / "whole", *plan))
+    for cut in (3, 5):
+
+        def step(state: State, batches: Any, until: int = cut) -> Any:
+            if state.step == until:
+                raise KeyboardInterrupt
+            return whole(state, batches)
+
+        monkeypatch.setattr(train.loop, "train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(configured(folder, tmp_path / "parts", *plan))
+    monkeypatch.setattr(train.loop, "train_step", whole)
+    state = run(configured(folder, tmp_path / "parts", *plan))
+    assert state.objective.guard.frozen  # type: ignore[attr-defined]
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
 def test_rfid_crosses_the_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, 2.9, 3.1])
-    monkeypatch.setattr("train.objectives.guard.rfid", lambda a, b, weights: next(values))
+    monkeypatch.setattr("train.objectives.validation.rfid", lambda a, b, weights: next(values))
     config = GuardConfig(inception="weights.pth", max_fid_ratio=1.5, action="freeze", pictures=8)
-    guard = Guard(config, held_out(config, (32, 32)))
+    guard = Guard(config, held_out("", 8, (32, 32)))
     parts = {"tokenizer": tmm.load(folder / "tokenizer")}
     lines = [guard.measure(parts, step) for step in range(3)]
     assert [line["guard"] for line in lines] == ["before", "within", "freeze"]

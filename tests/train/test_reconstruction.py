@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import tokenizers_mm as tmm
+import train.objectives.reconstruction
 from tests.cases import ROOT
 from tests.mar_cases import tiny_config as mar_config
 from tests.models.test_dualvitok import tiny_config as dualvitok_config
@@ -179,7 +180,8 @@ OTHER: dict[str, Any] = {
 """Other values of keys for which a little more will not do."""
 
 ELSEWHERE = ("out", "objective.kind", "device", "precision", "non_finite", "log_every", "sample_every", "save_every",
-             "keep", "resume", "max_seconds", "objective.data.workers")  # fmt: skip
+             "keep", "resume", "max_seconds", "objective.data.workers", "best", "validate_every",
+             "objective.validation.folder", "objective.validation.images")  # fmt: skip
 """Keys that change no step; other tests see their effects."""
 
 
@@ -245,6 +247,55 @@ def test_missing_perceptual_weights_are_an_error_before_any_work(tmp_path: Path)
     with pytest.raises(ValueError, match="perceptual weights: expected the VGG16 weights"):
         run(parse_config(tiny(tmp_path, edits)))
     assert not list(tmp_path.iterdir())
+
+
+def test_validation_keeps_the_best_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PSNR of held-out images rises, then falls: what is kept is the middle; a resumed run remembers its value."""
+    values = iter([10.0, 12.0, 11.0, 11.5])
+    measured = train.objectives.reconstruction.measure
+
+    def measure(tokenizer: Any, images: torch.Tensor) -> dict[str, float]:
+        found = measured(tokenizer, images)
+        assert found.keys() == {"psnr", "ssim", "usage"}
+        return found | {"psnr": next(values)}
+
+    monkeypatch.setattr("train.objectives.reconstruction.measure", measure)
+    edits = {"validate_every": 2, "best": "psnr", "objective.validation.images": 4, "save_every": 6}
+    run(parse_config(tiny(tmp_path, {**edits, "steps": 6})))
+    best = (tmp_path / "best" / "tokenizer" / "model.safetensors").read_bytes()
+    assert best != (tmp_path / "tokenizer" / "model.safetensors").read_bytes()
+    state = run(parse_config(tiny(tmp_path, {**edits, "steps": 8})))
+    assert state.best == 12.0
+    assert (tmp_path / "best" / "tokenizer" / "model.safetensors").read_bytes() == best
+    found = [line["validation_psnr"] for line in read_log(tmp_path / "log.jsonl") if "validation_psnr" in line]
+    assert found == [10.0, 12.0, 11.0, 11.5]
+
+
+@pytest.mark.parametrize("gan", ["hinge", "non_saturating"])
+def test_the_discriminator_is_seen_to_learn(gan: str, tmp_path: Path) -> None:
+    """Against a generator that stands still: its loss falls, by its own optimizer, with its regularisers."""
+    edits: dict[str, Any] = {
+        "steps": 12,
+        "objective.optimizer.lr": 0.0,
+        "objective.discriminator_optimizer": {"lr": 0.01},
+        "objective.loss.gan": gan,
+        "objective.loss.gan_start": 0,
+        "objective.loss.lecam": 0.001,
+        "objective.loss.r1": 0.001,
+        "objective.revival.every": 0,
+        "objective.model.config.semantic_encoder.options.drop_path_rate": 0.0,
+    }
+    state = build_state(parse_config(tiny(tmp_path, edits)), Accelerator(cpu=True))
+    batch = next(state.objective.batches(0, 0))
+    before = [p.detach().clone() for p in state.objective.networks["discriminator"].parameters()]
+    reports = [train_step(state, [batch])[0] for _ in range(12)]
+    losses = [report["discriminator"] for report in reports]
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(report["lecam"] >= 0 and report["r1"] > 0 for report in reports)
+    after = list(state.objective.networks["discriminator"].parameters())
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    means = state.objective.state_dict()["terms"]
+    assert float(means["real"]) > float(means["fake"])  # real images got higher logits
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])

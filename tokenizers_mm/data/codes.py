@@ -8,7 +8,10 @@ after the other, `ids` [N] or `latents` [N, D]; `offsets` int64 [B + 1], where e
 """
 
 import json
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,12 @@ from tokenizers_mm._images import MAX_PIXELS
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream, as_ids
 
 ENDINGS = (".safetensors", ".npz")
+
+BROKEN = (
+    *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, MemoryError),
+    *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError),
+)
+"""Errors of safetensors, zipfile and numpy for files that are broken."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,9 @@ def write_codes(
             tensors["grids"] = torch.tensor([item.grid for item in codes if isinstance(item, ImageLatents)])
     with atomic_path(path) as temporary:
         if path.suffix == ".npz":
-            arrays = {name: t.float().numpy() if t.is_floating_point() else t.numpy() for name, t in tensors.items()}
+            arrays: dict[str, Any] = {}
+            for name, tensor in tensors.items():
+                arrays[name] = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
             with temporary.open("wb") as stream:
                 np.savez(stream, metadata=np.array(json.dumps(facts)), **arrays)
         else:
@@ -109,7 +120,8 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
         wide = [sizes, as_ids(tensors["grids"])] if "grids" in tensors else [sizes]
         count = len(offsets) - 1 if offsets.ndim == 1 else -1
         right = count > 0 and all(tuple(t.shape) == (count, 2) for t in wide) and len(wide) == 1 + (key == "latents")
-        right = right and offsets[0] == 0 and offsets[-1] == len(values) and bool((offsets.diff() >= 0).all())
+        ends = offsets.flatten().tolist()
+        right = right and ends[0] == 0 and ends[-1] == len(values) and ends == sorted(ends)
         require(right, str(path), "offsets and sizes that fit each other", f"offsets {list(offsets.shape)}")
         places = torch.cat(wide, 1).tolist()
         parts = values.split(offsets.diff().tolist())
@@ -127,7 +139,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+    except BROKEN as error:
         fail("ids", "a whole file that `encode` wrote", f"{path} ({type(error).__name__}: {error})")
 
 

@@ -38,7 +38,7 @@ class FileList(Sequence[Path]):
             for name in files
             if name.lower().endswith(tuple(extensions))
         ]
-        names = sorted(names, key=lambda name: name.split(os.sep))
+        names = sorted(names, key=lambda name: Path(name).parts)
         require(len(names) > 0, "images", f"image files ({', '.join(extensions)}) below {str(folder)!r}", "none")
         return cls(folder, names)
 
@@ -56,5 +56,5 @@ class FileList(Sequence[Path]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        start, end = self._ends[index % len(self)], self._ends[index % len(self) + 1]
-        return self.root / os.fsdecode(self._bytes[start:end].numpy().tobytes())
+        place, ends = index % len(self), self._ends.numpy()
+        return self.root / os.fsdecode(self._bytes.numpy()[ends[place] : ends[place + 1]].tobytes())

@@ -9,11 +9,11 @@ from hashlib import blake2b
 
 from tokenizers_mm._check import require
 
-ROUNDS = 6
+ROUNDS = 4
 """Of the Feistel network; an even number, so that both halves end where they began."""
 
-BLOCK = 4096
-"""Samples of a mixture within which every source has exactly its share."""
+SHARES = 1 << 20
+"""Weights of a mixture are rounded to this many equal shares."""
 
 _MASK = (1 << 64) - 1
 
@@ -33,49 +33,41 @@ def permute(index: int, size: int, key: int) -> int:
     require(0 <= index < size, "index", f"0 to {size - 1}", index)
     bits = max(2, (size - 1).bit_length())
     low = bits - bits // 2
-    widths = ((1 << bits // 2) - 1, (1 << low) - 1)
+    left_mask, low_mask = (1 << bits // 2) - 1, (1 << low) - 1
+    rounds = [
+        ((key + number * 0x9E3779B97F4A7C15) & _MASK, low_mask if number % 2 else left_mask) for number in range(ROUNDS)
+    ]
     while True:
-        left, right = index >> low, index & widths[1]
-        for number in range(ROUNDS):
-            z = (right + key + number * 0x9E3779B97F4A7C15) & _MASK  # splitmix64
-            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-            left, right = right, left ^ ((z ^ (z >> 31)) & widths[number % 2])
+        left, right = index >> low, index & low_mask
+        for salt, mask in rounds:
+            z = ((right ^ salt) * 0xBF58476D1CE4E5B9) & _MASK  # the first half of splitmix64's mixing
+            left, right = right, left ^ (((z ^ (z >> 29)) * 0x94D049BB133111EB) >> 32 & mask)
         index = left << low | right
         if index < size:
             return index
 
 
 class Interleaving:
-    """Positions of a mixture to positions of its sources: each source is walked through in order, without gaps.
+    """Positions of a mixture to positions of its sources: each source is gone through in order, without gaps.
 
-    Within every `BLOCK` positions each source has its share of them exactly, in an order that is new in every block.
+    Sources are spread evenly: up to any position each has had its share of the samples, to less than one per source.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int) -> None:
+    def __init__(self, weights: Sequence[float]) -> None:
         total = sum(weights)
-        require(
-            len(weights) > 0 and min(weights) >= 0 and total > 0, "weights", "numbers from 0 on, not all 0", weights
-        )
-        require(len(weights) <= BLOCK, "weights", f"at most {BLOCK} sources", f"{len(weights)}")
-        shares = [BLOCK * weight / total for weight in weights]
-        self.counts = [max(int(share), int(share > 0)) for share in shares]
-        rest = sorted(range(len(shares)), key=lambda i: self.counts[i] - shares[i])  # largest remainder first
-        for step in range(abs(missing := BLOCK - sum(self.counts))):
-            self.counts[rest[step % len(rest)] if missing > 0 else self.counts.index(max(self.counts))] += (
-                1 if missing > 0 else -1
-            )
-        self.seed = seed
+        sound = len(weights) > 0 and min(weights) >= 0 and total > 0
+        require(sound, "weights", "numbers from 0 on, not all 0", weights)
+        self.counts = [max(round(SHARES * weight / total), int(weight > 0)) for weight in weights]
 
     def __call__(self, position: int) -> tuple[int, int]:
         """Number of the source, and position in it."""
-        block, place = divmod(position, BLOCK)
-        place = permute(place, BLOCK, mix_seeds(self.seed, block, 3))
+        rest = sum(self.counts)
         for source, count in enumerate(self.counts):
-            if place < count:
-                return source, block * count + place
-            place -= count
-        raise AssertionError("counts add up to a block")
+            before, after = position * count // rest, (position + 1) * count // rest
+            if after > before:
+                return source, before
+            position, rest = position - before, rest - count  # among the sources that follow
+        raise AssertionError("the last source takes what is left")
 
 
 def shuffled(position: int, size: int, seed: int) -> int:

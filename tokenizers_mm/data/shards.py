@@ -100,8 +100,9 @@ def _read_index(path: Path, marks: str) -> Tensor | None:
             places = file.get_tensor("places") if (file.metadata() or {}).get("marks") == marks else None
     except (OSError, SafetensorError):
         return None
-    sound = places is not None and places.ndim == 2 and places.shape[1] == 5 and places.dtype == torch.int64
-    return places if sound and bool((places >= 0).all()) else None
+    if places is None or places.ndim != 2 or places.shape[1] != 5 or places.dtype != torch.int64:
+        return None
+    return places if bool((places >= 0).all()) else None
 
 
 def _write_index(path: Path, marks: str, places: Tensor) -> None:

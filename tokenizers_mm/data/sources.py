@@ -84,7 +84,7 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """An image of the size that was asked for, before augmentation, its caption ("" for none) and what was left out."""
+    """An image of the size that was asked for, before augmentation, its caption ("" for none), what was left out."""
 
     image: Image.Image
     caption: str
@@ -198,13 +198,13 @@ class Mixture(Dataset[dict[str, Any]]):
         require(len(config.sources) > 0, "data.sources", "at least one source", "none")
         self.config, self.image_size, self.seed, self.workers = config, image_size, seed, config.workers
         self.sources: list[Source] = [SOURCES[source.kind](source) for source in config.sources]
-        self.interleaving = Interleaving([source.weight for source in config.sources], seed)
+        self.interleaving = Interleaving([source.weight for source in config.sources])
 
     def locate(self, position: int, offset: int = 0) -> tuple[int, int]:
         """Number of the source and index in it; `offset` samples further on in the same source."""
         number, place = self.interleaving(position)
-        size = self.sources[number].size
-        return number, place + offset if size is None else shuffled(place + offset, size, mix_seeds(self.seed, number))
+        size, seed = self.sources[number].size, mix_seeds(self.seed, number) >> 1
+        return number, place + offset if size is None else shuffled(place + offset, size, seed)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         skipped: list[str] = []

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require, shorten
-from tokenizers_mm.config import Length, MLPRatio, Pattern, Range, Share, Width, checked
+from tokenizers_mm.config import Keys, Length, MLPRatio, Pattern, Range, Share, Width, checked
 
 _CONSTRUCTION = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of timm's constructors for sizes that they do not check themselves."""
 
 _Side = Annotated[int, Range(1, 4096)]
 _StemDepth = Annotated[int, Range(1, 64)]
-_Mean, _Deviation = Annotated[float, Range(-10, 10)], Annotated[float, Range(1e-6, 1e6)]
+_Mean = Annotated[float, Range(-10, 10)]
+_Deviation = Annotated[float, Range(1e-6, 1e6)]
 
 ChannelMeans = tuple[_Mean, _Mean, _Mean]
 ChannelDeviations = tuple[_Deviation, _Deviation, _Deviation]
@@ -54,6 +55,9 @@ class TowerOptions(TypedDict, total=False):
     class_token: bool
     reg_tokens: Annotated[int, Range(0, 1024)]
     init_values: Annotated[float, Range(0, 1)] | None
+    drop_rate: Share
+    proj_drop_rate: Share
+    attn_drop_rate: Share
     drop_path_rate: Share
     act_layer: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
     global_pool: Literal["", "avg", "map", "token"]
@@ -74,7 +78,7 @@ class SemanticEncoderConfig:
     """
 
     name: TowerName
-    options: TowerOptions = field(default_factory=TowerOptions)
+    options: Annotated[dict[str, Any], Keys(TowerOptions)] = field(default_factory=dict)
     pretrained: bool = False
     mean: ChannelMeans | None = None
     std: ChannelDeviations | None = None

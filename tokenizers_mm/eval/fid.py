@@ -1,5 +1,6 @@
 """rFID: the Frechet distance between originals and reconstructions, through torch-fidelity and a local weights file."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class FrechetDistance:
             path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
             if not path.is_file():
                 fail("rfid weights", f"the Inception weights {INCEPTION_FILE}", f"no file {path}")
+            _require_weights(path)
             options = {**options, "feature_extractor_weights_path": str(path)}
         from torch_fidelity import utils  # an extra: loaded when asked for
 
@@ -64,7 +66,7 @@ class FrechetDistance:
             mean = total / self._count
             covariance = (squares - self._count * torch.outer(mean, mean)) / (self._count - 1)
             sides.append({"mu": mean.numpy(), "sigma": covariance.numpy()})
-        return float(fid_statistics_to_metric(*sides, False)[KEY_METRIC_FID])
+        return float(fid_statistics_to_metric(sides[0], sides[1], False)[KEY_METRIC_FID])
 
 
 def rfid(originals: Sequence[Tensor], reconstructions: Sequence[Tensor], weights: str | Path | None = None) -> float:
@@ -80,3 +82,11 @@ def frechet(originals: Sequence[Tensor], reconstructions: Sequence[Tensor], **op
     for original, reconstruction in zip(originals, reconstructions, strict=True):
         distance.add(original[None], reconstruction[None])
     return distance.value()
+
+
+def _require_weights(path: Path) -> None:
+    """Refuse a pickle that asks for anything but tensors: torch-fidelity unpickles whatever the file holds."""
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
+        fail("rfid weights", "a file of torch.save with nothing but weights", f"{path} ({type(error).__name__})")

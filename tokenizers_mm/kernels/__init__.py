@@ -9,12 +9,15 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.kernels import _cuda, _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
+from tokenizers_mm.kernels._kmeans import KMeans, kmeans
 
 __all__ = [
+    "KMeans",
     "code_sums",
     "describe",
     "finite_ids",
     "invalidate",
+    "kmeans",
     "nearest_code",
     "nearest_code_shared",
     "use_kernels",
@@ -94,6 +97,7 @@ def nearest_code(
     else:
         return _nearest(z, codebook, trust_version, name)
     if not return_distance:
+        assert margin is not None
         return ids, margin
     if _ops.may_be_differentiated(z, codebook):
         gap = z.to(distance.dtype) - _rows(codebook, ids).to(distance.dtype)

@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,13 +171,16 @@ class Pack:
     stream: int
     ready: torch.cuda.Event | None
     row: int
+    shared: bool = False
+    """Whether another stream has used it."""
 
 
 @dataclass
 class _Entry:
-    pack: Pack | None  # None: a codebook that changes behind torch's back, packed at every call
+    pack: Pack
     storages: list[StorageWeakRef]
     versions: list[int]
+    trusted: bool  # not so: the codebook changes behind torch's back and is packed at every call
 
 
 class Packs:
@@ -196,22 +200,23 @@ class Packs:
         device = codebooks[0].device
         if any(codebook.is_inference() for codebook in codebooks) or _is_capturing(device):
             # No version to go by; or a graph, whose replays see codes that nobody compares versions of.
-            return _pack(codebooks, weights, keep=False), False
+            return _pack(codebooks, weights, _scratch(_packed_bytes(codebooks), device), 0), False
+        size, stream = _packed_bytes(codebooks), _place(device)[1]
         key = (weights, *map(_identity, codebooks))
         versions = [codebook._version for codebook in codebooks]
         with self._lock:
             entry = self._entries.get(key)
-            known = entry is not None and entry.versions == versions
-            distrusted = entry is not None and (entry.pack is None or faults().stale(entry.pack.row))
-            if known and not distrusted:
+            trusted = entry is None or (entry.trusted and not faults().stale(entry.pack.row))
+            if entry is not None and trusted and entry.versions == versions:
                 self._entries.move_to_end(key)
-                assert entry is not None
-                assert entry.pack is not None
                 return _ready(entry.pack, device), True
-        pack = _pack(codebooks, weights, keep=not distrusted)
+            buffer = self._take_spare(key, size, device, stream)
+        if buffer is None:
+            buffer = _lasting(size, device)
+        pack = _pack(codebooks, weights, buffer, faults().take_row())
         storages = [StorageWeakRef(codebook.untyped_storage()) for codebook in codebooks]
         with self._lock:
-            self._entries[key] = _Entry(None if distrusted else pack, storages, versions)
+            self._entries[key] = _Entry(pack, storages, versions, trusted)
             self._entries.move_to_end(key)
             self._trim()
         return pack, False
@@ -223,10 +228,21 @@ class Packs:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def _take_spare(self, key: tuple, size: int, device: torch.device, stream: int) -> Tensor | None:
+        """The buffer of a pack that nobody will ask for again, if no other stream may still be reading it."""
+        for other, entry in self._entries.items():
+            pack = entry.pack
+            gone = other == key or any(storage.expired() for storage in entry.storages)
+            fits = (pack.stream, pack.buffer.device, pack.buffer.nbytes) == (stream, device, size)
+            if gone and fits and not pack.shared:
+                del self._entries[other]
+                return pack.buffer
+        return None
+
     def _trim(self) -> None:
         for key in [k for k, entry in self._entries.items() if any(s.expired() for s in entry.storages)]:
             del self._entries[key]
-        sizes = [entry.pack.buffer.nbytes if entry.pack else 0 for entry in self._entries.values()]
+        sizes = [entry.pack.buffer.nbytes for entry in self._entries.values()]
         while len(sizes) > MAX_PACKS or (len(sizes) > 1 and sum(sizes) > MAX_PACK_BYTES):
             self._entries.popitem(last=False)
             sizes.pop(0)
@@ -240,25 +256,23 @@ def _identity(codebook: Tensor) -> tuple:
     return storage, codebook.data_ptr(), codebook.shape, codebook.stride(), codebook.dtype
 
 
-def _pack(codebooks: tuple[Tensor, ...], weights: tuple[float, ...], keep: bool) -> Pack:
+def _packed_bytes(codebooks: tuple[Tensor, ...]) -> int:
+    dim = sum(codebook.shape[1] for codebook in codebooks)
+    return load_library().tmm_cuda_packed_bytes(codebooks[0].shape[0], dim)
+
+
+def _pack(codebooks: tuple[Tensor, ...], weights: tuple[float, ...], buffer: Tensor, row: int) -> Pack:
     library, device = load_library(), codebooks[0].device
-    size = library.tmm_cuda_packed_bytes(codebooks[0].shape[0], sum(codebook.shape[1] for codebook in codebooks))
-    if keep:
-        # On a stream of its own, so that a buffer that lives on never belongs to the memory pool of a graph.
-        with _allocation_stream(device):
-            buffer = _scratch(size, device)
-        _share(buffer, device)
-    else:
-        buffer = _scratch(size, device)
     place = _place(device)
     scales = (ctypes.c_double * len(weights))(*weights)
     _check(library, library.tmm_cuda_pack(matrices(codebooks), scales, len(codebooks), buffer.data_ptr(), *place))
-    return Pack(buffer, place[1], _record(device) if keep else None, faults().take_row() if keep else 0)
+    return Pack(buffer, place[1], _record(device) if row else None, row)
 
 
 def _ready(pack: Pack, device: torch.device) -> Pack:
     """The pack, safe to use on the current stream."""
     if _place(device)[1] != pack.stream:
+        pack.shared = True
         _share(pack.buffer, device)
         if pack.ready is not None:
             torch.cuda.current_stream(device).wait_event(pack.ready)
@@ -296,8 +310,22 @@ def _own_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _allocation_stream(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.stream(_own_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+def _lasting(size: int, device: torch.device) -> Tensor:
+    """Memory that outlives the call. It must not come from the pool of a CUDA graph that torch.compile is warming up,
+    where only known tensors may live. Such pools take the allocations of a thread or of a stream, so these are made by
+    another thread for another stream.
+    """
+    if device.type != "cuda":
+        return _scratch(size, device)
+
+    def make() -> Tensor:
+        with torch.cuda.stream(_own_stream(device)):
+            return _scratch(size, device)
+
+    with ThreadPoolExecutor(1) as other:
+        buffer = other.submit(make).result()
+    _share(buffer, device)
+    return buffer
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,23 +62,16 @@ def _twin(device: torch.device) -> ModuleType:
     return reference
 
 
-def _search_twin(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids, squared distances and margins by the twin."""
-    twin = _twin(z.device)
-    if twin is _cuda:
-        ids, distance, squared = _cuda.search((z,), (codebook,), (1.0,), margins)
-        margin = None if squared is None else reference.margin_of(distance, distance + squared)
-    elif margins:
-        ids, distance, margin = reference.nearest_code_margin(z, codebook)
-    else:
-        ids, distance, margin = *reference.nearest_code(z, codebook), None
-    return _mark_not_finite(ids, distance), distance, margin
-
-
-def _mark_not_finite(ids: Tensor, distance: Tensor) -> Tensor:
-    """The id -1 for a row that is not finite, without a wait for the device: it is refused where ids are read on the
-    host (ImageCodes)."""
-    return ids.masked_fill(distance.isnan(), -1)
+def _search_twin(
+    z: Tensor, codebook: Tensor, margins: bool, trust_version: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, squared distances and margins by the twin. The id of a row that is not finite is -1, without a wait for the
+    device: it is refused where ids are read on the host (ImageCodes)."""
+    if _twin(z.device) is _cuda:
+        return _cuda.search((z,), (codebook,), (1.0,), margins, trust_version)
+    if margins:
+        return reference.nearest_code_margin(z, codebook)
+    return *reference.nearest_code(z, codebook), None
 
 
 def common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
@@ -136,7 +129,7 @@ def _nearest(z: Tensor, codebook: Tensor, want: str, trust_version: bool, name: 
     dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else common_dtype((z, codebook))
     shape = z.shape[:-1]
     if library is None:
-        ids, distance, margin = _search_twin(z.reshape(-1, z.shape[-1]), codebook, "m" in want)
+        ids, distance, margin = _search_twin(z.reshape(-1, z.shape[-1]), codebook, "m" in want, trust_version)
         answer = Answer(
             ids.view(shape),
             distance.to(dtype).view(shape) if "d" in want else None,
@@ -282,14 +275,15 @@ def _shared(
         for start in range(0, rows[0].shape[0], step):
             yield joint_rows(tuple(row[start : start + step] for row in rows), scale, normalize, dtype)
 
-    library = _library(parts[0].device)
+    device = parts[0].device
+    library = _library(device)
     if library is None:
-        if not want and len(parts) <= 2 and _twin(parts[0].device) is _cuda:
-            ids, distance = _cuda.nearest_shared(tuple(rows), codes, scale, normalize)
-            return Answer(_mark_not_finite(ids, distance).view(shape), None, None)
-        joint = joint_codebook()
-        found = [_search_twin(block, joint, bool(want)) for block in blocks()]
-        found = found or [_search_twin(parts[0].new_empty(0, width), joint, bool(want))]
+        if len(rows) <= 2 and _twin(device) is _cuda:
+            ids, _, margin = _cuda.nearest_shared(tuple(rows), codes, scale, normalize, bool(want), trust_version)
+            return Answer(ids.view(shape), None, None if margin is None else margin.to(result).view(shape))
+        joint = joint_codebook()  # nobody else can write to it
+        found = [_search_twin(block, joint, bool(want), True) for block in blocks()]
+        found = found or [_search_twin(parts[0].new_empty(0, width), joint, bool(want), True)]
         ids = torch.cat([part[0] for part in found])
         margin = torch.cat([part[2] for part in found if part[2] is not None]).to(result).view(shape) if want else None
         _refuse_if_not_finite(codes, code_labels, ids, parts, labels)

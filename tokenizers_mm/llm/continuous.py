@@ -216,8 +216,10 @@ class ContinuousLM(nn.Module):
 
     def _text_term(self, batch: TextBatch) -> Tensor:
         prompt = self.prompt(batch.input_ids, batch.mask, batch.latents, TEXT_GRADIENT)
-        hidden = self._run(prompt.embeddings, prompt.mask, 0)
-        logits = head(self.language_model)(hidden[:, :-1])
+        hidden, to_logits = self._run(prompt.embeddings, prompt.mask, 0), head(self.language_model)
+        if to_logits is None:
+            fail("language_model", "one with a head", type(self.language_model).__name__)
+        logits = to_logits(hidden[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
 
     def _add_residual(self, prefix: "_Prefix", encoded: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ allows is one row of a table of booleans. So a step costs a few look-ups and one
 """
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import ImagePlan
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 
@@ -44,14 +46,22 @@ class Grammar:
     """The state machine of a vocabulary.
 
     mode: what the model may say after the prompt; prompts may hold text, images and the beginning of an image. eos: the
-    end token, needed for mode "image". With one known size an image may also begin without saying its size.
+    end token, or all of them (chat models have several), needed for mode "image". With one known size an image may
+    also begin without saying its size.
     """
 
-    def __init__(self, vocabulary: VisualVocabulary, mode: Mode = "free", eos: int | None = None) -> None:
+    def __init__(
+        self, vocabulary: VisualVocabulary, mode: Mode = "free", eos: int | Sequence[int] | None = None
+    ) -> None:
         require(mode in ("free", "text", "image"), "mode", "'free', 'text' or 'image'", mode)
-        require(mode != "image" or eos is not None, "eos", "the id of the end token for mode 'image'", "None")
+        self.ends: tuple[int, ...] = () if eos is None else tuple(as_ids(eos, "eos").reshape(-1).tolist())
+        visual = vocabulary.is_visual(torch.tensor(self.ends, dtype=torch.int64)).any()
+        text = all(0 <= end < vocabulary.size for end in self.ends) and not bool(visual)
+        require(text, "eos", f"ids of text tokens, below {vocabulary.size}", self.ends)
+        require(mode != "image" or len(self.ends) > 0, "eos", "the id of the end token for mode 'image'", "None")
         require(mode == "text" or len(vocabulary.codes) > 0, "vocabulary", "codes to draw images with", "none")
-        self.vocabulary, self.mode, self.eos = vocabulary, mode, eos
+        self.vocabulary, self.mode = vocabulary, mode
+        self.eos = self.ends[0] if self.ends else None
         self.plans = [vocabulary.plan(size.height, size.width) for size in vocabulary.sizes] if vocabulary.codes else []
         self._nodes: list[_Node] = [_Node({}, False), _Node({}, mode == "image"), _Node({}, True)]
         self._bodies: list[int] = []
@@ -153,7 +163,7 @@ class Grammar:
         """What a node allows once the model speaks."""
         node = self._nodes[number]
         if number == DONE:
-            return () if self.eos is None else ((self.eos, self.eos + 1),)
+            return tuple((end, end + 1) for end in sorted(set(self.ends)))
         if node.strict:
             return tuple((token, token + 1) for token in sorted(node.jumps))
         visual = [(code.start, code.start + code.size) for code in self.vocabulary.codes]
@@ -221,8 +231,10 @@ class Grammar:
         return plan, state - self._bodies[index] + len(plan.header)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """The states after prompts int64 [B, L] (left-padded where lengths differ). Refuses a malformed image."""
-        table, state = self._on(tokens.device), torch.full_like(tokens[:, 0], FREE)
+        """The states after prompts, ids [B, L] (left-padded where lengths differ). Refuses a malformed image."""
+        tokens = as_ids(tokens, "prompts")
+        require(tokens.ndim == 2, "prompts", "ids [B, L]", tokens)
+        table, state = self._on(tokens.device), tokens.new_full((len(tokens),), FREE)
         if not bool(torch.isin(tokens, torch.tensor(self._openings(), device=tokens.device)).any()):
             return self.begin(state)
         blocked, size = self._blocked_for(tokens.device, self.vocabulary.size), self.vocabulary.size
@@ -293,29 +305,39 @@ class Grammar:
 class GrammarProcessor:
     """A `LogitsProcessor` for `transformers` (`generate(logits_processor=[...])`), one state per sequence.
 
-    The first call reads the prompt. Where the rows are no longer those of the last call (beam search), they are read
-    again.
+    It keeps the rows of the last call. A row that continues one of them by a token (of another beam, too) goes on from
+    its state; any other rows are read as the prompts of a new generation, and so are rows that had all ended. Use a new
+    processor where the prompt is exactly the whole of an earlier output that stopped without an end token.
     """
 
     def __init__(self, grammar: Grammar) -> None:
         self.grammar = grammar
-        self._seen: Tensor | None = None
-        self._prompt = 0
-        self._state: Tensor | None = None
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids int64 [B, L], scores [B, V] -> scores [B, V]."""
-        if self._seen is None or self._state is None or input_ids.shape[1] <= self._prompt:
-            self._prompt = input_ids.shape[1]
-            self._state = self.grammar.read(input_ids)
-        elif input_ids.shape[1] == self._seen.shape[1] + 1 and torch.equal(input_ids[:, :-1], self._seen):
-            self._state = self.grammar.advance(self._state, input_ids[:, -1])
-        else:
-            self._state = self.grammar.read(input_ids[:, : self._prompt])
-            for token in input_ids[:, self._prompt :].unbind(1):
-                self._state = self.grammar.advance(self._state, token)
-        self._seen = input_ids
-        return self.grammar.mask(self._state, scores)
+        found = self._continued(input_ids)
+        if found is None:
+            found = self.grammar.read(input_ids), torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+        self._last = (input_ids.clone(), *found)
+        return self.grammar.mask(found[0], scores)
+
+    def _continued(self, input_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """State, and whether an end token has come, of rows that each continue a row of the last call; else None."""
+        if self._last is None:
+            return None
+        rows, state, ended = self._last
+        if input_ids.shape[1] != rows.shape[1] + 1 or rows.device != input_ids.device:
+            return None
+        before, token = input_ids[:, :-1], input_ids[:, -1]
+        if not torch.equal(before, rows):
+            same = (before[:, None] == rows[None]).all(-1)
+            if not bool(same.any(1).all()):
+                return None
+            index = same.int().argmax(1)
+            state, ended = state[index], ended[index]
+        ended = ended | torch.isin(token, torch.tensor(self.grammar.ends, dtype=token.dtype, device=token.device))
+        return None if bool(ended.all()) else (self.grammar.advance(state, token), ended)
 
 
 def _complement(ranges: Ranges, size: int) -> Ranges:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.llm.transformers_api import embeddings, grow, head
+from tokenizers_mm.llm.transformers_api import embeddings, grow, head, unwrap
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 
 MARK = "visual_vocabulary"
@@ -30,13 +30,18 @@ def extend(
     [K, D] tensor by stream; rows of its codes are then a fixed random projection of the codes, with the mean and spread
     of the text rows, so that near codes start near.
 
-    Calling it again with the same vocabulary changes nothing; with another it is an error.
+    Calling it again with the same vocabulary changes nothing; with another, or after rows were taken away, it is an
+    error.
     """
     require(init in ("mean", "normal"), "init", "'mean' or 'normal'", init)
     mark = {"text_size": vocabulary.text_size, "size": vocabulary.size}
-    before = getattr(model.config, MARK, None)
+    config = unwrap(model).config
+    before = getattr(config, MARK, None)
     if before is not None:
-        require(before == mark, "model", f"one without visual rows, or with {mark}", f"{before}")
+        require(before == mark, "model", f"one without visual rows, or with {mark}", before)
+        rows = min(table.shape[0] for table in _tables(model))
+        what = f"at least {vocabulary.size} rows, as its configuration says (resized since?)"
+        require(rows >= vocabulary.size, "model", what, f"{rows}")
         return model
     have = embeddings(model).weight.shape[0]
     require(have >= vocabulary.text_size, "model", f"at least {vocabulary.text_size} rows (the text)", f"{have}")
@@ -52,7 +57,7 @@ def extend(
         bias = getattr(head(model), "bias", None)
         if isinstance(bias, Tensor):
             bias[vocabulary.text_size :] = bias[: vocabulary.text_size].mean()
-    setattr(model.config, MARK, mark)
+    setattr(config, MARK, mark)
     return model
 
 
@@ -102,6 +107,7 @@ class OnlyNewRows:
         tables = _tables(model)
         self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._hooks = []
+        check_rows(model, vocabulary)
         visual = torch.zeros(tables[0].shape[0], dtype=torch.bool)
         for code in vocabulary.codes:
             visual[code.start : code.start + code.size] = True
@@ -134,7 +140,7 @@ def _row_mask(visual: Tensor) -> Any:
 
 def check_rows(model: Any, vocabulary: VisualVocabulary) -> None:
     """Refuse a model that has no room for the vocabulary."""
-    rows = embeddings(model).weight.shape[0]
+    rows = min(table.shape[0] for table in _tables(model))
     if rows < vocabulary.size:
         fail("model", f"at least {vocabulary.size} rows (call extend)", f"{rows}")
 

@@ -3,16 +3,19 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_directory
+from tokenizers_mm._files import atomic_directory, write_json
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_image
+from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import (
     Batch,
     ImageFeatures,
@@ -25,15 +28,30 @@ from tokenizers_mm.llm.batch import (
     pad_rows,
     with_features,
 )
+from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import IMAGE_START
 from tokenizers_mm.llm.parsing import ImageRun, Malformed, Parser
 from tokenizers_mm.llm.positions import Mode, position_ids
-from tokenizers_mm.llm.vocabulary import VisualVocabulary, text_ids
+from tokenizers_mm.llm.transformers_api import load_text_tokenizer
+from tokenizers_mm.llm.vocabulary import VisualVocabulary
 from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.loading import load_directory, read_json
 from tokenizers_mm.types import ImageCodes, ImageLatents
 
 Content = Any
 """A text, an image (PIL, a `Path`, a float tensor [3, H, W], `ImageCodes` or `ImageLatents` of one) or a `Segment`."""
+
+
+SETTINGS = "multimodal_processor.json"
+"""The file of a saved processor's own settings."""
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What a saved processor remembers of its own: see `MultimodalProcessor`."""
+
+    fit: Fit = "refuse"
+    positions: Mode = "order"
 
 
 class MultimodalProcessor:
@@ -57,13 +75,7 @@ class MultimodalProcessor:
         features: Callable[[Any], Any] | None = None,
     ) -> None:
         require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
-        have = text_ids(text_tokenizer)
-        require(
-            have in (vocabulary.text_size, *range(vocabulary.text_size, vocabulary.size + 1)),
-            "text_tokenizer",
-            f"the one of the vocabulary, with {vocabulary.text_size} tokens",
-            f"{have} tokens",
-        )
+        vocabulary.check_text_tokenizer(text_tokenizer)
         self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
         self.fit: Fit = fit
         self.features = features or tokenizer.features
@@ -126,37 +138,84 @@ class MultimodalProcessor:
 
     def decode(
         self,
-        ids: Tensor | Sequence[Tensor],
+        ids: Any,
         *,
         images: Literal["pil", "codes"] = "pil",
         malformed: Malformed = "refuse",
         skip_special_tokens: bool = True,
+        prompts: Batch | None = None,
     ) -> list[list[Any]]:
         """Rows of ids back to lists of texts and images.
 
-        images: PIL images (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not
-        whole: "refuse" (ValueError), "skip", or "repair" (make one of the codes that are there).
+        ids: [B, L], or B rows of any lengths: whole numbers of any kind in tensors, arrays or lists. images: PIL images
+        (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not whole: "refuse"
+        (ValueError), "skip", or "repair" (make one of the codes that are there). prompts: rows that the ids continue;
+        then only what is new is returned, with an image that began in its prompt.
         """
         require(images in ("pil", "codes"), "images", "'pil' or 'codes'", images)
         rows: list[list[Any]] = []
-        for tokens in ids:
-            row: list[Any] = []
+        new = self._id_rows(ids)
+        before = [torch.zeros(0, dtype=torch.int64)] * len(new)
+        if prompts is not None:
+            require(len(prompts) == len(new), "prompts", f"{len(new)} rows", f"{len(prompts)}")
+            kept = prompts.attention_mask.cpu() > 0
+            before = [row[mask] for row, mask in zip(prompts.input_ids.cpu(), kept, strict=True)]
+        for prompt, answer in zip(before, new, strict=True):
+            tokens, row = torch.cat([prompt, answer]), []
             for run in self.parser.parse(tokens, malformed):
+                if run.end <= len(prompt):
+                    continue
                 if isinstance(run, ImageRun):
                     row.append(run.codes)
                     continue
-                text = self.text_tokenizer.decode(
-                    tokens[run.start : run.end].tolist(), skip_special_tokens=skip_special_tokens
-                )
+                said = tokens[max(run.start, len(prompt)) : run.end].tolist()
+                text = self.text_tokenizer.decode(said, skip_special_tokens=skip_special_tokens)
                 row += [text] if text else []
             rows.append(row)
         return self._to_images(rows) if images == "pil" else rows
 
+    @staticmethod
+    def _id_rows(ids: Any) -> list[Tensor]:
+        """Rows int64 [L] on the CPU."""
+        whole = isinstance(ids, (Tensor, np.ndarray))
+        require(whole or isinstance(ids, (list, tuple)), "ids", "rows of ids [B, L]", ids)
+        rows = as_ids(ids, "ids") if whole else [as_ids(row, f"ids[{index}]") for index, row in enumerate(ids)]
+        flat = rows.ndim != 2 if isinstance(rows, Tensor) else any(row.ndim != 1 for row in rows)
+        require(not flat, "ids", "rows of ids [B, L]", ids if whole else "numbers without rows")
+        return [row.cpu() for row in rows]
+
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the text tokenizer and visual_vocab.json. The image tokenizer is saved by its own `save`."""
+        """Write the text tokenizer, visual_vocab.json and multimodal_processor.json.
+
+        The image tokenizer is saved by its own `save`; in the folder `tokenizer` inside, `from_pretrained` finds it.
+        """
+        settings = ProcessorSettings(self.fit, "order" if self.longest_image is None else "slots")
         with atomic_directory(directory) as folder:
             self.text_tokenizer.save_pretrained(str(folder))
             self.vocabulary.save(folder)
+            write_json(folder / SETTINGS, to_mapping(settings))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        tokenizer: ImageTokenizer | None = None,
+        features: Callable[[Any], Any] | None = None,
+    ) -> "MultimodalProcessor":
+        """Read what `save` wrote.
+
+        tokenizer: the image tokenizer; None reads the folder `tokenizer` inside of the directory. features: as for a
+        new processor; a function is not saved.
+        """
+        folder = Path(directory)
+        vocabulary = VisualVocabulary.load(folder)
+        path = folder / SETTINGS
+        settings = ProcessorSettings()  # of a folder from before there was such a file
+        if path.is_file():
+            settings = from_mapping(ProcessorSettings, read_json(path), str(path))
+        text = load_text_tokenizer(folder, str(folder))
+        images = load_directory(folder / "tokenizer") if tokenizer is None else tokenizer
+        return cls(images, text, vocabulary, settings.fit, settings.positions, features)
 
     @torch.no_grad()
     def _to_images(self, rows: list[list[Any]]) -> list[list[Any]]:

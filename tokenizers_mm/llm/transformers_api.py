@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.ids import as_ids
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of the keys and values among a model's arguments and outputs; a model knows one of them."""
@@ -49,10 +50,15 @@ def forward(model: Any, inputs: Mapping[str, Tensor], *, cache: Any = None, use_
     if takes(model, "use_cache"):
         given["use_cache"] = use_cache
     if cache is not None:
-        given[cache_name(model)] = cache
+        name = cache_name(model)
+        given[name] = cache
+        if name == "cache_params" and takes(model, "cache_position"):  # Mamba, before its cache was like all others
+            mask, count = inputs["attention_mask"], _length(inputs)
+            given["cache_position"] = torch.arange(mask.shape[-1], device=mask.device)[-count:]
+            given["attention_mask"] = mask[:, -count:]
     watch = _Watch(model, given.get("position_ids"))
     with watch:
-        return model(**given)
+        return watch.model(**given)
 
 
 def cache_name(model: Any) -> str:
@@ -114,6 +120,13 @@ def rope(theta: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """All end tokens that a model's generation settings name (chat models have several)."""
+    settings = getattr(unwrap(model), "generation_config", None) or getattr(unwrap(model), "config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    return () if ends is None else tuple(as_ids(ends, "generation_config.eos_token_id").reshape(-1).tolist())
+
+
 def grow(model: Any, rows: int) -> None:
     """Give the embeddings and the head so many rows; what new rows hold is not defined."""
     unwrap(model).resize_token_embeddings(rows, mean_resizing=False)
@@ -145,6 +158,22 @@ def new_language_model(kind: str, name: str, settings: Mapping[str, Any]) -> Any
         fail(name, "a causal language model", first_line(error))
 
 
+def num_parameters(kind: str, source: str, settings: Mapping[str, Any], name: str) -> int:
+    """Parameters of a model of a kind with settings, or of a directory where `kind` is empty; no memory is taken."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if kind:
+            config = AutoConfig.for_model(kind, **settings)
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except BROKEN_FILES as error:
+        fail(name, "a causal language model", first_line(error))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_text_tokenizer(source: str | os.PathLike[str], name: str) -> Any:
     """A text tokenizer from a directory or hub id; it never runs code from there."""
     from transformers import AutoTokenizer
@@ -158,6 +187,11 @@ def load_text_tokenizer(source: str | os.PathLike[str], name: str) -> Any:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its name where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _length(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of a forward pass."""
+    return next(inputs[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in inputs)
 
 
 def _chain(model: Any) -> list[Any]:
@@ -225,22 +259,30 @@ def _require_counted(model: Any, positions: Tensor, mask: Tensor | None) -> None
 
 
 class _Watch:
-    """A check, around one forward pass, that a module around the language model hands the positions on."""
+    """A check, around one forward pass of `model`, that modules around the language model hand the positions on.
+
+    A compiled wrapper outside of such a module is left out, since what was compiled does not see a new hook.
+    """
 
     def __init__(self, model: Any, positions: Tensor | None) -> None:
-        *wrappers, self.inner = _chain(model)
-        self.doubtful = [link for link in wrappers if not _hands_on(link)] if positions is not None else []
-        self.positions, self.seen = positions, False
+        chain = _chain(model)
+        doubtful = [i for i, link in enumerate(chain[:-1]) if not _hands_on(link)] if positions is not None else []
+        while doubtful and type(chain[0]).__module__.startswith("torch._dynamo"):
+            chain, doubtful = chain[1:], [i - 1 for i in doubtful]
+        self.model, self.positions, self.seen, self.hook = chain[0], positions, False, None
+        self.last = chain[doubtful[-1]] if doubtful else None
+        self.receiver = chain[doubtful[-1] + 1] if doubtful else None
 
     def __enter__(self) -> None:
-        self.hook = self.inner.register_forward_pre_hook(self._see, with_kwargs=True) if self.doubtful else None
+        if self.receiver is not None:
+            self.hook = self.receiver.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.hook is not None:
             self.hook.remove()
         if self.hook is not None and kind is None and not self.seen:
-            name = type(self.doubtful[0]).__name__
-            fail("model", "wrappers that hand position_ids on to the language model", f"{name}, which drops them")
+            got = f"{type(self.last).__name__}, which drops them"
+            fail("model", "wrappers that hand position_ids on to the language model", got)
 
     def _see(self, module: Any, arguments: Any, named: dict[str, Any]) -> None:
         found = named.get("position_ids")

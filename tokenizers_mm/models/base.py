@@ -4,6 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar, Generic, cast, overload
 
 import torch
@@ -21,6 +22,7 @@ from tokenizers_mm._images import (
     open_image,
     tensor_to_images,
 )
+from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import UNDISTURBED, Codes, Disturbance, ImageCodes, Reconstruction, Stream, join_codes
@@ -43,6 +45,26 @@ class Provenance:
     license: str = ""
     sha256: str = ""
     notice: str = ""
+
+
+def within_memory(build: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Decorate a `from_config`: check the configuration, and that its weights fit into memory, before any is taken.
+
+    The size is that of the model on the meta device, where tensors have shapes and no values.
+    """
+
+    @wraps(build)
+    def run(cls: Any, config: Any) -> Any:
+        config = checked(config)
+        if torch.get_default_device().type != "meta":
+            with torch.device("meta"):
+                tensors = [*(model := build(cls, config)).parameters(), *model.buffers()]
+            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            require(needed <= memory, "config", f"weights within the {memory:,} bytes of this machine", f"{needed:,}")
+        return build(cls, config)
+
+    return run
 
 
 class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
@@ -183,7 +205,8 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
         check_images(images)
-        self.check_size(*images.shape[-2:])
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
         return images.to(self.device, self.dtype)
 
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:

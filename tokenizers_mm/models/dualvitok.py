@@ -19,7 +19,7 @@ from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanti
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.multiscale import bicubic_up
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
-from tokenizers_mm.models.base import ImageInput, ImageTokenizer
+from tokenizers_mm.models.base import ImageInput, ImageTokenizer, within_memory
 from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
 from tokenizers_mm.resolutions import Resolutions
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream
@@ -82,6 +82,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         self.pixel_embed = nn.Linear(dim, config.pixel_decoder.in_channels)
 
     @classmethod
+    @within_memory
     def from_config(cls, config: DualViTokConfig) -> "DualViTok":
         semantic_dim, target_dim = config.semantic_quantizer.dim, config.semantic_encoder.tower.out_dim
         return cls(

@@ -158,6 +158,8 @@ def read_config(path: Path) -> dict[str, Any]:
         fail(str(path), "a config.json written by tokenizers_mm", "another file")
     if type(data.get("format")) is not int or data["format"] != FORMAT:
         fail(f"{path}: format", str(FORMAT), repr(data.get("format")))
+    if not isinstance(data.get(SAVE_ID, ""), str):
+        fail(f"{path}: {SAVE_ID}", "text", data[SAVE_ID])
     return data
 
 

@@ -18,7 +18,7 @@ from tokenizers_mm.decoders.mar import MARDecoder, MARDecoderConfig
 from tokenizers_mm.encoders.mar import MAREncoder, MAREncoderConfig
 from tokenizers_mm.functional.diffusion import TRAIN_STEPS, add_noise, diffusion_terms, schedule
 from tokenizers_mm.functional.masking import masked_mean, random_mask
-from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.base import ImageTokenizer, within_memory
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageLatents, Reconstruction, Stream
@@ -97,6 +97,7 @@ class MAR(ImageTokenizer[ImageLatents]):
         self.autoencoder, self.encoder, self.decoder, self.denoiser = autoencoder, encoder, decoder, denoiser
 
     @classmethod
+    @within_memory
     def from_config(cls, config: MARConfig) -> "MAR":
         return cls(
             config,

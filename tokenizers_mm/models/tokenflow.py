@@ -17,7 +17,7 @@ from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.decoders.semantic import SemanticDecoder, SemanticDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
-from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.base import ImageTokenizer, within_memory
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
@@ -84,8 +84,8 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         self.pixel_embed = nn.Linear(pixel_dim, config.pixel_decoder.in_channels)
 
     @classmethod
+    @within_memory
     def from_config(cls, config: TokenFlowConfig) -> "TokenFlow":
-        config = checked(config)
         return cls(
             config,
             SemanticEncoder(config.semantic_encoder),

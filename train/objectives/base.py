@@ -81,6 +81,9 @@ class Objective(ABC):
     AVERAGED: ClassVar[str] = ""
     """Name of the network whose moving average `ema` keeps; empty where there is none."""
 
+    MEASURES: ClassVar[tuple[str, ...]] = ()
+    """Names of what `validate` measures, higher values being better."""
+
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Keys of its configuration that must stay as they are when a run goes on."""
 
@@ -160,6 +163,10 @@ class Objective(ABC):
 
     def show(self, averaged: nn.Module | None, path: Path) -> None:  # noqa: B027
         """Write a few samples to a PNG file, where the objective has any."""
+
+    def validate(self, averaged: nn.Module | None) -> dict[str, float]:
+        """Measurements on held-out samples, by the names of `MEASURES`."""
+        return {}
 
     def averages(self, stage: int) -> bool:
         """Whether the moving average follows in a stage."""

@@ -1,22 +1,14 @@
 """The guard of joint tuning: measures reconstruction, remembers the last good weights, says when a bound is crossed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor
 
-from tokenizers_mm._images import fit_image, image_to_tensor, read_image
 from tokenizers_mm.config import Range
-from tokenizers_mm.data.scenes import make_scene
-from tokenizers_mm.data.sources import list_images
-from tokenizers_mm.eval.fid import rfid
-from tokenizers_mm.eval.image import psnr
-from tokenizers_mm.eval.report import reconstruct
-from tokenizers_mm.models import ImageTokenizer
 
-from ..distributed import share_from_first
+from .validation import measure
 
 
 @dataclass(frozen=True)
@@ -37,16 +29,6 @@ class GuardConfig:
     max_fid_ratio: Annotated[float, Range(1, low_open=True)] = 1.6
     inception: str = ""
     action: Literal["stop", "freeze"] = "stop"
-
-
-def held_out(config: GuardConfig, size: tuple[int, int]) -> Tensor:
-    """The fixed pictures [N, 3, H, W] in [-1, 1]: the first of a folder by name, or held-out scenes."""
-    height, width = size
-    if config.folder:
-        files = list_images(config.folder)[: config.pictures]
-        return torch.stack([image_to_tensor(fit_image(read_image(file), height, width, "crop")) for file in files])
-    scenes = [make_scene(index, "heldout").render(max(size)) for index in range(config.pictures)]
-    return torch.stack([image_to_tensor(scene.resize((width, height))) for scene in scenes])
 
 
 class Guard:
@@ -78,7 +60,7 @@ class Guard:
 
         parts: the networks by name, "tokenizer" among them. With action "freeze" only the tokenizer is copied.
         """
-        found = self._measure(parts["tokenizer"])
+        found = measure(parts["tokenizer"], self.pictures, self.config.inception)
         first = not self.before
         self.before = self.before or found
         drop = self.before["psnr"] - found["psnr"]
@@ -115,22 +97,6 @@ class Guard:
         self.before, self.good = dict(state["before"]), dict(state["good"])
         self.good_step, self.crossed = state["good_step"], state["crossed"]
 
-    def _measure(self, tokenizer: ImageTokenizer[Any]) -> dict[str, float]:
-        """Rank 0's numbers, so that all ranks decide alike. Pixels that are not finite count as grey."""
-        training = tokenizer.training
-        tokenizer.eval()
-        decoded = torch.nan_to_num(reconstruct(tokenizer, self.pictures)[0], nan=0.0)
-        tokenizer.train(training)
-        found = {"psnr": float(psnr(self.pictures, decoded).clamp(max=100.0).mean())}
-        if self.config.inception:
-            found["rfid"] = rfid(_list(self.pictures), _list(decoded), self.config.inception)
-        shared = share_from_first(torch.tensor(list(found.values()), dtype=torch.float64, device=tokenizer.device))
-        return dict(zip(found, shared.tolist(), strict=True))
-
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-
-
-def _list(images: Tensor) -> Sequence[Tensor]:
-    return list(images)

@@ -28,7 +28,7 @@ from ..optim import Learner, OptimizerConfig
 from ..step import weighted_sum
 from .base import Moment, Objective, Player, Stage, Terms
 from .codebook_health import CodebookHealth, RevivalConfig
-from .guard import Guard, GuardConfig, held_out
+from .guard import Guard, GuardConfig
 from .language import (
     LanguageModelConfig,
     RecordConfig,
@@ -40,6 +40,7 @@ from .language import (
 from .reconstruction import FIXED_DATA, image_batches, image_size
 from .start import saved_size
 from .terms import ImageTerms, LossConfig, check_loss
+from .validation import held_out
 
 PARTS = ("tokenizer", "projector", "language_model")
 
@@ -141,7 +142,7 @@ class Joint(Objective):
         }  # fmt: skip
         if self.terms.adversary is not None:
             self.networks["discriminator"] = self.terms.adversary.network
-        self.guard = Guard(config.guard, held_out(config.guard, size))
+        self.guard = Guard(config.guard, held_out(config.guard.folder, config.guard.pictures, size))
         self.learnable = {part: [p for p in self.networks[part].parameters() if p.requires_grad] for part in PARTS}
         self.learnable["tokenizer"] += [p for module in self.terms.learning.values() for p in module.parameters()]
 
@@ -169,7 +170,7 @@ class Joint(Objective):
                 parameter.requires_grad_(part in learning)
 
     def learners(self, stage: int) -> dict[str, Learner]:
-        learning = self.learning(stage)
+        learning = self.config.stages[stage].learning()  # a tokenizer that the guard freezes keeps an idle optimizer
         found = {part: Learner(options, self.learnable[part]) for part, options in learning.items()}
         if "discriminator" in self.networks and "tokenizer" in learning:
             options = self.config.discriminator_optimizer or learning["tokenizer"]
@@ -190,7 +191,8 @@ class Joint(Objective):
 
     def weights(self, player: str, moment: Moment) -> dict[str, float]:
         if player == "discriminator":
-            return {"discriminator": self.config.loss.weights.generator}
+            assert self.terms.adversary is not None
+            return self.terms.adversary.weights()
         if "tokenizer" not in self.learning(moment.stage):
             return {"caption": 1.0}
         own = self.terms.weights(self.adversarial(moment))
@@ -214,7 +216,7 @@ class Joint(Objective):
         device = self.accelerator.device
         if player == "discriminator":
             assert self.terms.adversary is not None
-            return {"discriminator": self.terms.adversary.discriminator_term()}, {}
+            return self.terms.adversary.terms(), {}
         if isinstance(batch, Rows):
             return {"caption": caption_loss(self.model, self.projector, batch.to(device))}, {}
         x, tuned = batch.images.to(device), "tokenizer" in self.learning(moment.stage)
@@ -238,6 +240,7 @@ class Joint(Objective):
         return [self.guard.measure(self._guarded(), start // max(1, self._step_size()))] if first else []
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        self.terms.after_step()
         values = self.health.after_step(moment)
         within, guard = moment.step + 1, self.guard
         due = within % self.config.guard.every == 0 or within == self.stages[moment.stage].steps
@@ -271,10 +274,11 @@ class Joint(Objective):
         self.tokenizer.eval().save(folder / "tokenizer")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"health": self.health.state_dict(), "guard": self.guard.state_dict()}
+        return {"health": self.health.state_dict(), "terms": self.terms.state_dict(), "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.health.load_state_dict(state["health"])
+        self.terms.load_state_dict(state["terms"])
         self.guard.load_state_dict(state["guard"])
 
 

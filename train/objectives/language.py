@@ -36,6 +36,7 @@ from tokenizers_mm.llm.transformers_api import (
     load_language_model,
     load_text_tokenizer,
     new_language_model,
+    num_parameters,
 )
 
 from ..config import RunConfig
@@ -62,10 +63,14 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """A file of interleaved records (see `tokenizers_mm.llm.records`) and its share of the rows."""
+    """A file of interleaved records (see `tokenizers_mm.llm.records`) and its share of the rows.
+
+    outside: whether its images may lie outside of its folder.
+    """
 
     path: str
     weight: Annotated[float, Range(0)] = 1.0
+    outside: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,16 +238,9 @@ def save_language_model(
 
 def model_size(config: LanguageModelConfig) -> int | str:
     """Number of parameters before rows for images are added, where it is known without a download."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if config.kind:
-        settings = AutoConfig.for_model(config.kind, **config.config)
-    elif Path(config.source).is_dir():
-        settings = AutoConfig.from_pretrained(config.source, trust_remote_code=False)
-    else:
+    if not config.kind and not Path(config.source).is_dir():
         return f"{config.source}, which is not on this machine"
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(settings, trust_remote_code=False).parameters())
+    return num_parameters(config.kind, config.source, config.config, "config.objective.language_model")
 
 
 def build_language_model(
@@ -283,7 +281,7 @@ def record_batches(
 ) -> Iterator[Batch]:
     """Micro-batches of this process from row `start` of the mixture on, without end; a row's position decides it."""
     run, (rank, world) = objective.run, objective.rank()
-    sources = [(Records(source.path, processor.tokenizer), source.weight) for source in records]
+    sources = [(Records(source.path, processor.tokenizer, source.outside), source.weight) for source in records]
     mixture = RecordMixture(sources, run.seed)
 
     def endless() -> Iterator[Batch]:

@@ -25,6 +25,7 @@ from .base import Moment, Objective, Player, Terms
 from .codebook_health import CodebookHealth, RevivalConfig
 from .start import ModelConfig, build_tokenizer, check_model, model_size, parse_model
 from .terms import ImageTerms, LossConfig, check_loss
+from .validation import ValidationConfig, held_out, measure
 from .warm_start import WarmStartConfig, check_warm_start, warm_start
 
 Share = Annotated[float, Range(0, 1)]
@@ -49,7 +50,8 @@ class NoiseConfig:
 class ReconstructionConfig:
     """discriminator_optimizer: by default as `optimizer`. noise: disturb the pixel codes. scale_drop: chance that one
     scale but the first is left out of a step. trainable: prefixes of the parameters that learn; none means all.
-    warm_start: fit linear paths and codebook to training images before the first step (see `warm_start`)."""
+    validation: held-out images for `validate_every`. warm_start: fit linear paths and codebook to training images
+    before the first step (see `warm_start`)."""
 
     model: ModelConfig
     kind: Literal["reconstruction"] = "reconstruction"
@@ -62,6 +64,7 @@ class ReconstructionConfig:
     scale_drop: Share = 0.0
     trainable: tuple[str, ...] = ()
     warm_start: WarmStartConfig | None = None
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
 
 class Reconstruction(Objective):
@@ -70,6 +73,7 @@ class Reconstruction(Objective):
     kind = "reconstruction"
     Config = ReconstructionConfig
     AVERAGED = "tokenizer"
+    MEASURES = ("psnr", "ssim", "usage")
     FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.captions", "loss.semantic", "trainable")
     config: ReconstructionConfig
 
@@ -105,6 +109,7 @@ class Reconstruction(Objective):
         if self.terms.adversary is not None:
             self.networks["discriminator"] = self.terms.adversary.network
         self._shown: Tensor | None = None
+        self._held_out: Tensor | None = None
 
     def _check_disturbances(self) -> None:
         config, tokenizer = self.config, self.tokenizer
@@ -152,7 +157,8 @@ class Reconstruction(Objective):
 
     def weights(self, player: str, moment: Moment) -> dict[str, float]:
         if player == "discriminator":
-            return {"discriminator": self.config.loss.weights.generator}
+            assert self.terms.adversary is not None
+            return self.terms.adversary.weights()
         return self.terms.weights(self.adversarial(moment))
 
     def batches(self, stage: int, start: int) -> Iterator[Batch]:
@@ -164,7 +170,7 @@ class Reconstruction(Objective):
     def losses(self, player: str, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
         if player == "discriminator":
             assert self.terms.adversary is not None
-            return {"discriminator": self.terms.adversary.discriminator_term()}, {}
+            return self.terms.adversary.terms(), {}
         x = batch.images.to(self.accelerator.device)
         self._shown = x[:8] if self._shown is None else self._shown
         output = self.tokenizer.reconstruct(x, self._disturbance(moment, len(x)))
@@ -189,7 +195,15 @@ class Reconstruction(Objective):
         return Disturbance(keep, perturb)
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        self.terms.after_step()
         return self.health.after_step(moment), []
+
+    def validate(self, averaged: Any) -> dict[str, float]:
+        config = self.config.validation
+        if self._held_out is None:
+            side = averaged.size_multiple * max(1, 256 // averaged.size_multiple)
+            self._held_out = held_out(config.folder, config.images, self.size or (side, side))
+        return measure(averaged, self._held_out)
 
     def window(self) -> dict[str, float]:
         return self.health.window()
@@ -205,10 +219,11 @@ class Reconstruction(Objective):
         averaged.save(folder / "tokenizer")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"health": self.health.state_dict()}
+        return {"health": self.health.state_dict(), "terms": self.terms.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.health.load_state_dict(state["health"])
+        self.terms.load_state_dict(state["terms"])
 
 
 def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, int] | None:

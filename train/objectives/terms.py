@@ -1,5 +1,6 @@
 """The image terms of a tokenizer's loss: pixels, perception, semantics, quantizer terms and the adversarial term."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -66,8 +67,8 @@ class LossConfig:
 
     pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same from the tokenizer's own frozen
     tower) or "captions" (contrast). gan: the losses of generator and discriminator. gan_start: step of the stage from
-    which both act. adaptive: scale the generator's term by gradient norms. lpips_weights: file of VGG16 weights, or ""
-    for torch.hub's cache.
+    which both act. adaptive: scale the generator's term by gradient norms. lecam, r1: weights of two regularisers of
+    the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
     """
 
     weights: TermWeights = field(default_factory=TermWeights)
@@ -79,6 +80,8 @@ class LossConfig:
     gan_start: Annotated[int, Range(0)] = 0
     adaptive: bool = False
     discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
+    lecam: Weight = 0.0
+    r1: Weight = 0.0
     lpips_weights: str = ""
 
 
@@ -91,7 +94,7 @@ def check_loss(loss: LossConfig) -> None:
     require(both, f"{where}.weights.semantic", "above 0 where semantic is not none, and only there", weights.semantic)
     plain = LossConfig()
     for term, keys in (
-        ("generator", ("adaptive", "gan_start", "discriminator", "gan")),
+        ("generator", ("adaptive", "gan_start", "discriminator", "gan", "lecam", "r1")),
         ("perceptual", ("lpips_weights",)),
         ("pixel", ("pixel",)),
     ):
@@ -139,6 +142,20 @@ class ImageTerms:
             self.captions = CaptionContrast(semantic.shape[-1], loss.captions).to(device)
             self.learning["captions"] = self.captions
         self.adversary = Adversary(loss, device) if loss.weights.generator else None
+
+    def after_step(self) -> None:
+        """Work after a step."""
+        if self.adversary is not None:
+            self.adversary.after_step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Values that change beside the networks."""
+        return {} if self.adversary is None else self.adversary.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them."""
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state)
 
     def weights(self, adversarial: bool) -> dict[str, float]:
         """Weights of the terms of a step, by name."""
