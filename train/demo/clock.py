@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+KNOWN = 0.1
+"""Share of a phase from which its own pace is known."""
+
+
 @dataclass
 class Clock:
     """Phases of the work in order, with the seconds that each is expected to take.
@@ -15,6 +19,7 @@ class Clock:
 
     expected: Mapping[str, float]
     spent: dict[str, float] = field(default_factory=dict)
+    _phase: str = ""
     _started: float = field(default_factory=time.perf_counter)
     _told: float = 0.0
 
@@ -31,15 +36,13 @@ class Clock:
             self.spent[self._phase] = time.perf_counter() - self._started
         self._phase = ""
 
-    _phase: str = ""
-
     def left(self, done: float = 0.0) -> float:
         """Seconds that the whole still takes, when a share `done` of the present phase is done."""
         predicted = sum(self.expected[phase] for phase in self.spent)
         pace = sum(self.spent.values()) / predicted if predicted else 1.0
         ahead = sum(s for phase, s in self.expected.items() if phase not in self.spent and phase != self._phase)
         mine = self.expected.get(self._phase, 0.0) * pace
-        if done > 0:
+        if done > KNOWN:
             mine = (time.perf_counter() - self._started) / done
         return pace * ahead + mine * (1 - done)
 
