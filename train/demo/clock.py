@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-
 KNOWN = 0.1
 """Share of a phase from which its own pace is known."""
 
