@@ -101,7 +101,7 @@ class BlockSearch {
     } else {
       if (pack_.wide) pack_.reorder(x_.get(), ordered_.get());
       const double least = rung_ == kInt16 ? norm * inverse_norm_
-                           : pack_.wide    ? pack_.mixed_scale(isa_, ordered_.get(), false)
+                           : pack_.wide    ? pack_.mixed_scale(isa_, ordered_.get())
                                            : isa_.token_scale(x_.get(), book_.padded);
       const float scale = row_scale(least, r);
       const QuantStats quantised = pack_.wide ? pack_.quantise_mixed(isa_, ordered_.get(), scale, words_.get())
