@@ -136,7 +136,11 @@ void Pack::reorder(const float* x, float* out) const {
 float Pack::mixed_scale(const Isa& isa, float* ordered) const {
   float top = 0;
   for (int64_t i = 0; i < wide; ++i) top = std::max(top, std::fabs(ordered[i]));
-  return std::max(isa.token_scale(narrow(ordered), narrow_padded()), top / kWideLevels);
+  const float* rest = narrow(ordered);
+  float narrow_top = 0;
+  for (int64_t i = 0; i < narrow_padded(); ++i) narrow_top = std::max(narrow_top, std::fabs(rest[i]));
+  const float least = std::max(narrow_top / kTokenLevels, top / kWideLevels);
+  return isa.run_scale ? std::max(least, isa.run_scale(rest, narrow_padded())) : least;
 }
 
 QuantStats Pack::quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const {
