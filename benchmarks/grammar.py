@@ -14,6 +14,8 @@ import transformers
 from benchmarks import harness
 from tokenizers_mm.llm import Grammar, VisualVocabulary
 from tokenizers_mm.llm.layout import IMAGE_START, Layout
+from tokenizers_mm.llm.transformers_api import cache_of, keep_for_rewind, rewind
+from tokenizers_mm.llm.transformers_api import forward as call
 from tokenizers_mm.llm.vocabulary import CodeRange, ImageSize, Marker
 
 BATCH, TEXT, CODES, SIDE, ROUNDS = 8, 4096, 32768, 16, 60
@@ -50,12 +52,12 @@ def main() -> None:
     prompt = torch.cat([torch.randint(1, TEXT, (BATCH, 32)), start, codes], 1)
     state, token = grammar.read(prompt), prompt[:, -1:]
     with torch.no_grad():
-        cache = model(prompt, use_cache=True).past_key_values
+        cache = keep_for_rewind(cache_of(model(prompt, use_cache=True)))
         logits = torch.randn(BATCH, vocabulary.size)
 
         def forward() -> torch.Tensor:
-            found = model(token, past_key_values=cache, use_cache=True).logits[:, -1]
-            cache.crop(-1)
+            found = call(model, {"input_ids": token}, cache=cache, use_cache=True).logits[:, -1]
+            rewind(cache, 1)
             return found
 
         methods = {

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -123,15 +124,21 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     info["gpu"] = torch.cuda.get_device_name() if device.startswith("cuda") else None
     info["python"] = platform.python_version()
     for package in ("torch", "faiss-cpu", "vector-quantize-pytorch"):
-        try:
-            info[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            info[package] = None
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    info["commit"] = commit.stdout.strip() or None
+        info[package] = version(package)
+    info["commit"] = None
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        info["commit"] = commit.stdout.strip() or None
     return info
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:

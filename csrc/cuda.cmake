@@ -1,6 +1,7 @@
-# libtokenizers_mm_cuda.so, for compute capability 8.0 and 9.0a with PTX for everything newer. Include this file from
-# the top CMakeLists.txt; it needs no CUDA support in CMake. Without nvcc it does nothing. A failing build is reported
-# and leaves the CPU library alone, unless TOKENIZERS_MM_BUILD_CUDA=1 asks for it; 0 leaves CUDA out.
+# libtokenizers_mm_cuda.so, for compute capability 8.0 and 9.0a with PTX for everything newer; the environment variable
+# TOKENIZERS_MM_CUDA_ARCHITECTURES (as "90a" or "80 89") builds for these alone, without PTX and with line numbers for
+# profilers. Include this file from the top CMakeLists.txt; it needs no CUDA support in CMake. Without nvcc it does
+# nothing. A failing build is reported and leaves the CPU library alone, unless TOKENIZERS_MM_BUILD_CUDA=1 asks for it; 0 leaves CUDA out.
 
 set(build_cuda "$ENV{TOKENIZERS_MM_BUILD_CUDA}")
 if(build_cuda STREQUAL "0")
@@ -25,6 +26,16 @@ if(NOT nvcc_version OR nvcc_version VERSION_LESS 12.4)
 endif()
 message(STATUS "CUDA library: nvcc ${nvcc_version} at ${TOKENIZERS_MM_NVCC}")
 
+set(cuda_targets -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
+  -gencode arch=compute_90a,code=sm_90a)
+if(NOT "$ENV{TOKENIZERS_MM_CUDA_ARCHITECTURES}" STREQUAL "")
+  set(cuda_targets -lineinfo)
+  separate_arguments(architectures UNIX_COMMAND "$ENV{TOKENIZERS_MM_CUDA_ARCHITECTURES}")
+  foreach(architecture ${architectures})
+    list(APPEND cuda_targets -gencode arch=compute_${architecture},code=sm_${architecture})
+  endforeach()
+endif()
+
 set(cuda_source "${CMAKE_CURRENT_LIST_DIR}/cuda_nearest.cu")
 set(cuda_library "${CMAKE_BINARY_DIR}/libtokenizers_mm_cuda.so")
 file(GLOB cuda_headers CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/cuda_*.cuh" "${CMAKE_CURRENT_LIST_DIR}/cuda_*.h")
@@ -35,8 +46,7 @@ endif()
 add_custom_command(
   OUTPUT "${cuda_library}"
   COMMAND
-    "${TOKENIZERS_MM_NVCC}" -std=c++17 -O3 -shared -cudart static
-    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90a,code=sm_90a
+    "${TOKENIZERS_MM_NVCC}" -std=c++17 -O3 -shared -cudart static ${cuda_targets}
     -Xcompiler=-fPIC,-fvisibility=hidden,-static-libstdc++,-static-libgcc -Xlinker=--exclude-libs,ALL,-s
     -o "${cuda_library}" "${cuda_source}" ${cuda_failure}
   DEPENDS "${cuda_source}" ${cuda_headers}

@@ -92,6 +92,12 @@ bool tensor_map(CUtensorMap* map, const void* data, int64_t rows, int width, int
 
 int blocks_for(int64_t items, int per_block) { return static_cast<int>((items + per_block - 1) / per_block); }
 
+// Blocks of the kernels that give a warp to every code.
+int code_blocks(const Plan& plan) {
+  const int blocks = blocks_for(plan.padded_codes, kWarps);
+  return blocks < 1024 ? blocks : 1024;
+}
+
 cudaError_t run_pass(const Pass& pass, bool use_hopper, int processors, cudaStream_t stream) {
   const int units = pass.row_tiles * pass.segments;
   if (use_hopper) {
@@ -133,49 +139,58 @@ cudaError_t pack(const Points& codes, int64_t num_codes, void* packed, int devic
   CodeHeader* header = at<CodeHeader>(packed, 0);
   double* mean = at<double>(packed, plan.mean_at);
   double* sums = at<double>(packed, plan.sums_at);
-  uint8_t* valid = at<uint8_t>(packed, plan.valid_at);
   TMM_CHECK(cudaMemsetAsync(header, 0, sizeof(CodeHeader), stream));
   const int columns = blocks_for(codes.dim, 32);
   TMM_CHECK(launch(slab_sums, dim3(columns, plan.slabs), kPackThreads, 0, stream, codes, num_codes, plan.slabs, sums));
   TMM_CHECK(launch(mean_of_slabs, columns, kPackThreads, 0, stream, sums, plan.slabs, codes.dim, num_codes, mean));
-  const int blocks = blocks_for(plan.padded_codes, kWarps);
-  const int grid = blocks < 1024 ? blocks : 1024;
-  TMM_CHECK(launch(code_norms, grid, kPackThreads, 0, stream, codes, num_codes, mean, valid, header));
+  const int grid = code_blocks(plan);
+  TMM_CHECK(launch(code_norms, grid, kPackThreads, 0, stream, codes, num_codes, mean, header));
   if (plan.exact_only) return cudaSuccess;
-  return launch(pack_codes, grid, kPackThreads, 0, stream, codes, num_codes, plan.padded_codes, plan.width, mean, valid,
-                header, at<uint16_t>(packed, plan.codes_at));
+  return launch(pack_codes, grid, kPackThreads, 0, stream, codes, num_codes, plan.padded_codes, plan.width, mean, header,
+                at<uint16_t>(packed, plan.codes_at));
 }
 
-cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows, int64_t num_codes, void* packed,
-                    void* workspace, int64_t* ids, double* distances, int pass_choice, int device,
-                    cudaStream_t stream) {
+cudaError_t finish(const Search& search, int processors, cudaStream_t stream) {
+  using Kernel = void (*)(Search);
+  const Kernel rows = search.margins ? Kernel{finish_rows<true>} : Kernel{finish_rows<false>};
+  const Kernel listed = search.margins ? Kernel{finish_listed<true>} : Kernel{finish_listed<false>};
+  TMM_CHECK(launch(rows, blocks_for(search.num_rows, kWarps), kPackThreads, 0, stream, search));
+  // The list's length stays on the device: a fixed grid walks it.
+  const int sets = blocks_for(search.num_rows, kFallbackRows);
+  return launch(listed, sets < 4 * processors ? sets : 4 * processors, kPackThreads, 0, stream, search);
+}
+
+// `search` comes with the tokens, the codes and the outputs.
+cudaError_t nearest(Search search, int64_t num_rows, void* packed, bool check, void* workspace, int pass_choice,
+                    int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   TMM_CHECK(guard.status());
   TMM_CHECK(choose_pass(device, &pass_choice));
   int processors;
   TMM_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const Plan plan = make_plan(num_rows, num_codes, tokens.dim);
-  const bool exact_only = plan.exact_only || pass_choice == TMM_CUDA_EXACT;
+  const Points& tokens = search.tokens;
+  const Plan plan = make_plan(num_rows, search.num_codes, tokens.dim);
   CodeHeader* header = at<CodeHeader>(packed, 0);
   double* mean = at<double>(packed, plan.mean_at);
   uint16_t* rows = at<uint16_t>(workspace, plan.rows_at);
   RowBound* bounds = at<RowBound>(workspace, plan.bounds_at);
 
-  Search search;
-  search.tokens = tokens;
-  search.codes = codes;
-  search.num_codes = num_codes;
+  uint64_t* hash = at<uint64_t>(workspace, plan.hash_at);
+  search.exact_only = plan.exact_only || pass_choice == TMM_CUDA_EXACT;
   search.streams = plan.streams();
   search.segments = plan.segments;
   search.segment_tiles = plan.segment_tiles;
   search.tiles = plan.tiles;
-  search.valid = at<uint8_t>(packed, plan.valid_at);
   search.bounds = bounds;
   search.records = at<Record>(workspace, plan.records_at);
-  search.best = at<double>(workspace, plan.best_at);
+  search.best = at<Best>(workspace, plan.best_at);
   search.list = at<int32_t>(workspace, plan.list_at);
-  search.ids = ids;
-  search.distances = distances;
+  search.packed_hash = &header->hash;
+  search.found_hash = check ? hash : nullptr;
+  if (check) {
+    TMM_CHECK(cudaMemsetAsync(hash, 0, sizeof(uint64_t), stream));
+    TMM_CHECK(launch(hash_codes, code_blocks(plan), kPackThreads, 0, stream, search.codes, search.num_codes, hash));
+  }
 
   for (int64_t first = 0; first < num_rows; first += plan.chunk_rows) {
     const int count = static_cast<int>(num_rows - first < plan.chunk_rows ? num_rows - first : plan.chunk_rows);
@@ -183,7 +198,7 @@ cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows,
     search.first = first;
     search.num_rows = count;
     TMM_CHECK(cudaMemsetAsync(search.list, 0, sizeof(int32_t), stream));
-    if (exact_only) {
+    if (search.exact_only) {
       TMM_CHECK(launch(check_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, bounds));
     } else {
       TMM_CHECK(launch(pack_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, plan.width, mean, header,
@@ -200,19 +215,18 @@ cudaError_t nearest(const Points& tokens, const Points& codes, int64_t num_rows,
       pass.row_tiles = blocks_for(count, kRowTile);
       TMM_CHECK(run_pass(pass, pass_choice == TMM_CUDA_HOPPER, processors, stream));
     }
-    TMM_CHECK(launch(finish_rows, row_blocks, kPackThreads, 0, stream, search, exact_only));
-    // The list's length stays on the device: a fixed grid walks it.
-    const int sets = blocks_for(count, kFallbackRows);
-    const int grid = sets < 4 * processors ? sets : 4 * processors;
-    TMM_CHECK(launch(finish_listed, grid, kPackThreads, 0, stream, search, exact_only));
+    TMM_CHECK(finish(search, processors, stream));
   }
   return cudaSuccess;
 }
 
 // One thread per (code, column), so the order of the additions is the order of the rows.
 __global__ void __launch_bounds__(128) sum_by_code(tmm_cuda_matrix vectors, const int64_t* order, const int64_t* begin,
-                                                   int64_t num_codes, double* sums) {
+                                                   int64_t num_codes, double* sums, tmm_cuda_faults* faults) {
   const int64_t total = num_codes * vectors.cols;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && faults && (begin[0] != 0 || begin[num_codes] != vectors.rows)) {
+    faults->bad_ids = 1;
+  }
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < total;
        index += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t code = index / vectors.cols, col = index % vectors.cols;
@@ -247,8 +261,8 @@ int tmm_cuda_pack(const tmm_cuda_matrix* codes, const double* weights, int parts
 }
 
 int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights, int parts,
-                     const void* packed, void* workspace, int64_t* ids, double* distances, int pass, int device,
-                     void* stream) {
+                     const void* packed, int check, void* workspace, int64_t* ids, double* distances, double* margins,
+                     tmm_cuda_faults* faults, int pass, int device, void* stream) {
   if (!tmm::valid_matrices(tokens, weights, parts) || !tmm::valid_matrices(codes, weights, parts)) {
     return cudaErrorInvalidValue;
   }
@@ -259,20 +273,27 @@ int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes
   if (pass < TMM_CUDA_AUTO || pass > TMM_CUDA_EXACT) return cudaErrorInvalidValue;
   if (tokens[0].rows == 0) return cudaSuccess;
   if (!packed || !workspace || !ids) return cudaErrorInvalidValue;
-  return tmm::nearest(tmm::make_points(tokens, weights, parts), tmm::make_points(codes, weights, parts), tokens[0].rows,
-                      codes[0].rows, const_cast<void*>(packed), workspace, ids, distances, pass, device,
+  tmm::Search search = {};
+  search.tokens = tmm::make_points(tokens, weights, parts);
+  search.codes = tmm::make_points(codes, weights, parts);
+  search.num_codes = codes[0].rows;
+  search.ids = ids;
+  search.distances = distances;
+  search.margins = margins;
+  search.faults = faults;
+  return tmm::nearest(search, tokens[0].rows, const_cast<void*>(packed), check != 0, workspace, pass, device,
                       static_cast<cudaStream_t>(stream));
 }
 
 int tmm_cuda_code_sums(const tmm_cuda_matrix* vectors, const int64_t* order, const int64_t* begin, int64_t num_codes,
-                       double* sums, int device, void* stream) {
+                       double* sums, tmm_cuda_faults* faults, int device, void* stream) {
   const double weight = 1.0;
   if (!tmm::valid_matrices(vectors, &weight, 1) || num_codes < 1) return cudaErrorInvalidValue;
   const tmm::DeviceGuard guard(device);
   if (guard.status() != cudaSuccess) return guard.status();
   const int64_t blocks = (num_codes * vectors->cols + 127) / 128;
   return tmm::launch(tmm::sum_by_code, static_cast<int>(blocks < 65536 ? blocks : 65536), 128, 0,
-                     static_cast<cudaStream_t>(stream), *vectors, order, begin, num_codes, sums);
+                     static_cast<cudaStream_t>(stream), *vectors, order, begin, num_codes, sums, faults);
 }
 
 }  // extern "C"

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define TMM_CUDA_ABI_VERSION 1
+#define TMM_CUDA_ABI_VERSION 2
 
 enum { TMM_CUDA_F32 = 0, TMM_CUDA_F64 = 1, TMM_CUDA_F16 = 2, TMM_CUDA_BF16 = 3 };
 // The tensor-core pass: AUTO takes HOPPER on compute capability 9.0 and PORTABLE elsewhere (8.0 and up). EXACT scores
@@ -28,6 +28,13 @@ typedef struct {
   int64_t rows, cols, row_stride, col_stride;
   int32_t dtype;
 } tmm_cuda_matrix;
+
+// What kernels noticed, for the host to read whenever it likes: pinned host memory that kernels write 1 to. The caller
+// zeroes it. `stale`: the packed codebook is not the one that was given (the answers are right all the same, in double
+// precision throughout). `bad_ids`: an id is no code of the codebook.
+typedef struct {
+  int32_t stale, bad_ids;
+} tmm_cuda_faults;
 
 TMM_CUDA_API int tmm_cuda_abi_version(void);
 // The text of a code returned below; 0 is success, other values are cudaError_t.
@@ -43,18 +50,22 @@ TMM_CUDA_API int tmm_cuda_pack(const tmm_cuda_matrix* codes, const double* weigh
                                void* stream);
 
 // ids[i] = argmin_k sum_p weights[p] * ||tokens[p][i] - codes[p][k]||^2 as computed in double precision from the
-// difference form, ties to the lowest k. A code with a NaN or an infinity is never chosen; a token with one, or a
-// codebook of nothing else, gets index 0 and distance NaN. `distances` may be null. `packed` is what tmm_cuda_pack
-// made of the same codes and weights; `workspace` must be 256-byte aligned.
+// difference form, ties to the lowest k. A code with a NaN or an infinity is never chosen; a token with one gets index
+// -1, distance and margin NaN; a token without a finite distance to any code index 0, distance infinity and margin 0.
+// margins[i] is how much farther (the root of the distance) the nearest code is that differs from code ids[i] in some
+// value; infinity where none does at a finite distance. `distances`, `margins` and `faults` may be null. `packed` is what tmm_cuda_pack made of the same codes and weights; with `check`, a hash of the
+// codes is compared on the device with the one taken when they were packed. `workspace` must be 256-byte aligned.
 TMM_CUDA_API int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights,
-                                  int parts, const void* packed, void* workspace, int64_t* ids, double* distances,
-                                  int pass, int device, void* stream);
+                                  int parts, const void* packed, int check, void* workspace, int64_t* ids,
+                                  double* distances, double* margins, tmm_cuda_faults* faults, int pass, int device,
+                                  void* stream);
 
 // sums[k, :] = the rows order[begin[k]], ..., order[begin[k + 1] - 1] of `vectors`, added in that order in double
 // precision. `order` sorts the rows by code (stable), `begin` has num_codes + 1 entries, `sums` is [num_codes, cols],
-// row-major.
+// row-major. Rows outside begin[0] .. begin[num_codes] - 1 count for no code and set faults->bad_ids.
 TMM_CUDA_API int tmm_cuda_code_sums(const tmm_cuda_matrix* vectors, const int64_t* order, const int64_t* begin,
-                                    int64_t num_codes, double* sums, int device, void* stream);
+                                    int64_t num_codes, double* sums, tmm_cuda_faults* faults, int device,
+                                    void* stream);
 
 #ifdef __cplusplus
 }

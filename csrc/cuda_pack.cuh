@@ -72,11 +72,33 @@ __device__ __forceinline__ double warp_squared_norm(const Points& points, int64_
   return warp_sum(sum);
 }
 
-// Validity of every code, the largest and the smallest norm.
+// The sum over the codes of a warp's stride of the hash of their values, in every lane.
+__device__ __forceinline__ uint64_t warp_hash(const Points& codes, int64_t num_codes) {
+  uint64_t hash = 0;
+  for (int64_t code = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; code < num_codes;
+       code += static_cast<int64_t>(gridDim.x) * kWarps) {
+    for (int col = threadIdx.x % 32; col < codes.dim; col += 32) {
+      hash += hash_value(codes.value(code, col), static_cast<uint64_t>(code) * codes.dim + col);
+    }
+  }
+  for (int step = 16; step > 0; step >>= 1) {
+    hash += __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(hash), step);
+  }
+  return hash;
+}
+
+__global__ void __launch_bounds__(kPackThreads) hash_codes(Points codes, int64_t num_codes, uint64_t* total) {
+  const uint64_t hash = warp_hash(codes, num_codes);
+  if (threadIdx.x % 32 == 0) atomicAdd(reinterpret_cast<unsigned long long*>(total), hash);
+}
+
+// The largest and the smallest norm, and the hash.
 __global__ void __launch_bounds__(kPackThreads) code_norms(Points codes, int64_t num_codes, const double* mean,
-                                                           uint8_t* valid, CodeHeader* header) {
+                                                           CodeHeader* header) {
   __shared__ double largest[kWarps], smallest[kWarps];
   __shared__ int overflow;
+  const uint64_t hash = warp_hash(codes, num_codes);
+  if (threadIdx.x % 32 == 0) atomicAdd(reinterpret_cast<unsigned long long*>(&header->hash), hash);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) overflow = 0;
   __syncthreads();
@@ -85,7 +107,6 @@ __global__ void __launch_bounds__(kPackThreads) code_norms(Points codes, int64_t
        code += static_cast<int64_t>(gridDim.x) * kWarps) {
     bool finite;
     const double norm = warp_squared_norm(codes, code, mean, finite);
-    if (lane == 0) valid[code] = finite;
     if (finite && norm < INFINITY) {
       most = fmax(most, norm);
       least = fmin(least, norm);
@@ -130,20 +151,20 @@ __device__ __forceinline__ void warp_zero(uint16_t* out, int begin, int end) {
 }
 
 __global__ void __launch_bounds__(kPackThreads) pack_codes(Points codes, int64_t num_codes, int64_t padded_codes,
-                                                           int width, const double* mean, const uint8_t* valid,
-                                                           const CodeHeader* header, uint16_t* packed) {
+                                                           int width, const double* mean, const CodeHeader* header,
+                                                           uint16_t* packed) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int exponent = code_exponent(bits_double(header->largest_norm));
   for (int64_t code = static_cast<int64_t>(blockIdx.x) * kWarps + warp; code < padded_codes;
        code += static_cast<int64_t>(gridDim.x) * kWarps) {
     const int64_t place = code / kSpan * kSpan + span_column(static_cast<int>(code % kSpan));
     uint16_t* out = packed + place * width;
-    if (code >= num_codes || !valid[code]) {
+    bool finite = code < num_codes;
+    const double norm = finite ? ldexp(warp_squared_norm(codes, code, mean, finite), 2 * exponent) : 0.0;
+    if (!finite) {  // never chosen
       warp_zero(out, 0, width);
       continue;
     }
-    bool finite;
-    const double norm = ldexp(warp_squared_norm(codes, code, mean, finite), 2 * exponent);
     double quantised, residual;
     warp_quantise(codes, code, mean, exponent, out, quantised, residual);
     warp_zero(out, codes.dim + kExtra, width);

@@ -15,15 +15,15 @@ __device__ __forceinline__ double team_distance(const Points& tokens, int64_t ro
   return share;
 }
 
-// The smaller of (distance, index) over the warp, in every lane.
-__device__ __forceinline__ void warp_best(double& distance, int64_t& index) {
+// The bests of all teams merged, alike in every lane.
+template <bool margin>
+__device__ __forceinline__ void warp_best(Best& best, const Points& codes) {
   for (int step = 16; step >= kParts; step >>= 1) {
-    const double other = __shfl_xor_sync(kAllLanes, distance, step);
-    const int64_t other_index = __shfl_xor_sync(kAllLanes, static_cast<long long>(index), step);
-    if (better(other, other_index, distance, index)) {
-      distance = other;
-      index = other_index;
-    }
+    Best other = no_best();
+    other.distance = __shfl_xor_sync(kAllLanes, best.distance, step);
+    other.code = __shfl_xor_sync(kAllLanes, static_cast<long long>(best.code), step);
+    if (margin) other.second = __shfl_xor_sync(kAllLanes, best.second, step);
+    best_merge<margin>(best, codes, other);
   }
 }
 
@@ -32,50 +32,73 @@ struct Search {
   int64_t first;       // token of row 0
   int64_t num_codes;
   int num_rows, streams, segments, segment_tiles, tiles;
-  const uint8_t* valid;
+  bool exact_only;
   const RowBound* bounds;
   const Record* records;  // [rows, segments, lanes]
-  double* best;           // [rows]
+  Best* best;             // [rows]
   int32_t* list;          // a count, then rows for the exact launch
+  const uint64_t* packed_hash;
+  const uint64_t* found_hash;  // null: the codes are known to be the packed ones
   int64_t* ids;           // of all tokens
   double* distances;      // of all tokens, or null
+  double* margins;        // of all tokens, or null
+  tmm_cuda_faults* faults;  // or null
+
+  // The pass ran on other codes: its records say nothing.
+  __device__ bool stale() const { return found_hash && *found_hash != *packed_hash; }
 };
 
-// Scores the codes of one group and keeps the best so far, alike in all lanes of the warp.
-__device__ __forceinline__ void warp_score_group(const Search& search, int row, int group, double& best,
-                                                 int64_t& best_index) {
-  for (int round = 0; round < kGroup; round += 32 / kParts) {
-    const int64_t code = static_cast<int64_t>(group) * kGroup + round + threadIdx.x % 32 / kParts;
-    const bool real = code < search.num_codes && search.valid[code];
-    const double distance = team_distance(search.tokens, search.first + row, search.codes, real ? code : 0);
-    if (real && better(distance, code, best, best_index)) {
-      best = distance;
-      best_index = code;
-    }
-  }
-  warp_best(best, best_index);
+// Scores one code, by the team that calls; the same in all its lanes.
+template <bool margin>
+__device__ __forceinline__ void team_score(const Search& search, int row, int64_t code, bool real, Best& best) {
+  const double distance = team_distance(search.tokens, search.first + row, search.codes, real ? code : 0);
+  if (real) best_add<margin>(best, search.codes, distance, code);
 }
 
-__device__ __forceinline__ void write_answer(const Search& search, int row, double distance, int64_t index) {
-  search.ids[search.first + row] = index == kNoCode ? 0 : index;
-  if (search.distances) search.distances[search.first + row] = index == kNoCode ? NAN : distance;
+// Scores the codes of one group and keeps the best so far, alike in all lanes of the warp.
+template <bool margin>
+__device__ __forceinline__ void warp_score_group(const Search& search, int row, int group, Best& best) {
+  for (int round = 0; round < kGroup; round += 32 / kParts) {
+    const int64_t code = static_cast<int64_t>(group) * kGroup + round + threadIdx.x % 32 / kParts;
+    team_score<margin>(search, row, code, code < search.num_codes, best);
+  }
+  warp_best<margin>(best, search.codes);
+}
+
+__device__ __forceinline__ void write_answer(const Search& search, int row, const Best& best) {
+  const int64_t at = search.first + row;
+  search.ids[at] = best.code == kNoCode ? 0 : best.code;
+  if (search.distances) search.distances[at] = best.distance;
+  if (search.margins) search.margins[at] = best_margin(best);
+}
+
+// Values from here on may still belong to the answer.
+template <bool margin>
+__device__ __forceinline__ double limit_of(const Search& search, const RowBound& bound, const Best& best) {
+  return threshold(bound, margin ? best.second : best.distance, search.tokens.dim);
 }
 
 // One warp per row: score the best group, then every stream's best group that the threshold still allows. A row in
 // which a stream's second best value is allowed too goes on the list.
-__global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool exact_only) {
+template <bool margin>
+__global__ void __launch_bounds__(kPackThreads) finish_rows(Search search) {
   const int lane = threadIdx.x % 32;
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
   if (row >= search.num_rows) return;
   const RowBound bound = search.bounds[row];
-  double best = INFINITY;
-  int64_t best_index = kNoCode;
+  const bool stale = search.stale();
+  if (stale && row == 0 && lane == 0 && search.faults) search.faults->stale = 1;
+  Best best = no_best();
   if (bound.status == kNotFinite) {
-    if (lane == 0) write_answer(search, row, INFINITY, kNoCode);
+    if (lane == 0) {
+      search.ids[search.first + row] = -1;
+      if (search.distances) search.distances[search.first + row] = NAN;
+      if (search.margins) search.margins[search.first + row] = NAN;
+    }
     return;
   }
   bool incomplete = true;
-  if (bound.status == kCertified && !exact_only) {
+  if (bound.status == kCertified && !search.exact_only && !stale) {
     const Record* records = search.records + static_cast<int64_t>(row) * search.streams;
     // The stream with the largest value; the lowest stream among equals.
     int top_value = -1, top = 0;
@@ -94,8 +117,8 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
         top = stream;
       }
     }
-    warp_score_group(search, row, records[top].group, best, best_index);
-    double limit = threshold(bound, best, search.tokens.dim);
+    warp_score_group<margin>(search, row, records[top].group, best);
+    double limit = limit_of<margin>(search, bound, best);
     for (int begin = 0; begin < search.streams; begin += 32) {
       const int stream = begin + lane;
       Record record;
@@ -108,11 +131,11 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
         const int value = __shfl_sync(kAllLanes, record.best, source);
         const int group = __shfl_sync(kAllLanes, record.group, source);
         if (!reaches(value, limit)) continue;  // ruled out by a group scored meanwhile
-        warp_score_group(search, row, group, best, best_index);
-        limit = threshold(bound, best, search.tokens.dim);
+        warp_score_group<margin>(search, row, group, best);
+        limit = limit_of<margin>(search, bound, best);
       }
     }
-    bool again = false;
+    bool again = margin && !(limit >= 0.0);
     for (int stream = lane; stream < search.streams; stream += 32) {
       again = again || reaches(records[stream].second, limit);
     }
@@ -120,7 +143,7 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
   }
   if (lane == 0) {
     search.best[row] = best;
-    write_answer(search, row, best, best_index);
+    write_answer(search, row, best);
     if (incomplete) search.list[1 + atomicAdd(search.list, 1)] = row;
   }
 }
@@ -128,31 +151,30 @@ __global__ void __launch_bounds__(kPackThreads) finish_rows(Search search, bool 
 // The exact launch over the listed rows, kFallbackRows per block: every code of every stream that one of the rows
 // still allows. The order of the list varies from run to run; the answers do not, being minima over (distance,
 // index).
-__global__ void __launch_bounds__(kPackThreads) finish_listed(Search search, bool exact_only) {
+template <bool margin>
+__global__ void __launch_bounds__(kPackThreads) finish_listed(Search search) {
   __shared__ uint8_t open[kMaxSegments * kLanes];
-  __shared__ double distances[kWarps][kFallbackRows];
-  __shared__ int64_t indices[kWarps][kFallbackRows];
+  __shared__ Best bests[kWarps][kFallbackRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int team = threadIdx.x / kParts;
   const int count = search.list[0];
+  const bool every = search.exact_only || search.stale();
   for (int begin = blockIdx.x * kFallbackRows; begin < count; begin += gridDim.x * kFallbackRows) {
     int rows[kFallbackRows];
-    double best[kFallbackRows];
-    int64_t index[kFallbackRows];
+    Best best[kFallbackRows];
 #pragma unroll
     for (int r = 0; r < kFallbackRows; ++r) {  // a short last set repeats its last row
       rows[r] = search.list[1 + min(begin + r, count - 1)];
       best[r] = search.best[rows[r]];
-      index[r] = best[r] < INFINITY ? search.ids[search.first + rows[r]] : kNoCode;
     }
     for (int stream = threadIdx.x; stream < search.streams; stream += kPackThreads) {
-      bool any = exact_only;
+      bool any = every;
 #pragma unroll
       for (int r = 0; r < kFallbackRows; ++r) {
         const RowBound bound = search.bounds[rows[r]];
-        any = any || bound.status == kExact ||
-              reaches(search.records[static_cast<int64_t>(rows[r]) * search.streams + stream].second,
-                      threshold(bound, best[r], search.tokens.dim));
+        const double limit = limit_of<margin>(search, bound, best[r]);
+        any = any || bound.status == kExact || (margin && !(limit >= 0.0)) ||
+              reaches(search.records[static_cast<int64_t>(rows[r]) * search.streams + stream].second, limit);
       }
       open[stream] = any;
     }
@@ -167,37 +189,22 @@ __global__ void __launch_bounds__(kPackThreads) finish_listed(Search search, boo
         const int at = step + team;
         const int64_t code =
             static_cast<int64_t>(first_tile) * kTile + at / kGroup * kSpan + stream % kLanes * kGroup + at % kGroup;
-        const bool real = at < stream_codes && code < search.num_codes && search.valid[code];
+        const bool real = at < stream_codes && code < search.num_codes;
 #pragma unroll
-        for (int r = 0; r < kFallbackRows; ++r) {
-          const double distance = team_distance(search.tokens, search.first + rows[r], search.codes, real ? code : 0);
-          if (real && better(distance, code, best[r], index[r])) {
-            best[r] = distance;
-            index[r] = code;
-          }
-        }
+        for (int r = 0; r < kFallbackRows; ++r) team_score<margin>(search, rows[r], code, real, best[r]);
       }
     }
 #pragma unroll
     for (int r = 0; r < kFallbackRows; ++r) {
-      warp_best(best[r], index[r]);
-      if (lane == 0) {
-        distances[warp][r] = best[r];
-        indices[warp][r] = index[r];
-      }
+      warp_best<margin>(best[r], search.codes);
+      if (lane == 0) bests[warp][r] = best[r];
     }
     __syncthreads();
     if (threadIdx.x < kFallbackRows && begin + static_cast<int>(threadIdx.x) < count) {
       const int r = threadIdx.x;
-      double distance = distances[0][r];
-      int64_t winner = indices[0][r];
-      for (int other = 1; other < kWarps; ++other) {
-        if (better(distances[other][r], indices[other][r], distance, winner)) {
-          distance = distances[other][r];
-          winner = indices[other][r];
-        }
-      }
-      write_answer(search, search.list[1 + begin + r], distance, winner);
+      Best winner = bests[0][r];
+      for (int other = 1; other < kWarps; ++other) best_merge<margin>(winner, search.codes, bests[other][r]);
+      write_answer(search, search.list[1 + begin + r], winner);
     }
     __syncthreads();
   }

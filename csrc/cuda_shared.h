@@ -178,12 +178,58 @@ TMM_HD double distance_share(const Points& tokens, int64_t row, const Points& co
   return share;
 }
 
-// (distance, index) in order; an infinite distance may still win, a NaN may not.
-TMM_HD bool better(double distance, int64_t index, double best_distance, int64_t best_index) {
-  return distance < best_distance || (distance == best_distance && index < best_index);
+TMM_HD bool same_values(const Points& codes, int64_t one, int64_t other) {
+  bool same = true;
+  for (int col = 0; same && col < codes.dim; ++col) same = codes.value(one, col) == codes.value(other, col);
+  return same;
 }
 
 constexpr int64_t kNoCode = INT64_MAX;
+
+// The minimum over (distance, index) of the codes scored so far, and the least distance among those that differ from
+// that code in some value. Codes may come in any order and more than once; those without a finite distance (a NaN, an
+// infinity, an overflow) count for nothing. Equal codes have equal distances, so values are compared only between codes
+// of equal distance.
+struct Best {
+  double distance;
+  int64_t code;
+  double second;
+};
+
+TMM_HD Best no_best() { return {INFINITY, kNoCode, INFINITY}; }
+
+template <bool margin>
+TMM_HD void best_add(Best& best, const Points& codes, double distance, int64_t code) {
+  if (code == best.code || !(distance < INFINITY)) return;
+  const bool wins = distance < best.distance || (distance == best.distance && code < best.code);
+  const double other = wins ? best.distance : distance;
+  if (margin && other < best.second && !(distance == best.distance && same_values(codes, code, best.code))) {
+    best.second = other;
+  }
+  if (wins) {
+    best.distance = distance;
+    best.code = code;
+  }
+}
+
+template <bool margin>
+TMM_HD void best_merge(Best& best, const Points& codes, const Best& other) {
+  best_add<margin>(best, codes, other.distance, other.code);
+  if (margin && other.second < best.second) best.second = other.second;
+}
+
+// How much farther the second is, in roots of distances.
+TMM_HD double best_margin(const Best& best) {
+  if (!(best.second > best.distance)) return 0.0;
+  return best.second < INFINITY ? (best.second - best.distance) / (sqrt(best.second) + sqrt(best.distance)) : INFINITY;
+}
+
+// The share of one value in the hash of a codebook: bijective in the value, and a sum over values needs no order.
+TMM_HD uint64_t hash_value(double value, uint64_t place) {
+  uint64_t x = double_bits(value) ^ (place * 0x9e3779b97f4a7c15ull);
+  x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93ull;
+  return x ^ (x >> 32);
+}
 
 // ---- layout -------------------------------------------------------------------------------------------------------
 
@@ -202,8 +248,8 @@ struct Plan {
   int tiles;             // of kTile codes
   int segments, segment_tiles;
   int64_t chunk_rows;
-  int64_t packed_bytes, mean_at, sums_at, valid_at, codes_at;
-  int64_t workspace_bytes, rows_at, bounds_at, records_at, best_at, list_at;
+  int64_t packed_bytes, mean_at, sums_at, codes_at;
+  int64_t workspace_bytes, rows_at, bounds_at, records_at, best_at, hash_at, list_at;
   int slabs;
   bool exact_only;
 
@@ -259,6 +305,7 @@ struct CodeHeader {
   uint64_t smallest_norm;  // the complement of the bits of min ||c'||^2, so that both grow from zero
   uint32_t overflow;       // a finite code has a norm beyond double precision: every row takes the exact path
   uint32_t unused;
+  uint64_t hash;           // of every value
 };
 
 constexpr double kPad = 1.0 + 1.0 / (1 << 20);  // far above (D + 2) 2^-53, the relative error of a sum of squares
@@ -342,7 +389,8 @@ TMM_HD RowBound row_columns(double squared_norm, double quantised, double residu
 }
 
 // Codes with u below this are farther than a code at distance `best`, both as computed in double precision. The last
-// term of pad stands for underflow.
+// term of pad stands for underflow. The nearest code has u >= 0; the nearest that differs from it may not, so below a
+// threshold < 0 nothing is known of codes that the records leave out.
 TMM_HD double threshold(const RowBound& bound, double best, int dim) {
   if (!(best < INFINITY)) return -INFINITY;
   const double pad = distance_error(dim) * (bound.squared_norm + best) + 1e-300;
@@ -374,12 +422,11 @@ inline Plan make_plan(int64_t num_rows, int64_t num_codes, int64_t dim) {
   take(cursor, sizeof(CodeHeader));
   plan.mean_at = take(cursor, dim * 8);
   plan.sums_at = take(cursor, plan.slabs * dim * 8);
-  plan.valid_at = take(cursor, plan.padded_codes);
   plan.codes_at = take(cursor, plan.exact_only ? 0 : plan.padded_codes * plan.width * 2);
   plan.packed_bytes = cursor;
 
   // About 24 MB of scratch per chunk, whole row tiles.
-  const int64_t row_bytes = plan.width * 2 + sizeof(RowBound) + plan.streams() * sizeof(Record) + 8 + 4;
+  const int64_t row_bytes = plan.width * 2 + sizeof(RowBound) + plan.streams() * sizeof(Record) + sizeof(Best) + 4;
   int64_t rows = (int64_t{24} << 20) / row_bytes / kRowTile * kRowTile;
   if (rows < kRowTile) rows = kRowTile;
   plan.chunk_rows = rows < row_tiles * kRowTile ? rows : row_tiles * kRowTile;
@@ -387,7 +434,8 @@ inline Plan make_plan(int64_t num_rows, int64_t num_codes, int64_t dim) {
   plan.rows_at = take(cursor, plan.chunk_rows * plan.width * 2);
   plan.bounds_at = take(cursor, plan.chunk_rows * sizeof(RowBound));
   plan.records_at = take(cursor, plan.chunk_rows * plan.streams() * sizeof(Record));
-  plan.best_at = take(cursor, plan.chunk_rows * 8);
+  plan.best_at = take(cursor, plan.chunk_rows * sizeof(Best));
+  plan.hash_at = take(cursor, 8);
   plan.list_at = take(cursor, (plan.chunk_rows + 1) * 4);  // a count, then rows
   plan.workspace_bytes = cursor;
   return plan;

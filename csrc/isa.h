@@ -98,13 +98,14 @@ struct Choice {
 };
 
 struct TreeLoops {
-  // Slots (leaf * kLeaf + lane) whose code may be the nearest; returns how many there are in all, or -1 when float32 cannot
-  // tell (overflow, underflow, not a number).
+  // Slots (leaf * kLeaf + lane) whose code may be the nearest or, with `two`, the second nearest; returns how many there are in
+  // all, or -1 when float32 cannot tell (overflow, underflow, not a number).
   // scratch: floats for 2 * (supers + 2 * kLeaf) + (supers + 1) * kLeaf + capacity + kLeaf; out: capacity + kLeaf.
-  int64_t (*candidates)(const TreeView&, const float* z, float* scratch, int32_t* out, int64_t capacity);
+  int64_t (*candidates)(const TreeView&, const float* z, bool two, float* scratch, int32_t* out, int64_t capacity);
   // The same for `rows` <= kTreeBatch tokens in the grid tree: found[row] slots at slots[row * kTreeCandidates], or -1 where the
   // grid cannot tell. scratch: grid_scratch() words, aligned to 64 bytes. Null where there is none.
-  void (*grid_candidates)(const GridTree&, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found);
+  void (*grid_candidates)(const GridTree&, int dim, const float* z, int64_t rows, bool two, int32_t* scratch, int32_t* slots,
+                          int32_t* found);
 };
 
 struct Isa {

@@ -192,7 +192,8 @@ inline void leaf_distances(const float* codes, const float* z, int dim, float* o
 struct TreeSearch {
   const TreeView& tree;
   const float* z;
-  float best, reach;  // smallest float32 distance so far; reach = best * slack
+  bool two;
+  float first, best, reach;  // smallest float32 distance so far; it or, with `two`, the second; reach = best * slack
   int32_t* slots;     // provisional candidates and their distances
   float* found;
   int64_t capacity, count;
@@ -203,7 +204,8 @@ struct TreeSearch {
     for (int lane = 0; lane < kLeaf; ++lane) {
       if (!(value[lane] <= reach)) continue;
       if (value[lane] < best) {
-        best = value[lane];
+        best = !two ? value[lane] : value[lane] < first ? first : value[lane];
+        first = value[lane] < first ? value[lane] : first;
         reach = best * tree.slack;
       }
       if (count < capacity) {
@@ -222,7 +224,7 @@ struct TreeSearch {
   }
 };
 
-int64_t tree_candidates(const TreeView& tree, const float* z, float* scratch, int32_t* out, int64_t capacity) {
+int64_t tree_candidates(const TreeView& tree, const float* z, bool two, float* scratch, int32_t* out, int64_t capacity) {
   const int dim = tree.dim;
   const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf;
   int64_t home = -1;
@@ -234,7 +236,7 @@ int64_t tree_candidates(const TreeView& tree, const float* z, float* scratch, in
   box_bounds(tree.leaf_bounds + home * 2 * dim * kLeaf, z, dim, value);
   int start = 0;
   for (int lane = 1; lane < kLeaf; ++lane) start = value[lane] < value[start] ? lane : start;
-  TreeSearch search{tree, z, __builtin_inff(), __builtin_inff(), out, scratch + blocks * kLeaf, capacity, 0};
+  TreeSearch search{tree, z, two, __builtin_inff(), __builtin_inff(), __builtin_inff(), out, scratch + blocks * kLeaf, capacity, 0};
   search.score(home * kLeaf + start);
   search.super(home, home * kLeaf + start);
   for (int64_t box = 0; box < tree.supers; ++box)

@@ -1,5 +1,5 @@
 // The table of rows.h in the vector types of gcc and clang. Included by one file per instruction set, which sets TMM_LANES and
-// TMM_MULTIPLY_ADD and defines the three functions declared below.
+// TMM_MULTIPLY_ADD and defines the functions declared below.
 #include "rows.h"
 
 namespace tmm {
@@ -8,6 +8,7 @@ namespace {
 constexpr int kLanes = TMM_LANES, kWords = TMM_LANES / 2;
 
 typedef float Floats __attribute__((vector_size(4 * TMM_LANES)));
+typedef double Doubles __attribute__((vector_size(64)));
 typedef uint64_t Words __attribute__((vector_size(4 * TMM_LANES)));
 
 template <class V>
@@ -19,6 +20,7 @@ inline __attribute__((always_inline)) V load(const void* p) {
 
 inline Words multiply_halves(Words v);              // low 32 bits times high 32 bits of every word
 inline Floats reduce(const Floats* sums);           // lane i: the sum of the lanes of sums[i], for kLanes vectors
+inline void reduce_four(const Doubles* sums, double* out);
 inline uint32_t not_above(Floats v, float limit);   // bit i: lane i is not above the limit (NaN is not)
 inline Floats load_first(const float* p, int64_t count);  // the first `count` < kLanes lanes, and zeros
 
@@ -100,29 +102,40 @@ int64_t near(const float* z, const float* codes, int64_t n, int64_t d, float lim
   return count;
 }
 
-// Eight partial sums, added ((0+4)+(2+6)) + ((1+5)+(3+7)), as everywhere.
+// Four codes at a time, each with eight partial sums, added ((0+4)+(2+6)) + ((1+5)+(3+7)), as everywhere. Past the end the last
+// code again.
 template <class T>
 void distances(const T* z, const T* codes, int64_t n, int64_t d, double* out) {
   typedef T Values __attribute__((vector_size(8 * sizeof(T))));
-  typedef double Doubles __attribute__((vector_size(64)));
-  for (int64_t c = 0; c < n; ++c, codes += d) {
-    Doubles sum = {};
-    const auto add = [&](const T* a, const T* b) __attribute__((always_inline)) {
+  for (int64_t first = 0; first < n; first += 4) {
+    const T* code[4];
+    for (int j = 0; j < 4; ++j) code[j] = codes + (first + j < n ? first + j : n - 1) * d;
+    Doubles sums[4] = {};
+    const auto add = [&](const T* a, const T* const* b, int64_t at) __attribute__((always_inline)) {
       Values x, y;
       __builtin_memcpy(&x, a, sizeof x);
-      __builtin_memcpy(&y, b, sizeof y);
-      const Doubles gap = __builtin_convertvector(x, Doubles) - __builtin_convertvector(y, Doubles);
-      sum += gap * gap;
+      const Doubles wide = __builtin_convertvector(x, Doubles);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        __builtin_memcpy(&y, b[j] + at, sizeof y);
+        const Doubles gap = wide - __builtin_convertvector(y, Doubles);
+        sums[j] += gap * gap;
+      }
     };
     int64_t i = 0;
-    for (; i + 8 <= d; i += 8) add(z + i, codes + i);
+    for (; i + 8 <= d; i += 8) add(z + i, code, i);
     if (i < d) {
-      T a[8] = {}, b[8] = {};
-      __builtin_memcpy(a, z + i, static_cast<uint64_t>(d - i) * sizeof(T));
-      __builtin_memcpy(b, codes + i, static_cast<uint64_t>(d - i) * sizeof(T));
-      add(a, b);
+      T a[8] = {}, b[4][8] = {};
+      const T* rest[4] = {b[0], b[1], b[2], b[3]};
+      for (int64_t lane = 0; i + lane < d; ++lane) {
+        a[lane] = z[i + lane];
+        for (int j = 0; j < 4; ++j) b[j][lane] = code[j][i + lane];
+      }
+      add(a, rest, 0);
     }
-    out[c] = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+    double found[4];
+    reduce_four(sums, found);
+    for (int64_t j = 0; j < 4 && first + j < n; ++j) out[first + j] = found[j];
   }
 }
 

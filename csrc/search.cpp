@@ -228,9 +228,16 @@ class BlockSearch {
       scored = 0;
       if (found > kCapacity) return false;
     }
-    const int32_t threshold = threshold_for(score - bound(score, state), state);
-    for (; scored < found; ++scored)
-      if (groups[list_[scored]] >= threshold) score_group(list_[scored], leader, stats);
+    double limit = leader->limit();
+    int32_t threshold = threshold_for(score - bound(score, state), state);
+    for (; scored < found; ++scored) {
+      if (groups[list_[scored]] < threshold) continue;
+      score_group(list_[scored], leader, stats);
+      if (!query_.margin || leader->limit() == limit) continue;
+      limit = leader->limit();
+      score = true_score(limit, state);
+      threshold = threshold_for(score - bound(score, state), state);
+    }
     return true;
   }
 
@@ -241,7 +248,7 @@ class BlockSearch {
     certain ? leader.store(stats) : search_in_full(query_, known_.only, row, stats);
   }
 
-  static constexpr int64_t kParts = 8;
+  static constexpr int64_t kParts = 4;
   static constexpr int kScales = 2049;  // exponent and three bits of mantissa of a positive float32
   const Query& query_;
   const Codebook& book_;
@@ -366,10 +373,10 @@ Stats search(const Query& query, Codebook& book) {
     stats = search_all_in_full(query, known);
   } else if (method == TMM_BRUTE) {
     stats = search_live(query);
-  } else if (!query.margin && (method == TMM_TREE || (method == TMM_AUTO && wants_tree(query, book, known)))) {
+  } else if (method == TMM_TREE || (method == TMM_AUTO && wants_tree(query, book, known))) {
     method = TMM_TREE;
     stats = search_tree(query, known, book.box_tree(query.codes, query.threads));
-  } else if (method == TMM_AUTO || method == TMM_TREE) {
+  } else if (method == TMM_AUTO) {
     stats = search_ladder(query, book, &method);
   } else {
     stats = search_rung(query, book, method - TMM_INT8);

@@ -63,6 +63,8 @@ class Leader {
   }
 
   bool found() const { return best_.distance < kInfinity; }
+  // Whether the best value was met twice, or nothing but it.
+  bool repeated() const { return repeated_ || !(second_ < kInfinity); }
   // No code farther away than this can change the answer.
   double limit() const { return query_->margin ? second_ : best_.distance; }
 
@@ -87,8 +89,12 @@ class Leader {
       if (found()) second_ = best_.distance;
       best_ = code;
     } else {
-      if (!found() || code.index == best_.index) return;
-      if (!query_->codes.equal(code.index, best_.index)) second_ = best_.distance;
+      if (!found()) return;
+      if (query_->codes.equal(code.index, best_.index)) {
+        repeated_ = true;
+      } else {
+        second_ = best_.distance;
+      }
       best_.index = std::min(best_.index, code.index);
     }
   }
@@ -110,6 +116,7 @@ class Leader {
   int64_t row_;
   Best best_ = {kInfinity, 0};
   double second_ = kInfinity;
+  bool repeated_ = false;
 };
 
 // Scores every code, or the only one that is not a repetition.

@@ -50,6 +50,15 @@ inline int lane_of(Values v, T least) {
   return __builtin_ctz(V::bits(V::at_most(v, V::fill(least))) | 0x10000u);
 }
 
+// The least lane, or, for the nearest code and the runner-up, the least of the others: at least two lanes hold no more.
+template <class V, class T, class Values>
+inline T least_of(Values v, T far, bool two) {
+  const T least = V::least(v);
+  if (!two) return least;
+  const auto first = V::equal(V::lanes(), V::fill(static_cast<int32_t>(lane_of<V>(v, least))));
+  return V::least(V::choose(first, v, V::fill(far)));
+}
+
 // Appends base + lane for the lanes of `mask`; writes up to 16 values past the end.
 template <class V>
 inline int64_t append(int32_t* list, int64_t count, int64_t base, typename V::Mask mask) {
@@ -58,7 +67,7 @@ inline int64_t append(int32_t* list, int64_t count, int64_t base, typename V::Ma
 
 // Few branches depend on the data: first the super boxes in reach are listed, then their leaves, then the leaves are scored.
 template <class V, int kDim>
-int64_t tree_search(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
+int64_t tree_search(const TreeView& tree, const float* point, bool two, float* scratch, int32_t* out, int64_t capacity) {
   typename V::Floats z[kDim];
   for (int j = 0; j < kDim; ++j) z[j] = V::floats(point[j]);
   const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf, box_size = 2 * kDim * kLeaf, leaf_size = kDim * kLeaf;
@@ -81,7 +90,8 @@ int64_t tree_search(const TreeView& tree, const float* point, float* scratch, in
   const auto near_home = box_bound<V>(tree.leaf_bounds + home * box_size, z, kDim);
   const int start = lane_of<V>(near_home, V::least(near_home));
   if (start >= kLeaf) return -1;
-  float best = V::least(leaf_distances<V>(tree.leaf_codes + (home * kLeaf + start) * leaf_size, z, kDim));
+  const auto start_distances = leaf_distances<V>(tree.leaf_codes + (home * kLeaf + start) * leaf_size, z, kDim);
+  float best = least_of<V>(start_distances, __builtin_inff(), two), first = __builtin_inff(), second = first;
   if (!(best < 1e30f)) return -1;
 
   auto reach = V::floats(best * tree.slack);
@@ -101,7 +111,13 @@ int64_t tree_search(const TreeView& tree, const float* point, float* scratch, in
     const auto d2 = leaf_distances<V>(tree.leaf_codes + leaf * leaf_size, z, kDim);
     auto near = V::at_most(d2, reach);
     if (!V::bits(near)) continue;
-    const float least = V::least(d2);
+    float least = V::least(d2);
+    if (two) {  // `least` becomes the second of all distances so far
+      const float other = least_of<V>(d2, __builtin_inff(), true), larger = first > least ? first : least;
+      first = first < least ? first : least;
+      second = second < other ? second : other;
+      least = second = second < larger ? second : larger;
+    }
     if (least < best) {
       best = least;
       reach = V::floats(best * tree.slack);
@@ -120,9 +136,9 @@ int64_t tree_search(const TreeView& tree, const float* point, float* scratch, in
 }
 
 template <class V>
-int64_t tree_candidates(const TreeView& tree, const float* point, float* scratch, int32_t* out, int64_t capacity) {
+int64_t tree_candidates(const TreeView& tree, const float* point, bool two, float* scratch, int32_t* out, int64_t capacity) {
   switch (tree.dim) {
-#define TMM_TREE(dim) case dim: return tree_search<V, dim>(tree, point, scratch, out, capacity);
+#define TMM_TREE(dim) case dim: return tree_search<V, dim>(tree, point, two, scratch, out, capacity);
     TMM_TREE(1) TMM_TREE(2) TMM_TREE(3) TMM_TREE(4) TMM_TREE(5) TMM_TREE(6)
     TMM_TREE(7) TMM_TREE(8) TMM_TREE(9) TMM_TREE(10) TMM_TREE(11) TMM_TREE(12)
 #undef TMM_TREE
@@ -180,6 +196,7 @@ struct GridSearch {
   using Ints = typename V::Ints;
   static constexpr int64_t kBox = 2 * kPairs * kLeaf, kCodes = kPairs * kLeaf;
   const GridTree& tree;
+  bool two;
   int64_t blocks;
   int32_t* bounds;     // [kTreeBatch][blocks * kLeaf] distances to super boxes, then the list of those in reach
   Leaves leaves;       // of all tokens, one after the other
@@ -214,7 +231,8 @@ struct GridSearch {
     const int first = lane_of<V>(near, V::least(near));
     const auto rest = V::choose(V::equal(V::lanes(), V::fill(first)), near, V::fill(kFar));
     const int second = lane_of<V>(rest, V::least(rest));
-    reach[row] = reach_of(V::least(V::min(leaf(home * kLeaf + first, z), leaf(home * kLeaf + second, z))), tree.slack);
+    const auto d2 = V::min(leaf(home * kLeaf + first, z), leaf(home * kLeaf + second, z));
+    reach[row] = reach_of(least_of<V>(d2, kFar, two), tree.slack);
   }
 
   // Replaces the distances to the super boxes by the list of those in reach; returns how many.
@@ -262,7 +280,7 @@ struct GridSearch {
       keys = V::choose(V::equal(keys, V::fill(key)), keys, V::fill(kFar));
       d2 = V::min(d2, leaf(leaves.index[first + (key & kPlace)], z));
     }
-    const int32_t nearer = reach_of(V::least(d2), tree.slack);
+    const int32_t nearer = reach_of(least_of<V>(d2, kFar, two), tree.slack);
     reach[row] = nearer < reach[row] ? nearer : reach[row];
     const auto limit = V::fill(reach[row]);
     int64_t kept = first;
@@ -280,7 +298,7 @@ struct GridSearch {
       V::store(distances + i * kLeaf, d2);
       nearest = V::min(nearest, d2);
     }
-    const auto limit = V::fill(reach_of(V::least(nearest), tree.slack));
+    const auto limit = V::fill(reach_of(least_of<V>(nearest, kFar, two), tree.slack));
     for (int64_t i = count; i % 4; ++i) V::store(distances + i * kLeaf, V::fill(kFar));
     int64_t found = 0;
     for (int64_t i = 0; i < count; i += 4) {
@@ -314,20 +332,22 @@ struct GridSearch {
 };
 
 template <class V, int kPairs>
-void grid_search(const GridTree& tree, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found) {
+void grid_search(const GridTree& tree, int dim, const float* z, int64_t rows, bool two, int32_t* scratch, int32_t* slots,
+                 int32_t* found) {
   const int64_t blocks = (tree.supers + kLeaf - 1) / kLeaf;
   int32_t* index = scratch + (kTreeBatch * blocks + 1) * kLeaf;
   int32_t* bound = index + kTreeLeaves + 2 * kLeaf;
-  GridSearch<V, kPairs> search{tree, blocks, scratch, {index, bound}, bound + kTreeLeaves + 2 * kLeaf, {}, {}, {}};
+  GridSearch<V, kPairs> search{tree, two, blocks, scratch, {index, bound}, bound + kTreeLeaves + 2 * kLeaf, {}, {}, {}};
   bool inside[kTreeBatch];
   for (int64_t row = 0; row < rows; ++row) inside[row] = to_grid<V, kPairs>(tree, z + row * dim, dim, search.words[row]);
   search.run(rows, inside, slots, found);
 }
 
 template <class V>
-void grid_candidates(const GridTree& tree, int dim, const float* z, int64_t rows, int32_t* scratch, int32_t* slots, int32_t* found) {
+void grid_candidates(const GridTree& tree, int dim, const float* z, int64_t rows, bool two, int32_t* scratch, int32_t* slots,
+                     int32_t* found) {
   switch ((dim + 1) / 2) {
-#define TMM_GRID(pairs) case pairs: return grid_search<V, pairs>(tree, dim, z, rows, scratch, slots, found);
+#define TMM_GRID(pairs) case pairs: return grid_search<V, pairs>(tree, dim, z, rows, two, scratch, slots, found);
     TMM_GRID(1) TMM_GRID(2) TMM_GRID(3) TMM_GRID(4) TMM_GRID(5) TMM_GRID(6)
 #undef TMM_GRID
   }

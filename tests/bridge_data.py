@@ -1,5 +1,6 @@
-"""A tiny image tokenizer, a text tokenizer and records for tests of the bridge's training program."""
+"""A tiny image tokenizer, a text tokenizer and records for tests of language-model training."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from tests.cases import ROOT
 from tests.llm.fakes import words
 from tokenizers_mm.models import ImageTokenizer
 from train.__main__ import main
+from train.config import RunConfig
 
 DEBUG = str(ROOT / "configs" / "bridge_debug.yaml")
+
+SHARED = {field.name for field in dataclasses.fields(RunConfig)}
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 """Sizes of a language model."""
@@ -37,10 +41,15 @@ def make_folder(place: Path, tokenizer: ImageTokenizer[Any], side: int = 32) -> 
 
 def arguments(folder: Path, out: Path, records: str = "ids", config: str = DEBUG, **options: Any) -> list[str]:
     """Of the program, for the records of a folder."""
-    given = [config, f"out={out}", f"tokenizer={folder / 'tokenizer'}", f"records=[{{path: {folder}/{records}.jsonl}}]"]
+    given = [
+        config,
+        f"out={out}",
+        f"objective.tokenizer={folder / 'tokenizer'}",
+        f"objective.records=[{{path: {folder}/{records}.jsonl}}]",
+    ]
     if "language_model.source" not in options:
-        given.append(f"language_model.text_tokenizer={folder / 'text'}")
-    return [*given, *(f"{key}={value}" for key, value in options.items())]
+        given.append(f"objective.language_model.text_tokenizer={folder / 'text'}")
+    return [*given, *(f"{key if key in SHARED else f'objective.{key}'}={value}" for key, value in options.items())]
 
 
 def train(folder: Path, out: Path, records: str = "ids", **options: Any) -> list[dict[str, float]]:

@@ -1,15 +1,40 @@
-"""Files are whole or not there; pictures come in whatever mode they have."""
+"""The one writer of files: places, modes, links, kills at every step, full disks, what dead writers leave."""
 
+import json
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tokenizers_mm import _images
-from tokenizers_mm._files import atomic_directory, atomic_path
+from tests.cases import ROOT
+from tokenizers_mm import _files
+from tokenizers_mm._files import REPLACING, STAGING, atomic_directory, atomic_path, settle, write_json, write_text
+from tokenizers_mm.models.saving import save_tensors
+
+
+def write(path: Path, text: str = "new") -> None:
+    write_text(path, text)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_failure_leaves_nothing_and_harms_nothing(tmp_path: Path) -> None:
@@ -32,33 +57,225 @@ def test_directories_appear_whole_and_keep_what_is_not_theirs(tmp_path: Path) ->
     for text in ("one", "two"):
         with atomic_directory(tmp_path / "d") as folder:
             (folder / "a").write_text(text)
+            (folder / "deep").mkdir()
+            write(folder / "deep" / "b", text)
         (tmp_path / "d" / "mine").write_text("kept")
     assert (tmp_path / "d" / "a").read_text() == "two"
+    assert (tmp_path / "d" / "deep" / "b").read_text() == "two"
     assert (tmp_path / "d" / "mine").read_text() == "kept"
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["a", "deep", "mine"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
-def test_pixels_survive_the_round_trip() -> None:
-    array = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    x = _images.image_to_tensor(Image.fromarray(array))
-    assert (float(x.min()), float(x.max())) == (-1.0, 1.0)
-    assert np.array_equal(np.asarray(_images.tensor_to_images(x[None])[0]), array)
-    far = _images.tensor_to_images(torch.full((1, 3, 2, 2), 7.0))[0]
-    assert far.getpixel((0, 0)) == (255, 255, 255)
-    with pytest.raises(ValueError, match="x: expected finite values"):
-        _images.tensor_to_images(torch.full((1, 3, 2, 2), torch.nan))
+def special(tmp_path: Path) -> dict[str, Path]:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "to_fifo").symlink_to("fifo")
+    (tmp_path / "file").write_text("old")
+    places = {"a device": Path("/dev/null"), "a FIFO": tmp_path / "fifo", "a folder": tmp_path / "folder"}
+    return places | {
+        "a FIFO ": tmp_path / "to_fifo",
+        "Too many levels": tmp_path / "loop",
+        "Not a directory": tmp_path / "file" / "x",
+    }
 
 
-def test_modes_become_rgb_and_sixteen_bits_are_scaled(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert _images.read_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert _images.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    Image.new("P", (4, 4)).save(tmp_path / "palette.png")
-    assert _images.read_image(tmp_path / "palette.png").mode == "RGB"
+def test_what_is_no_regular_file_is_refused_and_stays(tmp_path: Path) -> None:
+    for kind, path in special(tmp_path).items():
+        before = os.lstat(path).st_mode if os.path.lexists(path) else None
+        with pytest.raises(ValueError, match=f"output .*expected a file or a new name, got {kind.strip()}"):
+            write(path)
+        assert (os.lstat(path).st_mode if os.path.lexists(path) else None) == before
+    with (
+        pytest.raises(ValueError, match="expected a folder or a new name, got a FIFO"),
+        atomic_directory(tmp_path / "fifo"),
+    ):
+        pass
+    (tmp_path / "folder" / "config.json").symlink_to(tmp_path / "fifo")
+    (tmp_path / "folder" / "a").write_text("old")
+
+    def replace() -> None:
+        with atomic_directory(tmp_path / "folder") as folder:
+            for name in ("a", "config.json"):
+                (folder / name).write_text("new")
+
+    with pytest.raises(ValueError, match="got a FIFO"):
+        replace()
+    assert (tmp_path / "folder" / "a").read_text() == "old"
 
 
-def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (100, 100)).save(tmp_path / "big.png")
-    monkeypatch.setattr(_images, "MAX_PIXELS", 9999)
-    with pytest.raises(ValueError, match="at most 9999 pixels, got 100 x 100"):
-        _images.read_image(tmp_path / "big.png")
+def test_links_stay_and_their_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "d").mkdir()
+    for place in (tmp_path / "link", tmp_path / "d" / "a"):
+        target = tmp_path / "store" / place.name
+        target.write_text("old")
+        place.symlink_to(target)
+    (tmp_path / "to_d").symlink_to("d")
+    (tmp_path / "dangling").symlink_to("store/fresh")
+    write(tmp_path / "link")
+    write(tmp_path / "dangling")
+    with atomic_directory(tmp_path / "to_d") as folder:
+        (folder / "a").write_text("new")
+    assert all((tmp_path / name).is_symlink() for name in ("link", "dangling", "d/a", "to_d"))
+    assert {p.name: p.read_text() for p in (tmp_path / "store").iterdir()} == dict.fromkeys(
+        ("link", "a", "fresh"), "new"
+    )
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_are_kept_and_the_umask_is_honoured(tmp_path: Path, umask: int) -> None:
+    old, new, folder = tmp_path / "old", tmp_path / "new", tmp_path / "folder"
+    old.touch()
+    old.chmod(0o600)
+    before = os.umask(umask)
+    try:
+        for path in (old, new):
+            save_tensors({"x": torch.zeros(2)}, path)
+        with atomic_directory(folder) as made:
+            write(made / "a")
+        (folder / "a").chmod(0o640)
+        with atomic_directory(folder) as made:
+            write(made / "a")
+            (made / "b").write_text("new")
+    finally:
+        os.umask(before)
+    assert (mode(old), mode(new), mode(folder)) == (0o600, 0o666 & ~umask, 0o777 & ~umask)
+    assert (mode(folder / "a"), mode(folder / "b")) == (0o640, 0o666 & ~umask)
+
+
+KILL = """
+import os, sys
+from pathlib import Path
+from tokenizers_mm import _files
+left, replace = int(sys.argv[2]), os.replace
+def counted(*arguments):
+    global left
+    if left == 0:
+        os._exit(9)
+    left -= 1
+    replace(*arguments)
+os.replace = counted
+with _files.atomic_directory(sys.argv[1]) as folder:
+    for name in ("a", "b", "c"):
+        _files.write_text(folder / name, sys.argv[3])
+"""
+
+
+def test_a_set_is_old_or_new_after_a_kill_at_every_move(tmp_path: Path) -> None:
+    seen = []
+    for moves in range(8):
+        folder = tmp_path / "d"
+        with atomic_directory(folder) as made:
+            for name in "abc":
+                write(made / name, "old")
+        assert names(folder) == ["a", "b", "c"], "a dead writer's leftovers"
+        ended = run(KILL, str(folder), str(moves), "new").returncode
+        settle(folder)
+        assert not (folder / REPLACING).exists()
+        found = {(folder / name).read_text() for name in ("a", "b", "c")}
+        assert len(found) == 1
+        seen.append((ended, found.pop()))
+    assert seen == [(9, "old")] * 4 + [(9, "new")] * 3 + [(0, "new")]
+
+
+def test_a_set_that_cannot_be_completed_is_one_sentence(tmp_path: Path) -> None:
+    for folder in (tmp_path / "d" / REPLACING, tmp_path / "d" / "a"):
+        folder.mkdir(parents=True)
+    (tmp_path / "d" / REPLACING / "a").write_text("new")
+    with pytest.raises(ValueError, match="expected a whole set of files, or leave to complete the save"):
+        settle(tmp_path / "d")
+
+
+HANG = """
+import sys, time
+from tokenizers_mm import _files
+with getattr(_files, sys.argv[1])(sys.argv[2]) as place:
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["atomic_path", "atomic_directory"])
+def test_the_next_writer_removes_what_a_dead_one_left_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    writers = [
+        subprocess.Popen([sys.executable, "-c", HANG, kind, str(tmp_path / "x")], cwd=ROOT, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+
+    def left() -> int:
+        return sum(name.endswith(STAGING) for name in names(tmp_path))
+
+    _files._next_sweep.clear()
+    write(tmp_path / "y")
+    assert left() == 2, "both live"
+    for alive, writer in zip((1, 0), writers, strict=True):
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        assert writer.stdout is not None
+        writer.stdout.close()
+        _files._next_sweep.clear()
+        write(tmp_path / "y")
+        assert left() == alive
+    assert names(tmp_path) == ["y"]
+
+
+def test_writers_of_one_set_take_turns(tmp_path: Path) -> None:
+    """Eight threads replace a set of three files again and again: it is of one of them at the end."""
+
+    def replace(number: int) -> None:
+        for _ in range(10):
+            with atomic_directory(tmp_path / "d") as folder:
+                for name in ("a", "b", "c"):
+                    (folder / name).write_text(str(number))
+
+    (tmp_path / "d").mkdir()
+    threads = [threading.Thread(target=replace, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names(tmp_path / "d") == ["a", "b", "c"]
+    assert len({path.read_text() for path in (tmp_path / "d").iterdir()}) == 1
+
+
+def test_a_full_disk_is_an_error_of_the_output_and_the_old_file_stays(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk; every writer that is used meets it."""
+    big = torch.zeros(1 << 18)
+
+    def torch_save(path: Path) -> None:
+        with atomic_path(path) as temporary:
+            torch.save(big, temporary)
+
+    writers: list[Callable[[Path], None]] = [
+        lambda path: write_text(path, "x" * (1 << 20)),
+        lambda path: save_tensors({"x": big}, path),
+        torch_save,
+    ]
+    before, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for index, writer in enumerate(writers):
+        path = tmp_path / str(index)
+        path.write_text("old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
+        try:
+            with pytest.raises(OSError) as raised:
+                writer(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert raised.value.filename == str(path)
+        assert path.read_text() == "old"
+    signal.signal(signal.SIGXFSZ, before)
+    assert names(tmp_path) == ["0", "1", "2"]
+
+
+def test_json_has_no_nan_and_takes_every_file_name(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf"), {"a": [-float("inf")]}):
+        with pytest.raises(ValueError, match="expected values that JSON has"):
+            write_json(tmp_path / "x.json", value)
+    assert names(tmp_path) == []
+    write_json(tmp_path / "x.json", {"name": os.fsdecode(b"caf\xe9.png")})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["name"] == os.fsdecode(b"caf\xe9.png")

@@ -24,7 +24,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the demo has been run, two steps long, and a picture lies."""
     folder = tmp_path_factory.mktemp("readme")
     config = ROOT / "configs" / "demo.yaml"
-    state = run(read_config(str(config), [f"out={folder / 'training'}", "steps=2", "max_seconds=0", "data.workers=0"]))
+    state = run(
+        read_config(str(config), [f"out={folder / 'training'}", "steps=2", "max_seconds=0", "objective.data.workers=0"])
+    )
     state.averaged.save(folder / "runs" / "demo" / "tokenizer")
     (folder / "pictures").mkdir()
     for index, crop in enumerate(fixed_crops("heldout", 2, 90)):
@@ -52,7 +54,14 @@ def test_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if arguments[0] == "demo":
             continue
         if arguments[0] == "train":
-            arguments = ["train", str(ROOT / arguments[1]), *arguments[2:], "out=trained", "steps=2", "data.workers=0"]
+            arguments = [
+                "train",
+                str(ROOT / arguments[1]),
+                *arguments[2:],
+                "out=trained",
+                "steps=2",
+                "objective.data.workers=0",
+            ]
         assert main(arguments) == 0, line
 
 

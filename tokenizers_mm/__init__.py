@@ -1,14 +1,49 @@
-"""tokenizers_mm: visual tokenizers that carry meaning and pixels at once."""
+"""tokenizers_mm: visual tokenizers that carry meaning and pixels at once.
 
-from importlib import metadata
+The public names and the submodules load when they are first used, so that the command line can answer without torch.
+"""
 
-from tokenizers_mm.checkpoints.store import load as load
-from tokenizers_mm.models import MODELS as MODELS
-from tokenizers_mm.models.base import ImageTokenizer as ImageTokenizer
-from tokenizers_mm.types import ImageCodes as ImageCodes
-from tokenizers_mm.types import ImageLatents as ImageLatents
-from tokenizers_mm.types import Quantized as Quantized
-from tokenizers_mm.types import Stream as Stream
-from tokenizers_mm.types import VQTerms as VQTerms
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-__version__ = metadata.version("tokenizers_mm")
+if TYPE_CHECKING:
+    from tokenizers_mm.checkpoints.store import load as load
+    from tokenizers_mm.models import MODELS as MODELS
+    from tokenizers_mm.models.base import ImageTokenizer as ImageTokenizer
+    from tokenizers_mm.types import ImageCodes as ImageCodes
+    from tokenizers_mm.types import ImageLatents as ImageLatents
+    from tokenizers_mm.types import Quantized as Quantized
+    from tokenizers_mm.types import Stream as Stream
+    from tokenizers_mm.types import VQTerms as VQTerms
+
+    __version__: str
+
+_HOMES = {
+    "load": "checkpoints.store",
+    "MODELS": "models",
+    "ImageTokenizer": "models.base",
+    "ImageCodes": "types",
+    "ImageLatents": "types",
+    "Quantized": "types",
+    "Stream": "types",
+    "VQTerms": "types",
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        value = importlib.import_module("importlib.metadata").version("tokenizers_mm")
+    elif not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "__version__"})

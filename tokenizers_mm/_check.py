@@ -1,20 +1,46 @@
-"""One wording for every argument error: `name: expected WHAT, got WHAT`."""
+"""One wording for every argument error: `name: expected WHAT, got WHAT`. Neither torch nor numpy is imported here."""
 
+from reprlib import Repr
 from typing import Any, NoReturn
 
-from torch import Tensor
+LONGEST = 200
+"""Characters of a described value: a longer text keeps its two ends."""
 
 
-def describe(value: Any) -> str:
-    """A short form of a value for an error: dtype and shape for a tensor, the text itself for a string."""
-    if isinstance(value, Tensor):
+class _Repr(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print very large integers."""
+        return repr(x) if x.bit_length() < 1000 else f"an integer of {x.bit_length()} bits"
+
+
+_REPR = _Repr()
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = _REPR.maxarray = 8
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST
+
+
+def describe(value: Any, limit: int = LONGEST) -> str:
+    """A form of a value for an error, on one line of at most `limit` characters.
+
+    Arrays and tensors give dtype and shape, strings themselves, collections their first members.
+    """
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return value if isinstance(value, str) else repr(value)
+    return shorten(value if isinstance(value, str) else _REPR.repr(value), limit)
 
 
-def fail(name: str, expected: str, got: Any) -> NoReturn:
-    """Raise the one ValueError of this library."""
-    raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
+def shorten(text: str, limit: int = LONGEST) -> str:
+    """A text on one line: control characters and bytes that are no UTF-8 escaped, the middle of a long one left out."""
+    text = " ".join(text.split())
+    if len(text) > limit:
+        mark = f" ... ({len(text)} characters) ... "
+        kept = (limit - len(mark)) // 2
+        text = text[:kept] + mark + text[-kept:]
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def fail(name: str, expected: str, got: Any, limit: int = LONGEST) -> NoReturn:
+    """Raise the one ValueError of this library; `limit` is for a `got` that is a list of faults."""
+    raise ValueError(f"{shorten(name, 1000)}: expected {expected}, got {describe(got, limit)}")
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
@@ -23,7 +49,7 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
         fail(name, expected, got)
 
 
-def require_finite(name: str, what: str, tensor: Tensor) -> None:
+def require_finite(name: str, what: str, tensor: Any) -> None:
     """Refuse NaN and infinity, naming the first place. Reads the tensor back from its device."""
     bad = ~tensor.isfinite()
     if bool(bad.any()):

@@ -1,45 +1,123 @@
-"""`tokenizers-mm VERB`: exit code 0 on success, 2 for bad usage or input (one sentence), 1 for a failure of ours."""
+"""`tokenizers-mm VERB`: exit code 0 on success, 2 for bad usage or input (one sentence), 1 for a failure of ours.
+
+Nothing heavy is imported at the top: `--help` and wrong usage answer without torch.
+"""
 
 import argparse
-import json
+import io
+import itertools
+import os
 import runpy
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tokenizers_mm._check import fail
-from tokenizers_mm._images import tensor_to_images
-from tokenizers_mm.types import ImageCodes, ImageLatents
+from tokenizers_mm._check import fail, shorten
 
 PROGRAM = "tokenizers_mm.train"
 """The training program is not part of the library; the wheel installs it beside it."""
+
+SHIPPED = "tokenizers_mm/demo-64"
+"""Tokenizer of `encode`, `decode`, `eval` and `export` by default; it is in the package."""
+
+TRACEBACK = "TOKENIZERS_MM_TRACEBACK"
+"""Environment variable: where it is set, an error ends with Python's traceback too."""
+
+NO_DEVICE = (
+    "No CUDA GPUs",
+    "no NVIDIA driver",
+    "not compiled with",
+    "not linked with support for",
+    "invalid device ordinal",
+    "device type at start of device string",
+    "Invalid device",
+    "PyTorch is not built with",
+)
+"""Parts of what torch says (as RuntimeError or AssertionError) of a device that is not there."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["train"]:
-        return _program(PROGRAM, arguments[1:])
+        return guarded("tokenizers-mm train", lambda: _program(PROGRAM, arguments[1:]))
     options = _parser().parse_args(arguments)
+    return guarded(f"tokenizers-mm {options.verb}", lambda: options.run(options))
+
+
+def guarded(program: str, run: Callable[[], int | None]) -> int:
+    """The boundary of every command: run it, and turn an error into one sentence on stderr and an exit code.
+
+    program: what the sentence begins with. Returns: the code of `run` (None is 0); 2 for bad input, files, devices and
+    memory; 130 after an interrupt; 141 where the reader of stdout is gone; 1 for a failure of ours.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names that are no UTF-8 can be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return options.run(options) or 0
-    except ValueError as error:
-        print(f"tokenizers-mm {options.verb}: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(
-            f"tokenizers-mm {options.verb}: expected an optional package to be installed, got {error}", file=sys.stderr
-        )
-        return 2
+        code = run() or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        return 141
+    except Exception as error:  # the one place of the command line where any error may end
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        message, code = explain(error)
+    print(f"{program}: {message}", file=sys.stderr)
+    return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One sentence for an error, and the exit code: 2 for what the caller can mend, 1 for a failure of ours."""
+    text, kind = str(error), type(error).__name__
+    if "in DataLoader worker process" in text:  # the traceback of the worker, its last line `Type: message`
+        text = text.strip().splitlines()[-1]
+        text = text.partition(": ")[2] or text
+    if isinstance(error, UnicodeDecodeError):
+        return f"text: expected {error.encoding}, got byte 0x{error.object[error.start]:02x} at {error.start}", 2
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "not enough memory" in text:
+        return f"memory: expected enough for this input, got {shorten(text or kind)}", 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{printable(error.filename)}: {error.strerror or kind}", 2
+    if isinstance(error, (ValueError, FloatingPointError)):
+        return shorten(printable(text), 1000) or kind, 2
+    if isinstance(error, ImportError):
+        return f"expected an optional package to be installed, got {shorten(text)}", 2
+    if isinstance(error, OSError) or kind == "SafetensorError":
+        return f"file: expected one that can be read and written, got {shorten(text or kind)}", 2
+    if isinstance(error, (RuntimeError, AssertionError)) and any(part in text for part in NO_DEVICE):
+        return f"device: expected one that torch can use here, got {shorten(text)}", 2
+    if "DataLoader worker" in text:
+        return f"workers: expected processes that live to the end, got {shorten(text)}", 2
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"a failure of tokenizers_mm: {kind}: {shorten(text)} (at {where}; {TRACEBACK}=1 shows more)", 1
+
+
+def printable(name: Any) -> str:
+    """A file name or text as characters that every stream takes; bytes that are no UTF-8 are escaped."""
+    text = os.fsdecode(name) if isinstance(name, (bytes, os.PathLike)) else str(name)
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib import metadata
+
+        print(f"tokenizers-mm {metadata.version('tokenizers_mm')}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tokenizers-mm", description="Visual tokenizers that carry meaning and pixels."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -51,15 +129,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("tokenizer", help="directory or hub id")
 
     command = verb("encode", _encode, "Images to ids.")
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
     _tokenizer_option(command)
     _fit_option(command)
-    command.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    command.add_argument("--strict", action="store_true", help="end at the first image that cannot be encoded")
+    command.add_argument(
+        "--out", type=Path, default=Path("ids.safetensors"), help="a .safetensors or .npz file (default: %(default)s)"
+    )
 
     command = verb("decode", _decode, "Ids to images.")
     command.add_argument("ids", type=Path, help="a file that `encode` wrote")
     _tokenizer_option(command)
-    command.add_argument("--out-dir", type=Path, required=True)
+    command.add_argument("--out-dir", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
 
     command = verb("eval", _eval, "Metrics over a folder of images, as JSON.")
     _tokenizer_option(command)
@@ -91,13 +172,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tokenizer_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--tokenizer", required=True, help="directory or hub id")
+    command.add_argument(
+        "--tokenizer",
+        default=SHIPPED,
+        help="directory, hub id, or a tokenizer of the package (default: %(default)s, for 64 x 64 pixels)",
+    )
     command.add_argument("--device", help="for example cuda")
 
 
-def _fit_option(command: argparse.ArgumentParser, default: str = "refuse") -> None:
+def _fit_option(command: argparse.ArgumentParser, default: str = "") -> None:
+    told = default or f"refuse, but crop for {SHIPPED}"
     command.add_argument(
-        "--fit", choices=("refuse", "crop", "pad", "resize"), default=default, help="for pictures of another size"
+        "--fit",
+        choices=("refuse", "crop", "pad", "resize"),
+        default=default,
+        help=f"for images of another size (default: {told})",
     )
 
 
@@ -108,87 +197,97 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _info(options: argparse.Namespace) -> None:
-    tokenizer = _load(options)
-    size = tokenizer.image_size
-    print(f"family       {tokenizer.family}")
-    print(f"parameters   {sum(p.numel() for p in tokenizer.parameters()):,}")
-    print(f"image size   {f'{size[0]} x {size[1]}' if size else f'any multiple of {tokenizer.size_multiple}'}")
-    for stream in tokenizer.streams(*size) if size else ():
-        grids = " ".join(f"{rows}x{columns}" for rows, columns in stream.grids)
-        print(f"stream       {stream.name}: {stream.num_ids} ids, {stream.codebook_size} codes, grids {grids}")
-    for name in ("source", "license", "sha256", "notice"):
-        if value := getattr(tokenizer.provenance, name):
-            print(f"{name:<12} {value}")
+    from tokenizers_mm._summary import describe, read_lines
+
+    lines = read_lines(Path(options.tokenizer))
+    if lines is None:
+        tokenizer = _load(options)
+        from tokenizers_mm.config import to_mapping  # with torch, as all that follows
+        from tokenizers_mm.models.saving import summarize
+
+        lines = describe(tokenizer.family, summarize(tokenizer), to_mapping(tokenizer.provenance))
+    print("\n".join(lines))
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
+    from tokenizers_mm.data.codes import check_output, write_codes
+    from tokenizers_mm.data.sources import list_images
 
-    from tokenizers_mm._files import atomic_path
-
+    check_output(options.out)
+    fit = options.fit or ("crop" if options.tokenizer == SHIPPED else "refuse")
+    paths: list[Path] = []
+    for path in options.images:
+        paths += list_images(path) if path.is_dir() else [path]
     tokenizer = _load(options)
-    codes = tokenizer.encode(options.images, fit=options.fit)
-    facts = {"height": str(codes.height), "width": str(codes.width), "family": tokenizer.family}
-    tensors = {"ids": codes.ids} if isinstance(codes, ImageCodes) else {"latents": codes.values}
-    if isinstance(codes, ImageLatents):
-        facts |= {"rows": str(codes.grid[0]), "columns": str(codes.grid[1])}
-    with atomic_path(options.out) as temporary:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=facts)
-    print(f"{options.out}: {len(codes)} x {next(iter(tensors.values())).shape[1]}")
+    skipped: list[str] = []
+    tolerant = len(paths) > 1 and not options.strict
+    report = (lambda _, error: _skip(error, skipped)) if tolerant else None
+    found: dict[int, Any] = {}
+    for indices, batch in tokenizer.encode_batches(paths, fit, report):
+        found.update(zip(indices, batch.to("cpu").unbind(), strict=True))
+    if not found:
+        fail("images", "at least one readable image", f"none ({len(skipped)} refused)")
+    order = sorted(found)
+    write_codes(options.out, [found[i] for i in order], [printable(paths[i]) for i in order], tokenizer.family)
+    count = f"{len(found)} images" + (f", {len(skipped)} skipped" if skipped else "")
+    print(f"{options.out}: {count}")
 
 
-@torch.no_grad()
+def _skip(error: ValueError, skipped: list[str]) -> None:
+    skipped.append(printable(error))
+    print(f"skipped: {skipped[-1]}", file=sys.stderr)
+
+
 def _decode(options: argparse.Namespace) -> None:
-    from safetensors import SafetensorError, safe_open
+    import torch
 
+    from tokenizers_mm._images import tensor_to_images
+    from tokenizers_mm.data.codes import read_codes
     from tokenizers_mm.eval.pictures import save_picture
+    from tokenizers_mm.models.base import BATCH_PIXELS
+    from tokenizers_mm.types import join_codes
 
-    if not options.ids.is_file():
-        fail("ids", "a file that `encode` wrote", f"no file {options.ids}")
-    try:
-        with safe_open(options.ids, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        fail("ids", "a whole file that `encode` wrote", f"{options.ids} ({error})")
-    if not {"ids", "latents"} & tensors.keys() or not {"height", "width"} <= facts.keys():
-        fail("ids", "a file that `encode` wrote", str(options.ids))
+    items = list(read_codes(options.ids))
     tokenizer = _load(options)
-    height, width = int(facts["height"]), int(facts["width"])
-    if "ids" in tensors:
-        images = tokenizer.decode_ids(tensors["ids"], height, width)
-    elif tokenizer.streams(height, width) or not {"rows", "columns"} <= facts.keys():
-        fail("ids", f"ids, which a {tokenizer.family} tokenizer decodes", f"latents in {options.ids}")
-    else:
-        grid = int(facts["rows"]), int(facts["columns"])
-        images = tokenizer.decode(ImageLatents(tensors["latents"], height, width, grid).to(tokenizer.device))
-    for index, image in enumerate(tensor_to_images(images)):
-        save_picture(image, options.out_dir / f"{index:05d}.png")
-    print(f"{options.out_dir}: {len(images)} images")
+    limit = BATCH_PIXELS.get(tokenizer.device.type, BATCH_PIXELS["cuda"])
+    done = 0
+    while done < len(items):
+        first = items[done]
+        continuous = not tokenizer.streams(first.height, first.width)
+        if continuous != (first.grid is not None):
+            kind = "latents" if continuous else "ids"
+            fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
+        most = max(1, limit // (first.height * first.width))
+        alike: list[Any] = list(itertools.takewhile(first.is_like, items[done : done + most]))
+        codes = join_codes([item.codes(tokenizer.streams) for item in alike])
+        with torch.no_grad():
+            images = tokenizer.decode(codes.to(tokenizer.device))
+        for index, image in enumerate(tensor_to_images(images), done):
+            save_picture(image, options.out_dir / f"{index:05d}.png")
+        done += len(alike)
+    print(f"{options.out_dir}: {done} images")
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from tokenizers_mm._files import write_json
+    from tokenizers_mm._files import file_place, write_json
     from tokenizers_mm.data.sources import list_images
     from tokenizers_mm.eval.report import evaluate
 
+    file_place(options.out)
     paths = list_images(options.images)
     report = evaluate(_load(options), paths, options.fit, options.inception)
     write_json(options.out, report)
     for message in report["skipped"]:
         print(f"skipped: {message}", file=sys.stderr)
-    print(f"{options.out}: {report['images']} images, PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f}")
+    quality = "infinite" if report["psnr"] is None else f"{report['psnr']:.2f} dB"
+    print(f"{options.out}: {report['images']} images, PSNR {quality}, SSIM {report['ssim']:.4f}")
 
 
 def _convert(options: argparse.Namespace) -> None:
     from tokenizers_mm.checkpoints.convert import convert
+    from tokenizers_mm.models.loading import read_json
 
-    config = None
-    if options.config is not None:
-        try:
-            config = json.loads(options.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            fail("config", "a JSON file", f"{options.config} ({error})")
+    config = None if options.config is None else read_json(options.config)
     bad = [item for item in options.options if "=" not in item]
     if bad:
         fail("option", "key=value", bad[0])

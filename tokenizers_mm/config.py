@@ -1,66 +1,178 @@
-"""Dataclass schemas from plain mappings and YAML: strict keys, checked types, and an error that names the nearest key.
+"""Dataclass schemas from plain mappings and YAML: strict keys, types and ranges, and errors that name the full key.
 
 A configuration class is a dataclass whose fields are numbers, strings, booleans, tuples, mappings or other such
-dataclasses. `OmegaConf` reads the YAML and the `key=value` overrides; what reaches the code are the dataclasses.
+dataclasses. Limits stand beside the fields:
+
+    depth: Annotated[int, Range(0, 256)]
+    betas: tuple[Annotated[float, Range(0, 1, high_open=True)], ...]
+    names: Annotated[tuple[str, ...], Length(1, 8)]
+    options: Annotated[dict[str, Any], Keys(SomeTypedDict)]
+    name: Annotated[str, Pattern(r"[a-z0-9_]+", "a plain name")]
+
+What holds between fields is checked by an optional method `check(self)`, which raises with `require` and names relative
+to its own class; `from_mapping` puts the path of the object before them. Nothing is built from a value that was not
+checked. `OmegaConf` reads the YAML and the `key=value` overrides; what reaches the code are the dataclasses.
 """
 
 import dataclasses
 import difflib
+import functools
+import math
+import os
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from tokenizers_mm._check import fail
+from tokenizers_mm._check import fail, require, shorten
 
 T = TypeVar("T")
 
+MAX_DEPTH, MAX_ENTRIES, MAX_TEXT, MAX_LENGTH = 32, 100_000, 10_000, 4096
+"""Limits of any configuration: levels, values in all, characters of a text, and values of one list or mapping (the
+last one unless a `Length` says otherwise)."""
 
-def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file with `key.sub=value` overrides, interpolations resolved, as a plain dictionary."""
+MAX_BYTES = 4 << 20
+"""Limit of a configuration file."""
+
+MAX_INT = 2**63 - 1
+"""Limit of the size of a whole number without a `Range`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Limits of a number, both included unless open; None is no limit. NaN and infinity never fit."""
+
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse a number outside."""
+        above = self.low is None or (value > self.low if self.low_open else value >= self.low)
+        below = self.high is None or (value < self.high if self.high_open else value <= self.high)
+        require(above and below, where, str(self), value)
+
+    def __str__(self) -> str:
+        low = None if self.low is None else f"{'above' if self.low_open else 'at least'} {self.low}"
+        high = None if self.high is None else f"{'below' if self.high_open else 'at most'} {self.high}"
+        return "a number " + " and ".join(part for part in (low, high) if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """Limits of the number of values in a tuple or mapping, or of characters in a text."""
+
+    low: int = 0
+    high: int = MAX_LENGTH
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse a value with fewer or more."""
+        unit = "characters" if isinstance(value, str) else "values"
+        require(self.low <= len(value) <= self.high, where, f"{self.low} to {self.high} {unit}", f"{len(value)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """A regular expression that a whole text must match, and how an error calls it."""
+
+    regex: str
+    meaning: str
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse a text that does not match."""
+        require(re.fullmatch(self.regex, value) is not None, where, self.meaning, repr(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys and types of a plain dictionary, as a TypedDict has them: options for something else, by name."""
+
+    schema: Any
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse other keys and values."""
+        _convert_typed_dict(self.schema, value, where)
+
+
+Width = Annotated[int, Range(1, 1 << 16)]
+"""Channels of a layer."""
+
+Depth = Annotated[int, Range(0, 256)]
+"""Blocks of a transformer."""
+
+Heads = Annotated[int, Range(1, 1024)]
+
+Cells = Annotated[int, Range(1, 1 << 12)]
+"""Rows or columns of a grid."""
+
+Pixels = Annotated[int, Range(1, 1 << 14)]
+"""One side of an image."""
+
+Codes = Annotated[int, Range(1, 1 << 26)]
+"""Entries of a codebook."""
+
+Share = Annotated[float, Range(0, 1)]
+
+MLPRatio = Annotated[float, Range(0, 64, low_open=True)]
+"""Hidden channels of a block's MLP per channel."""
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = (), *, allow_env: bool = False) -> dict[str, Any]:
+    """A YAML file with `key.sub=value` overrides, interpolations `${key.sub}` resolved, as a plain dictionary.
+
+    allow_env: resolve `${oc.env:NAME}` and `${oc.env:NAME,default}` too. A file from elsewhere could read secrets with
+    them, so they are refused by default; other resolvers always are.
+    """
+    where = f"config {path}"
     if not Path(path).is_file():
         fail("config", "the path of a YAML file", str(path))
     for item in overrides:
         if "=" not in item:
             fail("override", "key=value", item)
     try:
-        loaded = OmegaConf.load(path)
-    except YAMLError as error:
-        fail(f"config {path}", "valid YAML", " ".join(str(error).split()))
+        size = Path(path).stat().st_size
+        require(size <= MAX_BYTES, where, f"at most {MAX_BYTES} bytes", f"{size}")
+        text = Path(path).read_text(encoding="utf-8")
+        nodes = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        fail(where, "valid YAML", " ".join(str(error).split()))
+    except OSError as error:
+        fail(where, "a file that can be read", str(error))
+    _check_nodes(nodes, where)
+    try:
+        loaded = OmegaConf.load(StringIO(text))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+        fail(where, "valid YAML", " ".join(str(error).split()))
     if not isinstance(loaded, DictConfig):
-        fail(f"config {path}", "a mapping", "a list")
+        fail(where, "a mapping", "a list" if isinstance(loaded, ListConfig) else "one value")
     try:
         config = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, ValueError, YAMLError) as error:
-        fail(f"config {path}", "values that can be read", str(error).splitlines()[0])
-    return typing.cast(dict[str, Any], data)
+        data: Any = OmegaConf.to_container(config, resolve=False, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        fail(where, "values that can be read", str(error).partition("\n")[0])
+    check_plain(data, where)
+    return _Interpolation(data, where, allow_env).all()
 
 
 def from_mapping(schema: type[T], data: Mapping[str, Any], where: str = "config") -> T:
-    """Build `schema` from a mapping; unknown or missing keys and wrong types are errors that say where."""
-    if not isinstance(data, Mapping):
-        fail(where, f"a mapping for {schema.__name__}", data)
-    hints = typing.get_type_hints(schema)
-    fields = {f.name: f for f in dataclasses.fields(schema) if f.init}  # type: ignore[arg-type]
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ValueError(
-                f"{where}.{key}: unknown key; did you mean {near[0]!r}?" if near else f"{where}.{key}: unknown key"
-            )
-    values = {}
-    for name, field in fields.items():
-        if name in data:
-            values[name] = _convert(hints[name], data[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            fail(f"{where}.{name}", "a value", "nothing")
-    return schema(**values)
+    """Build `schema` from a mapping; unknown or missing keys, wrong types and values out of range are errors that say
+    where. All of the input is checked before the first part is built."""
+    check_plain(data, where)
+    return _build(schema, data, where)
+
+
+def checked(config: T, where: str = "config") -> T:
+    """A configuration that was made by calling its class, checked as `from_mapping` checks; an equal copy."""
+    return from_mapping(type(config), to_mapping(config), where)
 
 
 def to_mapping(config: Any) -> Any:
@@ -74,31 +186,112 @@ def to_mapping(config: Any) -> Any:
     return config
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """One value checked against one annotation."""
+def check_plain(data: Any, where: str) -> None:
+    """Refuse data that no configuration has: too deep, too much, unprintable or very long texts, NaN and infinity."""
+    left, stack = MAX_ENTRIES, [(data, where, 0)]
+    while stack:
+        value, place, depth = stack.pop()
+        require(depth <= MAX_DEPTH, place[:200], f"at most {MAX_DEPTH} levels", "more")
+        if isinstance(value, str):
+            _check_text(value, place)
+        elif isinstance(value, float):
+            require(math.isfinite(value), place, "a finite number", value)
+        elif isinstance(value, int):
+            require(abs(value) <= MAX_INT, place, f"a whole number of at most {MAX_INT} in size", "a larger one")
+        elif isinstance(value, (Mapping, list, tuple)):
+            left -= len(value)
+            require(left >= 0, where, f"at most {MAX_ENTRIES} values in all", "more")
+            named = isinstance(value, Mapping)
+            for key, item in value.items() if named else enumerate(value):
+                if isinstance(key, str):
+                    _check_text(key, f"{place}: a key")
+                    require(len(key) <= 200, f"{place}: a key", "at most 200 characters", f"{len(key)}")
+                stack.append((item, f"{place}.{key}" if named else f"{place}[{key}]", depth + 1))
+        elif value is not None and not dataclasses.is_dataclass(value):
+            fail(place, "a number, a text, true, false, a list or a mapping", type(value).__name__)
+
+
+def _check_text(value: str, where: str) -> None:
+    require(len(value) <= MAX_TEXT, where, f"at most {MAX_TEXT} characters", f"{len(value)}")
+    require(value.isprintable() or "".join(value.split()).isprintable(), where, "printable text", repr(value))
+
+
+def _build(schema: type[T], data: Any, where: str) -> T:
+    """`from_mapping` for data that `check_plain` has seen."""
+    if not isinstance(data, Mapping):
+        fail(where, f"a mapping for {schema.__name__}", data)
+    hints = _hints(schema)
+    fields = {f.name: f for f in dataclasses.fields(schema) if f.init}  # type: ignore[arg-type]
+    _check_keys(data, fields, where)
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _convert(hints[name], data[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            fail(f"{where}.{name}", "a value", "nothing")
+    try:
+        built = schema(**values)
+        check = getattr(built, "check", None)
+        if check is not None:
+            check()
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
+    return built
+
+
+@functools.cache
+def _hints(schema: Any) -> dict[str, Any]:
+    return typing.get_type_hints(schema, include_extras=True)
+
+
+def _check_keys(data: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}.{shorten(str(key))}: unknown key{hint}")
+
+
+def _convert(hint: Any, value: Any, where: str, marks: tuple[Any, ...] = ()) -> Any:
+    """One value checked against one annotation, of which `marks` are the limits."""
     schema: Any = hint
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        keys = next((mark.schema for mark in hint.__metadata__ if isinstance(mark, Keys)), arguments[0])
+        value = _convert(keys, value, where, hint.__metadata__)
+        for mark in hint.__metadata__:
+            mark.check(value, where)
+        return value
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, where)
     if origin is typing.Literal:
-        if value not in arguments:
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):
             fail(where, f"one of {list(arguments)}", value)
         return value
-    if _is_schema(schema):
-        return value if isinstance(value, schema) else from_mapping(schema, value, where)
-    if origin is tuple:
-        return _convert_tuple(arguments, value, where)
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            fail(where, "a mapping", value)
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(schema):
+        return value if isinstance(value, schema) else _build(schema, value, where)  # type: ignore[arg-type]
+    if typing.is_typeddict(schema):
+        return _convert_typed_dict(schema, value, where)
+    if origin in (tuple, dict, Mapping):
+        convert = _convert_tuple if origin is tuple else _convert_mapping
+        value = convert(arguments, value, where)
+        if not any(isinstance(mark, Length) for mark in marks):
+            Length().check(value, where)
+        return value
     if schema is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, schema) or (isinstance(value, bool) and schema is not bool):
-        fail(where, schema.__name__, value)
+        fail(where, _name(schema), value)
     return value
+
+
+def _name(schema: Any) -> str:
+    """How an error calls a type."""
+    schema = typing.get_args(schema)[0] if typing.get_origin(schema) is Annotated else schema
+    return getattr(schema, "__name__", str(schema))
 
 
 def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -108,18 +301,19 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     choices: list[Any] = [a for a in arguments if a is not type(None)]
     if len(choices) == 1:
         return _convert(choices[0], value, where)
-    kinds = {a.kind: a for a in choices if _is_schema(a) and isinstance(getattr(a, "kind", None), str)}
+    schemas = [a for a in choices if dataclasses.is_dataclass(a)]
+    kinds: dict[str, Any] = {a.kind: a for a in schemas if isinstance(getattr(a, "kind", None), str)}  # type: ignore[attr-defined]
     if kinds and isinstance(value, Mapping):
         kind = value.get("kind")
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             fail(f"{where}.kind", f"one of {sorted(kinds)}", kind)
-        return from_mapping(kinds[kind], value, where)
+        return _build(kinds[kind], value, where)
     for choice in choices:
         try:
             return _convert(choice, value, where)
         except ValueError:
             continue
-    fail(where, " or ".join(getattr(c, "__name__", str(c)) for c in choices), value)
+    fail(where, " or ".join(map(_name, choices)), value)
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -132,5 +326,96 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
     return tuple(_convert(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(arguments, value, strict=True)))
 
 
-def _is_schema(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint)
+def _convert_mapping(arguments: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        fail(where, "a mapping", value)
+    key_type, item_type = arguments
+    return {_convert(key_type, k, f"{where}: a key"): _convert(item_type, v, f"{where}.{k}") for k, v in value.items()}
+
+
+def _convert_typed_dict(schema: Any, value: Any, where: str) -> dict[str, Any]:
+    """A plain dictionary with the keys of a TypedDict: options for something else, by name and type."""
+    if not isinstance(value, Mapping):
+        fail(where, "a mapping", value)
+    hints = _hints(schema)
+    _check_keys(value, hints, where)
+    for name in schema.__required_keys__:
+        require(name in value, f"{where}.{name}", "a value", "nothing")
+    return {name: _convert(hints[name], item, f"{where}.{name}") for name, item in value.items()}
+
+
+def _check_nodes(root: Any, where: str) -> None:
+    """Refuse YAML whose aliases unfold to more levels or values than a configuration may have."""
+    left, stack = MAX_ENTRIES, [(root, 0)]
+    while stack:
+        node, depth = stack.pop()
+        left -= 1
+        require(depth <= MAX_DEPTH and left >= 0, where, f"at most {MAX_DEPTH} levels and {MAX_ENTRIES} values", "more")
+        if isinstance(node, yaml.SequenceNode):
+            stack += [(item, depth + 1) for item in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            stack += [(item, depth + 1) for pair in node.value for item in pair]
+
+
+class _Interpolation:
+    """Plain data with every `${key.sub}`, `${.sibling}` and, where allowed, `${oc.env:NAME}` replaced by its value."""
+
+    _MARK = re.compile(r"\\\$\{|\$\{([^}]*)\}")
+    _ENV = re.compile(r"oc\.env:\s*(\w+)\s*(?:,\s*(.*?)\s*)?")
+
+    def __init__(self, data: dict[str, Any], where: str, allow_env: bool) -> None:
+        self._data, self._where, self._allow_env = data, where, allow_env
+        self._left = MAX_ENTRIES
+
+    def all(self) -> dict[str, Any]:
+        """The whole of the data."""
+        return self._replace(self._data, (), ())
+
+    def _replace(self, value: Any, path: tuple[Any, ...], active: tuple[Any, ...]) -> Any:
+        self._left -= 1
+        require(self._left >= 0, self._where, f"at most {MAX_ENTRIES} values", "more through interpolation")
+        if isinstance(value, dict):
+            return {key: self._replace(item, (*path, key), active) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._replace(item, (*path, index), active) for index, item in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        if (whole := self._MARK.fullmatch(value)) and whole[1] is not None:
+            return self._look_up(whole[1], path, active)
+
+        def text(match: re.Match[str]) -> str:
+            return "${" if match[1] is None else str(self._look_up(match[1], path, active))
+
+        result = self._MARK.sub(text, value)
+        require(len(result) <= MAX_TEXT, self._at(path), f"at most {MAX_TEXT} characters", f"{len(result)}")
+        return result
+
+    def _look_up(self, name: str, path: tuple[Any, ...], active: tuple[Any, ...]) -> Any:
+        here = self._at(path)
+        if ":" in name:
+            return self._environment(name, here)
+        require("${" not in name, here, "an interpolation without another inside", name)
+        keys = name.lstrip(".")
+        levels = len(name) - len(keys)
+        start = path[: len(path) - levels] if levels else ()
+        target = (*start, *(key for key in re.split(r"[.\[\]]+", keys) if key))
+        require(levels <= len(path) and target not in active, here, "an interpolation that ends", f"${{{name}}}")
+        require(len(active) < MAX_DEPTH, here, f"at most {MAX_DEPTH} interpolations in a chain", "more")
+        value: Any = self._data
+        for key in target:
+            index: Any = int(key) if isinstance(value, list) and re.fullmatch("[0-9]{1,9}", str(key)) else key
+            inside = index in value if isinstance(value, dict) else isinstance(index, int) and index < len(value)
+            require(isinstance(value, (dict, list)) and inside, here, "an interpolation of a key", f"${{{name}}}")
+            value = value[index]
+        return self._replace(value, target, (*active, target))
+
+    def _environment(self, name: str, here: str) -> str:
+        match = self._ENV.fullmatch(name)
+        expected = "no ${oc.env:...} (allow_env=True of read_yaml lets a file read the environment)"
+        require(match is not None, here, "interpolations of keys only", f"${{{name}}}")
+        require(self._allow_env, here, expected, f"${{{name}}}")
+        value = os.environ.get(match[1], match[2])  # type: ignore[index]
+        return fail(here, "an environment variable", f"none with the name {match[1]}") if value is None else value  # type: ignore[index]
+
+    def _at(self, path: tuple[Any, ...]) -> str:
+        return ".".join([self._where, *map(str, path)])

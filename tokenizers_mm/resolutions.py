@@ -7,10 +7,14 @@ Sizes are always (height, width), in pixels. The numbers are those of ILLUME+ (a
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.config import Cells, Pixels, Range
 
 Size = tuple[int, int]
+
+_Size = tuple[Pixels, Pixels]
 
 TOWER_SIZES: tuple[tuple[Size, Size], ...] = (
     ((256, 256), (252, 252)),
@@ -58,12 +62,12 @@ class Resolutions:
     min_pixels, max_pixels: bounds of the area in `smart_size`.
     """
 
-    pixel_cell: int = 16
-    semantic_cell: int = 28
-    tower_sizes: tuple[tuple[Size, Size], ...] = TOWER_SIZES
-    anchors: tuple[Size, ...] = ANCHORS
-    min_pixels: int = 32**2
-    max_pixels: int = 1024**2
+    pixel_cell: Cells = 16
+    semantic_cell: Cells = 28
+    tower_sizes: tuple[tuple[_Size, _Size], ...] = TOWER_SIZES
+    anchors: tuple[_Size, ...] = ANCHORS
+    min_pixels: Annotated[int, Range(1, 1 << 28)] = 32**2
+    max_pixels: Annotated[int, Range(1, 1 << 28)] = 1024**2
 
     def __post_init__(self) -> None:
         require(self.pixel_cell > 0 and self.semantic_cell > 0, "cells", "positive numbers", self)

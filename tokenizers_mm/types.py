@@ -1,9 +1,10 @@
 """The nouns that travel between the parts: streams of ids, codes, latents and what a quantizer returns."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,8 @@ class ImageCodes:
     """The discrete form of a batch of images of one size.
 
     `ids` is int64 [B, L]: all streams one after the other, each coarse to fine, row-major. A whole number of scales of
-    the last stream may be missing at the end (partial decoding).
+    the last stream may be missing at the end (partial decoding). Integers of any kind are taken (other tensors, numpy
+    arrays, lists of lists) and become int64.
     """
 
     ids: Tensor
@@ -42,7 +44,7 @@ class ImageCodes:
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():  # values cannot be looked at inside a graph
-            check_ids(self.ids, self.streams)
+            object.__setattr__(self, "ids", check_ids(self.ids, self.streams))
 
     def stream(self, name: str) -> Tensor:
         """The ids of one stream, int64 [B, n]."""
@@ -86,6 +88,10 @@ class ImageLatents:
         return self.values.shape[0]
 
 
+Codes = TypeVar("Codes", ImageCodes, ImageLatents)
+"""What a family encodes to: ids in grids, or continuous latents."""
+
+
 @dataclass(frozen=True)
 class VQTerms:
     """Unweighted scalar terms of a vector quantizer; a weight is given to each once, in the training configuration."""
@@ -112,26 +118,66 @@ class Quantized:
 class Reconstruction:
     """A forward pass of a tokenizer, all that the training terms need.
 
-    `image` [B, 3, H, W]; `semantic` [B, T, C], what the semantic decoder predicts; `target` [B, T, C], what
-    it should have predicted, where the model has a frozen tower that says so; `quantized` by stream; `vectors`
+    `image` [B, 3, H, W]; `semantic` [B, T, C], the prediction of the semantic decoder, None for a model without one;
+    `target` [B, T, C], its target, None for a model without a frozen tower; `quantized` by stream; `vectors`
     [B, h, w, D], all of them on the decoder's grid: the value of `ImageTokenizer.vectors`, with the gradient of the
     features that were quantized.
     """
 
     image: Tensor
-    semantic: Tensor
+    semantic: Tensor | None
     target: Tensor | None
     quantized: Mapping[str, Quantized]
     vectors: Tensor
 
 
-def check_ids(ids: Any, streams: Sequence[Stream]) -> None:
-    """Refuse ids that are not int64 [B, L] of whole scales, or that a codebook does not have."""
+@dataclass(frozen=True)
+class Disturbance:
+    """Changes to a forward pass that make training harder than inference.
+
+    keep: indices of the scales to use, None for all. perturb: maps the quantized pixel vectors [B, h, w, D] to those
+    that the decoder gets, None for the identity.
+    """
+
+    keep: tuple[int, ...] | None = None
+    perturb: Callable[[Tensor], Tensor] | None = None
+
+
+UNDISTURBED = Disturbance()
+
+
+def join_codes(parts: Sequence[Codes]) -> Codes:
+    """Batches of codes of one size as one batch, in order."""
+    first = parts[0]
+    sizes = sorted({(part.height, part.width) for part in parts})
+    require(len(sizes) == 1, "codes", "codes of one size", sizes)
+    if isinstance(first, ImageCodes):
+        return replace(first, ids=torch.cat([part.ids for part in parts]))  # pyright: ignore[reportAttributeAccessIssue]
+    return replace(first, values=torch.cat([part.values for part in parts]))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def as_ids(ids: Any, expected: str = "integers") -> Tensor:
+    """Integers of any kind (a tensor, a numpy array, nested lists) as an int64 tensor; floats and booleans refused."""
+    if isinstance(ids, Tensor):
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        require(whole, "ids", expected, ids)
+        return ids.to(torch.int64)
+    try:
+        array = np.asarray(ids)
+    except (ValueError, TypeError, OverflowError):  # rows of several lengths
+        fail("ids", expected, ids)
+    require(array.dtype.kind in "iu" and bool((array < 2**63).all()), "ids", expected, array if array.ndim else ids)
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def check_ids(ids: Any, streams: Sequence[Stream]) -> Tensor:
+    """Ids of any kind as int64 [B, L]; refused where they are not of whole scales, or not in the codebook."""
     total = sum(stream.num_ids for stream in streams)
     allowed = _partial_lengths(streams)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype != torch.int64 or ids.shape[1] not in allowed:
-        others = "" if len(allowed) == 1 else f" (or whole scales only: {sorted(allowed)})"
-        fail("ids", f"int64 [B, {total}]{others}", ids)
+    others = "" if len(allowed) == 1 else f" (or whole scales only: {sorted(allowed)})"
+    expected = f"int64 [B, {total}]{others}"
+    ids = as_ids(ids, expected)
+    require(ids.ndim == 2 and ids.shape[1] in allowed, "ids", expected, ids)
     start = 0
     for stream in streams:
         part = ids[:, start : start + stream.num_ids]
@@ -145,6 +191,7 @@ def check_ids(ids: Any, streams: Sequence[Stream]) -> None:
             f"values from 0 to {stream.codebook_size - 1}",
             f"values from {low} to {high}",
         )
+    return ids
 
 
 def _partial_lengths(streams: Sequence[Stream]) -> set[int]:

@@ -1,122 +1,186 @@
-"""Checkpoints of a run: whole or not there, the newest few kept, read without unpickling code."""
+"""Checkpoints of a run: whole or not there, verified by hashes, the newest few kept, read without unpickling.
 
+`out/checkpoints/step_N` holds tensors.safetensors, state.json (all else, with names of tensors in their places),
+config.json and sha256.json.
+"""
+
+import hashlib
+import json
+import os
 import re
 import shutil
-from collections.abc import Collection
+import sys
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from accelerate import Accelerator
+from torch import Tensor
 
-from tokenizers_mm._files import atomic_directory, write_json
+from tokenizers_mm._check import fail
 from tokenizers_mm.config import to_mapping
-from tokenizers_mm.models.loading import read_json
+from tokenizers_mm.models.loading import read_json, read_safetensors
+from tokenizers_mm.models.saving import save_tensors
 
-
-class Run(Protocol):
-    """What a checkpoint, a log and a loop know of the state of a run."""
-
-    step: int
-    seconds: float
-
-    @property
-    def config(self) -> Any:
-        """With out, keep, steps, max_seconds and log_every."""
-        ...
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """Of this process."""
-        ...
-
-    def parts(self) -> dict[str, Any]:
-        """All things with a state_dict, by name."""
-        ...
-
-    def values(self) -> dict[str, Any]:
-        """All else that changes, as numbers and tensors."""
-        ...
-
-    def set_values(self, values: dict[str, Any]) -> None:
-        """Put them back."""
-
+from .config import HARMLESS
+from .state import State
 
 _NAME = re.compile(r"step_(\d{9})$")
+TENSORS, STATE, CONFIG, HASHES = "tensors.safetensors", "state.json", "config.json", "sha256.json"
 
 
-def save_checkpoint(state: Run) -> None:
+def save_checkpoint(state: State) -> None:
     """Write `out/checkpoints/step_N`, then delete the oldest beyond `keep`. Called on every rank; rank 0 writes.
 
-    Those of later steps, which a run left that was started anew with resume: never, go too.
+    Those of later steps, which an earlier run left that `resume: never` replaced, go too.
     """
     state.accelerator.wait_for_everyone()
-    if not state.accelerator.is_main_process:
-        return
-    folder = Path(state.config.out) / "checkpoints"
-    with atomic_directory(folder / f"step_{state.step:09d}") as temporary:
-        torch.save(_collect(state), temporary / "state.pt")
-        write_json(temporary / "config.json", to_mapping(state.config))
-    found = list_checkpoints(state.config.out)
-    ahead = [path for step, path in found if step > state.step]
-    own = [path for step, path in found if step <= state.step]
-    for path in ahead + own[: -state.config.keep]:
-        shutil.rmtree(path)
+    if state.accelerator.is_main_process:
+        folder = Path(state.config.out) / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*"):  # of a writer that was killed: this run is the only writer
+            shutil.rmtree(leftover)
+        temporary = folder / ".new"
+        temporary.mkdir()
+        try:
+            _write(temporary, state)
+            target = folder / f"step_{state.step:09d}"
+            if target.exists():
+                os.replace(target, temporary.with_name(".replaced"))
+            os.replace(temporary, target)
+        except OSError as error:
+            fail(f"checkpoint of step {state.step}", "to be written", f"{type(error).__name__}: {error}")
+        finally:
+            for leftover in folder.glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        found = list_checkpoints(state.config.out)
+        ahead = [path for step, path in found if step > state.step]
+        for path in ahead + [path for step, path in found if step <= state.step][: -state.config.keep]:
+            os.replace(path, folder / f".{path.name}")  # so that a kill leaves no half of one
+            shutil.rmtree(folder / f".{path.name}")
+    state.accelerator.wait_for_everyone()
 
 
 def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all whole checkpoints of a run, oldest first."""
+    """(step, folder) of all checkpoints of a run, oldest first."""
     folder = Path(out) / "checkpoints"
-    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.search(path.name))]
-    return sorted(found)
+    return sorted((int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.search(path.name)))
 
 
-def resume(state: Run, may_change: Collection[str] | None = None) -> bool:
-    """Take up the newest checkpoint of the run, if there is one.
-
-    may_change: keys of the configuration that need not be what they were; None: all may change, where the parts agree.
-    """
-    checkpoints = list_checkpoints(state.config.out)
-    if not checkpoints:
-        return False
-    folder = checkpoints[-1][1]
-    if may_change is not None:
-        _check_config(state, folder, may_change)
-    path = folder / "state.pt"
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{path}: expected a whole checkpoint, got {why}") from None
-    _restore(state, data)
-    return True
-
-
-def _check_config(state: Run, folder: Path, may_change: Collection[str]) -> None:
-    before, now = read_json(folder / "config.json"), to_mapping(state.config)
-    other = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    other = [key for key in other if key not in may_change]
-    if other:
-        raise ValueError(f"{folder}: expected the configuration of this run (or resume=never), got another {other[0]}")
-
-
-def _collect(state: Run) -> dict[str, Any]:
-    kept = {"step": state.step, "seconds": state.seconds, **state.values()}
-    return kept | {name: thing.state_dict() for name, thing in state.parts().items()}
-
-
-def _restore(state: Run, data: Any) -> None:
-    parts = state.parts()
-    expected = {"step", "seconds", *state.values(), *parts}
-    if not isinstance(data, dict) or data.keys() != expected:
-        got = f"a difference in {sorted(map(str, data.keys() ^ expected))}" if isinstance(data, dict) else "no mapping"
-        raise ValueError(f"checkpoint: expected the parts of this configuration, got {got}")
-    for name, thing in parts.items():
+def resume(state: State) -> bool:
+    """Continue from the newest whole checkpoint, if there is one. A damaged one is passed over with a sentence."""
+    damaged: list[str] = []
+    for _, folder in reversed(list_checkpoints(state.config.out)):
         try:
-            thing.load_state_dict(data[name])
-        except (RuntimeError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
-    state.step, state.seconds = data["step"], data["seconds"]
-    state.set_values({name: data[name] for name in state.values()})
+            data = read_checkpoint(folder)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        for sentence in damaged:
+            print(f"{sentence}; continuing from {folder.name}", file=sys.stderr)
+        changed = _differences(read_json(folder / CONFIG), to_mapping(state.config))
+        _check_changes(state, folder, changed, data)
+        state.load_state_dict(data)
+        if changed and state.accelerator.is_main_process:
+            print(f"continuing with other values of {', '.join(sorted(changed))}", file=sys.stderr)
+        return True
+    if damaged:
+        raise ValueError(f"{damaged[0]} (resume=never starts anew)")
+    return False
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """Contents of a checkpoint; ValueError for one that is damaged."""
+    hashes = read_json(folder / HASHES)
+    if hashes.keys() != {TENSORS, STATE, CONFIG}:
+        fail(str(folder / HASHES), f"hashes of {TENSORS}, {STATE} and {CONFIG}", sorted(map(str, hashes)))
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            fail(str(path), "a whole checkpoint", "no such file")
+        if _sha256(path) != expected:
+            fail(str(path), "a whole checkpoint", "contents of another hash")
+    return _decode(read_json(folder / STATE), read_safetensors(folder / TENSORS))
+
+
+def _write(folder: Path, state: State) -> None:
+    tensors: dict[str, Tensor] = {}
+    skeleton = _encode(state.state_dict(), "", tensors)
+    save_tensors(_apart(tensors), folder / TENSORS)
+    (folder / STATE).write_text(json.dumps(skeleton), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(to_mapping(state.config), indent=2), encoding="utf-8")
+    hashes = {name: _sha256(folder / name) for name in (TENSORS, STATE, CONFIG)}
+    (folder / HASHES).write_text(json.dumps(hashes), encoding="utf-8")
+    for path in folder.iterdir():
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a value: mappings as lists of pairs (keys may be numbers), tensors by name."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"map": [[key, _encode(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    fail(f"checkpoint: {name}", "a number, text, tensor, list or mapping", type(value).__name__)
+
+
+def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """Inverse of `_encode`; tuples come back as lists."""
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "map" in value:
+        return {key: _decode(item, tensors) for key, item in value["map"]}
+    if "list" in value:
+        return [_decode(item, tensors) for item in value["list"]]
+    return value["value"]
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own (tied weights share theirs, which the format refuses)."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Values that differ between two configurations, by dotted key."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in before.keys() | now.keys():
+            found |= _differences(before.get(name), now.get(name), f"{key}.{name}".removeprefix("."))
+        return found
+    return {} if before == now else {key: (before, now)}
+
+
+def _check_changes(state: State, folder: Path, changed: dict[str, Any], data: dict[str, Any]) -> None:
+    """Every difference of the configuration is applied from here on, or refused by name."""
+    objective = state.objective
+    fixed = ("seed", "objective.kind", *(f"objective.{key}" for key in objective.FIXED))
+    for key in sorted(changed):
+        if key.startswith(tuple(f"{name}." for name in fixed)) or key in fixed or key in objective.fixed_here():
+            before = changed[key][0]
+            raise ValueError(f"config.{key}: expected {before} as in {folder} (or resume=never), got another {key}")
+    counters = data["counters"]
+    done = counters["stage"] == len(objective.stages) - 1 and counters["stage_step"] >= objective.stages[-1].steps
+    effective = sorted(key for key in changed if key not in HARMLESS and key not in ("steps", "max_seconds"))
+    if done and effective:
+        raise ValueError(
+            f"config.{effective[0]}: expected {changed[effective[0]][0]}, since this run is finished "
+            f"(or more steps, another out, resume=never), got another {effective[0]}"
+        )

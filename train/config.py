@@ -1,161 +1,122 @@
-"""One complete file per run: every key of it is a field here, and every field is read by something."""
+"""The configuration of a run: one complete file, every key of which is a field of a dataclass.
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+`RunConfig` holds the keys that all runs share; `objective: {kind: ...}` holds the rest, with the class of its kind.
+"""
 
-from tokenizers_mm.config import from_mapping, read_yaml
-from tokenizers_mm.data.sources import DataConfig
-from tokenizers_mm.functional.noise import NoiseKind
-from tokenizers_mm.losses.captions import CaptionConfig
-from tokenizers_mm.losses.discriminators import PatchGANConfig
-from tokenizers_mm.models import MODELS
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from .weights import TermWeights
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.config import Range, from_mapping, read_yaml
 
+OBJECTIVES = {
+    "reconstruction": ("reconstruction", "Reconstruction"),
+    "mar": ("mar", "MARTraining"),
+    "language": ("language", "Language"),
+    "joint": ("joint", "Joint"),
+}
+"""Module of `train.objectives` and class of every kind."""
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The tokenizer: its family and the family's own configuration, or a saved tokenizer to go on from.
-
-    With both, the configuration says what is built and the saved tokenizer gives the weights, but for the parameters
-    whose names begin with one of `fresh`, which start anew (another decoder on frozen codes).
-    """
-
-    family: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
-    start_from: str = ""
-    fresh: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """A frozen timm tower whose tokens the semantic decoder learns to predict.
-
-    name, options, mean, std, features: as in the tokenizer's own semantic encoder. pretrained: False takes random
-    weights, which is of use in tests only.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    features: Literal["norm", "last", "projected"] = "norm"
-    pretrained: bool = True
+MOVED = {
+    **{key: f"objective.{key}" for key in ("model", "data", "loss", "optimizer", "discriminator_optimizer", "noise")},
+    **{key: f"objective.{key}" for key in ("scale_drop", "trainable", "tokenizer", "language_model", "records", "fit")},
+    **{key: f"objective.{key}" for key in ("mask_token", "learns", "lora_rank", "projector", "features", "pack")},
+    **{key: f"objective.{key}" for key in ("start_from", "captions", "autoencoder", "sampling")},
+    **{key: f"objective.{key}" for key in ("posterior", "drop", "scenes")},
+    "image_size": "objective.data.image_size",
+    "upkeep": "objective.revival",
+    "joint": "objective (kind: joint), key by key",
+}
+"""Keys of older files and their places now."""
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Terms and their weights. A term with weight 0 is not computed.
-
-    pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same from the tokenizer's own frozen
-    tower) or "captions" (contrast). gan: the generator's and discriminator's losses. gan_start: the step from which
-    both act; adaptive: scale the generator's term by gradient norms. lpips_weights: a file of VGG16 weights, or "" for
-    torch.hub's cache.
-    """
-
-    weights: TermWeights = field(default_factory=TermWeights)
-    pixel: Literal["l1", "l2"] = "l2"
-    semantic: Literal["none", "teacher", "target", "captions"] = "none"
-    teacher: TeacherConfig | None = None
-    captions: CaptionConfig = field(default_factory=CaptionConfig)
-    gan: Literal["hinge", "non_saturating"] = "hinge"
-    gan_start: int = 0
-    adaptive: bool = False
-    discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
-    lpips_weights: str = ""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Adam with decoupled decay.
-
-    schedule: of the learning rate over the run, after `warmup` steps. clip: the largest norm of all gradients together.
-    """
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: int = 0
-    clip: float = 1.0
-
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    """Wrong pixel codes on purpose, for tokenizers with a pixel stream (see `functional.noise`).
-
-    sample_rate: share of the samples that are disturbed. position_rate: share of the positions in them.
-    """
-
-    sample_rate: float = 0.1
-    position_rate: float = 0.1
-    kind: NoiseKind = "random"
-
-
-@dataclass(frozen=True)
-class UpkeepConfig:
-    """Revival of codes that are not used.
-
-    every: steps between revivals, 0 for none. until: share of the run after which codes are left in peace.
-    """
-
-    every: int = 0
-    until: float = 0.8
-
-
-@dataclass(frozen=True)
-class TrainConfig:
+class RunConfig:
     """A run.
 
-    out: its folder. steps: optimizer steps. max_seconds: end (and finish the schedule) earlier when this much time
-    has passed, 0 for never. discriminator_optimizer: the discriminator's own, where it is not to go as the tokenizer's.
-    noise: disturb the pixel codes. accumulate: micro-batches per step. precision: of autocast. ema: decay of the
-    average of weights that is saved, 0 for none. scale_drop: chance that one scale but the first is left out of a step.
-    trainable: prefixes of the parameters that learn; none means all. log_every, sample_every, save_every: in steps, 0
-    for never; keep: checkpoints. resume: "auto" goes on from the newest checkpoint in `out`, "never" starts anew.
+    out: folder of the run. objective: {kind: reconstruction | mar | language | joint, ...}, see `train.objectives`.
+    steps: optimizer steps of all stages together; 0 for `joint`, whose stages say it. max_seconds: end the last stage,
+    and finish its schedule, when it took this long; 0 for never.
+    batch_size: samples of a micro-batch of one process. accumulate: micro-batches per step. precision: of autocast.
+    device: "auto" takes an accelerator where there is one. ema: decay of the moving average of weights that is saved,
+    0 for none. non_finite: "stop" ends the run at a gradient that is not finite, "skip" leaves the step out.
+    log_every, sample_every, validate_every, save_every: in steps, 0 for never (but for the first). keep: number of
+    checkpoints. best: the measurement of the validation by which the best networks are kept, in `out/best`; "" keeps
+    none.
+    resume: "auto" continues from the newest whole checkpoint in `out`, "never" starts from step 0.
     """
 
     out: str
-    model: ModelConfig
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    discriminator_optimizer: OptimizerConfig | None = None
-    upkeep: UpkeepConfig = field(default_factory=UpkeepConfig)
-    noise: NoiseConfig | None = None
-    steps: int = 1000
-    max_seconds: float = 0.0
-    batch_size: int = 8
-    accumulate: int = 1
+    objective: Any
+    steps: Annotated[int, Range(0)] = 0
+    max_seconds: Annotated[float, Range(0)] = 0.0
+    batch_size: Annotated[int, Range(1)] = 8
+    accumulate: Annotated[int, Range(1)] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    ema: float = 0.0
-    scale_drop: float = 0.0
-    trainable: tuple[str, ...] = ()
-    seed: int = 0
-    log_every: int = 10
-    sample_every: int = 0
-    save_every: int = 1000
-    keep: int = 2
+    device: str = "auto"
+    ema: Annotated[float, Range(0, 1, high_open=True)] = 0.0
+    non_finite: Literal["stop", "skip"] = "stop"
+    seed: Annotated[int, Range(0, 2**62)] = 0
+    log_every: Annotated[int, Range(1)] = 10
+    sample_every: Annotated[int, Range(0)] = 0
+    validate_every: Annotated[int, Range(0)] = 0
+    best: str = ""
+    save_every: Annotated[int, Range(0)] = 1000
+    keep: Annotated[int, Range(1)] = 2
     resume: Literal["auto", "never"] = "auto"
 
 
-def read_config(path: str, overrides: list[str]) -> TrainConfig:
-    """The configuration of a file with `key=value` overrides; the model's part is checked too."""
-    config = from_mapping(TrainConfig, read_yaml(path, overrides), "config")
-    if config.model.config or not config.model.start_from:
-        if config.model.family not in MODELS:
-            raise ValueError(f"config.model.family: expected one of {sorted(MODELS)}, got {config.model.family!r}")
-        from_mapping(MODELS[config.model.family].Config, config.model.config, "config.model.config")
-    check_config(config)
+HARMLESS = frozenset(
+    [
+        "out",
+        "log_every",
+        "sample_every",
+        "save_every",
+        "keep",
+        "resume",
+        "device",
+        "non_finite",
+        "objective.data.workers",
+    ]
+)
+"""Keys that change nothing that is learned."""
+
+
+def objective_class(kind: Any) -> Any:
+    """Class of a kind of objective; its module is imported now (`language` and `joint` need transformers)."""
+    if kind not in OBJECTIVES:
+        fail("config.objective.kind", f"one of {sorted(OBJECTIVES)}", kind)
+    module, name = OBJECTIVES[kind]
+    return getattr(importlib.import_module(f".objectives.{module}", __package__), name)
+
+
+def read_config(path: str, overrides: list[str]) -> RunConfig:
+    """Configuration of a file with `key=value` overrides, checked as far as that is possible without building."""
+    return parse_config(read_yaml(path, overrides))
+
+
+def parse_config(data: dict[str, Any]) -> RunConfig:
+    """Configuration from a plain mapping; keys of older files are refused with their new names."""
+    for key in data:
+        if key in MOVED:
+            raise ValueError(f"config.{key}: expected as config.{MOVED[key]}, got the place of an older version")
+    objective = data.get("objective")
+    if isinstance(objective, str):
+        fail("config.objective", f"a mapping {{kind: language, method: {objective}, ...}}", objective)
+    config = from_mapping(RunConfig, data, "config")
+    if not isinstance(objective, dict):
+        fail("config.objective", "a mapping with a kind", "another value")
+    kind = objective_class(objective.get("kind"))
+    config = dataclasses.replace(config, objective=from_mapping(kind.Config, objective, "config.objective"))
+    measured = bool(kind.MEASURES)
+    require(not config.validate_every or measured, "config.validate_every", f"0 (kind: {kind.kind})", "a number")
+    known = config.best in kind.MEASURES and config.validate_every > 0
+    require(not config.best or known, "config.best", f"one of {list(kind.MEASURES)}, with validate_every", config.best)
+    require(not config.ema or bool(kind.AVERAGED), "config.ema", f"0 (kind: {config.objective.kind})", config.ema)
+    stages = kind.stages_of(config)
+    for index, stage in enumerate(stages):
+        require(stage.steps >= 1, "config.steps", f"at least 1 step in stage {index} ({stage.name})", config.steps)
+    kind.check_config(config)
     return config
-
-
-def check_config(config: TrainConfig) -> None:
-    """Refuse values that do not go together."""
-    if config.model.fresh and not (config.model.config and config.model.start_from):
-        raise ValueError("config.model.fresh: expected a config and a start_from beside it, got one of them alone")
-    if config.loss.semantic == "teacher" and config.loss.teacher is None:
-        raise ValueError("config.loss.teacher: expected a teacher for semantic: teacher, got nothing")
-    for name in ("steps", "batch_size", "accumulate", "log_every", "keep"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"config.{name}: expected at least 1, got {getattr(config, name)}")

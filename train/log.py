@@ -1,26 +1,31 @@
-"""What a run leaves to read and to look at: a JSON line per report, a progress bar, sample grids, TensorBoard."""
+"""Traces of a run: a JSON line per report, a progress bar, sample images, TensorBoard."""
 
 import importlib.util
 import json
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from tokenizers_mm._files import atomic_path
-from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 
-from .checkpoint import Run
-from .state import TrainState
+from .state import State
+
+TOTALS = ("revived", "skipped")
+"""Beginnings of the names of values that are added up between two lines of the log; of all others the mean counts."""
+
+SHOWN_SKIPS = 20
+"""Inputs left out that are named on the screen; those after them are only counted, by cause."""
 
 
 class Log:
-    """Of rank 0; the other ranks hold a silent one. `start` is the first step of this process."""
+    """Writer of rank 0; on other ranks it writes nothing."""
 
-    def __init__(self, state: Run) -> None:
+    def __init__(self, state: State, resumed: bool) -> None:
+        """resumed: keep the lines of the log up to the present step; otherwise none."""
         self.active = state.accelerator.is_main_process
         self.folder = Path(state.config.out)
         self.path = self.folder / "log.jsonl"
@@ -28,55 +33,55 @@ class Log:
         self._counted: dict[str, int] = {}
         self._tensorboard: Any = None
         self._bar: Any = None
+        self._skips = 0
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _forget_after(self.path, state.step)
-        self._bar = tqdm(total=state.config.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5)
+        _forget_after(self.path, state.step if resumed else -1)
+        self._bar = tqdm(total=state.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter  # only where it is installed
 
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step)
 
-    def step(
-        self,
-        state: Run,
-        report: dict[str, float],
-        skipped: Sequence[str] = (),
-        usage: Callable[[], dict[str, float]] = dict,
-    ) -> None:
-        """Take the report of a step; every `log_every` steps write the means, of each value over the steps that gave
-        one, and the usage of codes."""
+    def step(self, state: State, report: dict[str, float], batches: Sequence[Any]) -> None:
+        """Take the report of a step; every `log_every` steps, and at the end of a stage, write the means."""
+        due = state.step % state.config.log_every == 0 or state.stage_over or state.finished
+        window = state.objective.window() if due else {}
         if not self.active:
             return
-        for name in skipped:
-            self._bar.write(f"skipped: {name}", file=sys.stderr)
-        if skipped:
-            report = report | {"skipped": float(len(skipped))}
+        skipped = [name for batch in batches for name in state.objective.skipped(batch)]
+        for sentence in skipped:
+            self._skips += 1
+            if self._skips <= SHOWN_SKIPS:
+                self._bar.write(f"skipped: {sentence}", file=sys.stderr)
+            for name in ("skipped", f"skipped_{_cause(sentence)}"):
+                report[name] = report.get(name, 0.0) + 1.0
         for name, value in report.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counted[name] = self._counted.get(name, 0) + 1
         self._bar.update(1)
-        if state.step % state.config.log_every == 0 or state.step == state.config.steps:
-            self._write(state, usage())
+        if due:
+            self._write(state, window)
 
-    def _write(self, state: Run, usage: dict[str, float]) -> None:
-        totals = ("revived", "skipped")
+    def _write(self, state: State, window: dict[str, float]) -> None:
         line: dict[str, float] = {"step": state.step, "seconds": round(state.seconds, 3)}
-        line |= {n: v if n in totals else v / self._counted[n] for n, v in self._sums.items()}
-        line |= usage
+        if len(state.objective.stages) > 1:
+            line["stage"] = state.stage
+        line |= {n: v if n.startswith(TOTALS) else v / self._counted[n] for n, v in self._sums.items()} | window
         self._sums, self._counted = {}, {}
         self._append(line)
-        shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic") if n in line}
+        shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)
         if self._tensorboard is not None:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, state.step)
 
-    def note(self, state: Run, line: dict[str, Any], message: str = "") -> None:
-        """A line of its own, now; the message goes to the screen."""
-        if self.active:
+    def notes(self, state: State, lines: Sequence[dict[str, Any]]) -> None:
+        """Lines of their own, now; the entry "message" of a line goes to the screen instead."""
+        for line in lines if self.active else []:
+            message = line.pop("message", "")
             self._append({"step": state.step} | line)
             if message:
                 self._bar.write(message, file=sys.stderr)
@@ -85,17 +90,10 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
-    def samples(self, state: TrainState, images: torch.Tensor) -> None:
-        """Originals over reconstructions of a few images, as a PNG."""
-        if not self.active:
-            return
-        tokenizer = state.averaged
-        was_training = tokenizer.training
-        tokenizer.eval()
-        with torch.no_grad():
-            decoded = tokenizer.decode(tokenizer.encode(images)).float().clamp(-1, 1).cpu()
-        tokenizer.train(was_training)
-        save_picture(comparison_grid(images.cpu(), decoded), self.folder / "samples" / f"step_{state.step:09d}.png")
+    def show(self, state: State) -> None:
+        """Sample images of the present step."""
+        if self.active:
+            state.objective.show(state.averaged, self.folder / "samples" / f"step_{state.step:09d}.png")
 
     def close(self) -> None:
         """Flush and close."""
@@ -105,14 +103,19 @@ class Log:
             self._tensorboard.close()
 
 
+def _cause(sentence: str) -> str:
+    """Kind of error in a sentence about an input that was left out."""
+    return re.split(r"[:, ]", sentence.rpartition(" got ")[2])[0] or "unknown"
+
+
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a log."""
+    """Lines of a log."""
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop lines past the step a run goes on from, and a line that was cut off."""
+    """Drop lines past the step from which a run continues, and a line that was cut off."""
     if not path.exists():
         return
     kept = []

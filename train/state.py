@@ -1,4 +1,4 @@
-"""Everything that changes during a run, in one place, and how it is built."""
+"""Everything that changes during a run: networks, optimizers, moving average and counters."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,146 +8,179 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
-from tokenizers_mm.functional.usage import perplexity, usage
-from tokenizers_mm.losses.captions import CaptionContrast
-from tokenizers_mm.losses.discriminators import PatchGAN
-from tokenizers_mm.losses.perceptual import load_lpips
-from tokenizers_mm.models import ImageTokenizer
+from .config import RunConfig, objective_class
+from .distributed import make_accelerator
+from .objectives.base import Moment, Objective, Player, Stage, Terms
+from .optim import Learner, adamw, load_optimizer
 
-from .config import OptimizerConfig, TeacherConfig, TrainConfig
-from .objective import Objective
-from .start import build_tokenizer
-from .upkeep import CodebookUpkeep
+COUNTERS = ("step", "stage", "stage_step", "samples", "seconds", "stage_seconds", "best")
+
+
+class Pass(nn.Module):
+    """Forward pass of a player as one module, so that an engine (DDP) sees its parameters and its outputs."""
+
+    def __init__(self, objective: Objective, player: Player) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict({name: objective.networks[name] for name in player.networks})
+        self._objective, self._player = objective, player.name
+
+    def forward(self, batch: Any, moment: Moment) -> tuple[Terms, Terms]:
+        terms, values = self._objective.losses(self._player, batch, moment)
+        if not any(term.requires_grad for term in terms.values()):  # no labels here: other ranks may have some
+            anchor = next(p for p in self.parameters() if p.requires_grad)
+            terms = {name: term + 0.0 * anchor.sum() for name, term in terms.items()}
+        return terms, values
 
 
 @dataclass
-class TrainState:
-    """The networks, optimizers and counters of a run. others: more things with a state_dict that learn beside them."""
+class State:
+    """A run.
 
-    config: TrainConfig
+    step: over all stages. samples: that all processes together have used. seconds: of training, over all stages.
+    best: the highest validated value of `config.best` so far.
+    """
+
+    config: RunConfig
     accelerator: Accelerator
-    tokenizer: ImageTokenizer[Any]
     objective: Objective
-    optimizer: torch.optim.Optimizer
-    discriminator: nn.Module | None
-    discriminator_optimizer: torch.optim.Optimizer | None
-    ema: AveragedModel | None
-    upkeep: CodebookUpkeep
-    generator: torch.Generator
+    average: AveragedModel | None = None
+    learners: dict[str, Learner] = field(default_factory=dict)
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    stage: int = 0
+    stage_step: int = 0
     step: int = 0
+    samples: int = 0
     seconds: float = 0.0
-    counts: dict[str, torch.Tensor] = field(default_factory=dict)
-    others: dict[str, Any] = field(default_factory=dict)
+    stage_seconds: float = 0.0
+    best: float | None = None
+    _passes: dict[Player, nn.Module] = field(default_factory=dict)
 
     @property
-    def averaged(self) -> ImageTokenizer[Any]:
-        """The tokenizer to save and to look at: the moving average where there is one."""
-        return self.tokenizer if self.ema is None else self.ema.module  # type: ignore[return-value]
+    def scaler(self) -> Any:
+        """Gradient scaler of float16, or None."""
+        return self.accelerator.scaler if self.config.precision == "fp16" else None
 
-    def parts(self) -> dict[str, Any]:
-        """All things with a state_dict, by name."""
-        things = {
-            "tokenizer": self.tokenizer,
-            "optimizer": self.optimizer,
-            "captions": self.objective.captions,
-            "discriminator": self.discriminator,
-            "discriminator_optimizer": self.discriminator_optimizer,
-            "ema": self.ema,
-            "upkeep": self.upkeep,
-            "scaler": getattr(self.accelerator, "scaler", None),
-            **self.others,
-        }
-        return {name: thing for name, thing in things.items() if thing is not None}
+    @property
+    def averaged(self) -> Any:
+        """The network to save and to show: the moving average where there is one."""
+        if self.average is not None:
+            return self.average.module
+        return self.objective.networks.get(self.objective.AVERAGED)
 
-    def values(self) -> dict[str, Any]:
-        """All else that changes: counts of codes and the state of chance."""
-        return {"counts": self.counts, "generator": self.generator.get_state(), "rng": torch.get_rng_state()}
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.objective.stages)
 
-    def set_values(self, values: dict[str, Any]) -> None:
-        """Put them back."""
-        self.counts = values["counts"]
-        self.generator.set_state(values["generator"])
-        torch.set_rng_state(values["rng"])
+    @property
+    def current(self) -> Stage:
+        """The present stage."""
+        return self.objective.stages[self.stage]
 
-    def take_usage(self) -> dict[str, float]:
-        """Usage and perplexity of the codes since it was last asked."""
-        line: dict[str, float] = {}
-        for name, counts in self.counts.items():
-            line[f"usage_{name}"], line[f"perplexity_{name}"] = usage(counts), perplexity(counts)
-        self.counts.clear()
-        return line
+    @property
+    def timed(self) -> bool:
+        """Whether the present stage ends by time."""
+        return bool(self.config.max_seconds) and self.stage == len(self.objective.stages) - 1
+
+    @property
+    def stage_over(self) -> bool:
+        """Whether the present stage has no step left."""
+        late = self.timed and self.stage_seconds >= self.config.max_seconds
+        return self.stage_step >= self.current.steps or late
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has no step left."""
+        return self.objective.stopped or (self.stage == len(self.objective.stages) - 1 and self.stage_over)
+
+    def moment(self) -> Moment:
+        """Position of the next step, with the share of the stage that is done by steps or by time."""
+        progress = self.stage_step / self.current.steps
+        if self.timed:
+            progress = max(progress, self.stage_seconds / self.config.max_seconds)
+        return Moment(self.config.seed, self.stage, self.stage_step, min(progress, 1.0))
+
+    def enter(self, stage: int) -> None:
+        """Take up a stage at its first step, with new optimizers."""
+        self.stage, self.stage_step, self.stage_seconds = stage, 0, 0.0
+        self.objective.enter(stage)
+        self.learners = self.objective.learners(stage)
+        self.optimizers = {name: adamw(learner) for name, learner in self.learners.items()}
+        self._passes = {}
+
+    def module(self, player: Player) -> nn.Module:
+        """Forward pass of a player, wrapped by the engine of several processes."""
+        if player not in self._passes:
+            self._passes[player] = self.accelerator.prepare_model(Pass(self.objective, player))
+        return self._passes[player]
+
+    def advance(self, micro_batches: int) -> None:
+        """Count a step."""
+        self.step, self.stage_step = self.step + 1, self.stage_step + 1
+        self.samples += micro_batches * self.config.batch_size * self.accelerator.num_processes
+
+    def not_finite(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop the run with the name of the first tensor that is not finite, unless such steps are to be skipped."""
+        if self.config.non_finite == "skip":
+            return
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = [
+            (f"{network}.{name}", p)
+            for network, module in self.objective.networks.items()
+            for name, p in module.named_parameters()
+        ]
+        bad = [f"weights of {name}" for name, p in named if not bool(torch.isfinite(p).all())]
+        bad += [
+            f"gradients of {name}"
+            for name, p in named
+            if id(p) in mine and p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        ]
+        raise FloatingPointError(f"{bad[0] if bad else 'gradients'} are not finite at step {self.step}")
+
+    def tensors(self) -> dict[str, Any]:
+        """Everything with a state_dict, by name."""
+        found = {f"network {name}": thing for name, thing in self.objective.saved().items()}
+        found |= {f"optimizer {name}": thing for name, thing in self.optimizers.items()}
+        found |= {"objective": self.objective}
+        found |= {} if self.average is None else {"average": self.average}
+        return found if self.scaler is None else found | {"scaler": self.scaler}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Contents of a checkpoint. RNG state is not in it: randomness is a function of seed, stage, step and row."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {"counters": counters, **{name: thing.state_dict() for name, thing in self.tensors().items()}}
+
+    def load_state_dict(self, data: dict[str, Any]) -> None:
+        """Continue from the contents of a checkpoint."""
+        counters = data["counters"]
+        self.enter(min(counters["stage"], len(self.objective.stages) - 1))
+        expected = self.tensors()
+        if data.keys() != {"counters", *expected}:
+            other = sorted(map(str, data.keys() ^ {"counters", *expected}))
+            raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {other}")
+        for name, thing in expected.items():
+            try:
+                if isinstance(thing, torch.optim.Optimizer):
+                    load_optimizer(thing, data[name])
+                else:
+                    thing.load_state_dict(data[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                why = str(error).splitlines()[0]
+                raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
+        self.objective.enter(self.stage)  # the restored state may say what learns
 
 
-def build_state(config: TrainConfig, accelerator: Accelerator) -> TrainState:
-    """Build everything from the configuration, on the accelerator's device."""
+def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> State:
+    """Build networks and the optimizers of the first stage."""
+    accelerator = accelerator or make_accelerator(config.precision, config.device)
     torch.manual_seed(config.seed)
-    device = accelerator.device
-    tokenizer = build_tokenizer(config.model).to(device).train()
-    _freeze(tokenizer, config.trainable)
-    objective = _objective(config, tokenizer, device)
-    learning = [p for p in tokenizer.parameters() if p.requires_grad]
-    if objective.captions is not None:
-        learning += list(objective.captions.parameters())
-    optimizer = adam(learning, config.optimizer)
-    discriminator = discriminator_optimizer = None
-    if config.loss.weights.generator:
-        discriminator = PatchGAN(config.loss.discriminator).to(device)
-        own = config.discriminator_optimizer or config.optimizer
-        discriminator_optimizer = adam(list(discriminator.parameters()), own)
-    ema = None
+    objective = objective_class(config.objective.kind)(config, accelerator)
+    state = State(config, accelerator, objective)
     if config.ema:
-        ema = AveragedModel(tokenizer, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-        ema.eval()
-    return TrainState(
-        config,
-        accelerator,
-        tokenizer,
-        objective,
-        optimizer,
-        discriminator,
-        discriminator_optimizer,
-        ema,
-        CodebookUpkeep.for_tokenizer(tokenizer),
-        torch.Generator().manual_seed(config.seed),
-    )
-
-
-def _freeze(tokenizer: nn.Module, trainable: tuple[str, ...]) -> None:
-    if not trainable:
-        return
-    names = [name for name, _ in tokenizer.named_parameters()]
-    unknown = [prefix for prefix in trainable if not any(name.startswith(prefix) for name in names)]
-    if unknown:
-        raise ValueError(f"config.trainable: expected prefixes of parameter names, got {unknown}")
-    for name, parameter in tokenizer.named_parameters():
-        parameter.requires_grad_(name.startswith(trainable))
-
-
-def _objective(config: TrainConfig, tokenizer: ImageTokenizer[Any], device: torch.device) -> Objective:
-    loss = config.loss
-    objective = Objective(loss)
-    if loss.weights.perceptual:
-        objective.perceptual = load_lpips(loss.lpips_weights or None).to(device)
-    if loss.weights.semantic and loss.semantic == "teacher":
-        assert loss.teacher is not None
-        objective.teacher = _teacher(loss.teacher).to(device)
-    if loss.weights.semantic and loss.semantic == "captions":
-        size = tokenizer.image_size or (256, 256)
-        with torch.no_grad():
-            dim = tokenizer(torch.zeros(1, 3, *size, device=device)).semantic.shape[-1]
-        objective.captions = CaptionContrast(dim, loss.captions).to(device)
-    return objective
-
-
-def _teacher(config: TeacherConfig) -> SemanticEncoder:
-    options = {"name": config.name, "options": config.options, "mean": config.mean, "std": config.std}
-    teacher = SemanticEncoder(SemanticEncoderConfig(**options, features=config.features, pretrained=config.pretrained))  # type: ignore[arg-type]
-    if config.pretrained:
-        load_pretrained(teacher)
-    return teacher.requires_grad_(False).eval()
-
-
-def adam(parameters: list[nn.Parameter] | list[dict[str, Any]], options: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW as the options say; parameters may be in groups with options of their own."""
-    return torch.optim.AdamW(parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)
+        network = objective.networks[objective.AVERAGED]
+        state.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        state.average.eval()
+    state.enter(0)
+    return state

@@ -1,144 +1,102 @@
-"""One training step, to be read aloud."""
+"""One training step, the same for every objective: losses, weighted sum, backward, clip, optimizers, after_step."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenizers_mm.data.sources import Batch
-from tokenizers_mm.decoders.pixel import PixelDecoder
-from tokenizers_mm.eval.image import psnr
-from tokenizers_mm.functional.adversarial import adaptive_weight, hinge_discriminator, logistic_discriminator
-from tokenizers_mm.functional.noise import inject_noise
-from tokenizers_mm.types import Quantized, Reconstruction
-
-from .descent import descend
-from .schedule import learning_rate
-from .state import TrainState
-from .weights import weighted_sum
+from .distributed import sum_over_ranks
+from .objectives.base import Moment, Player, Terms
+from .optim import descend, learning_rate
+from .state import State
 
 
-def train_step(state: TrainState, batches: Sequence[Batch], progress: float) -> dict[str, float]:
-    """One step of the tokenizer and one of the discriminator over the micro-batches; returns what to report.
-
-    progress: share of the run that is done, in [0, 1), for the learning rate.
-    """
-    config, accelerator = state.config, state.accelerator
-    rate = learning_rate(config.optimizer, state.step, progress)
-    gan = state.discriminator is not None and state.step >= config.loss.gan_start
-    disturbance, scaler = _disturbance(state), getattr(accelerator, "scaler", None)
+def train_step(state: State, batches: Sequence[Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One step over the micro-batches; returns values to report (means over all ranks) and lines for the log."""
+    moment = state.moment()
     report: dict[str, float] = {}
-    fakes: list[tuple[Tensor, Tensor]] = []
-    quantized: dict[str, Quantized] = {}
-
-    # The tokenizer: encode, quantize, decode; terms; their weighted sum; backward.
-    for batch in batches:
-        x = batch.images.to(accelerator.device)
-        with accelerator.autocast():
-            output = state.tokenizer(x, **disturbance)
-            terms = tokenizer_terms(state, x, output, batch, gan)
-            loss = weighted_sum(terms, config.loss.weights)
-            accelerator.backward(loss / len(batches))
-        quantized = dict(output.quantized)
-        count_codes(state, quantized)
-        fakes.append((x, output.image.detach()))
-        add(report, terms | {"loss": loss, "psnr": psnr(output.image.detach().float(), x).mean()}, 1 / len(batches))
-
-    report["grad_norm"] = descend(state.optimizer, rate, config.optimizer.clip, state.step, scaler)
-
-    # The discriminator: real against reconstructed.
-    if gan:
-        own = config.discriminator_optimizer  # its schedule begins with its first step
-        its_rate = learning_rate(own, state.step - config.loss.gan_start, progress) if own else rate
-        report |= discriminator_step(state, fakes, its_rate, (own or config.optimizer).clip)
-
-    # Upkeep: unused codes, the moving average, the count of steps.
-    upkeep = config.upkeep
-    if upkeep.every and (state.step + 1) % upkeep.every == 0 and progress < upkeep.until:
-        report["revived"] = float(state.upkeep.after_step(quantized, state.generator))
-    if state.ema is not None:
-        state.ema.update_parameters(state.tokenizer)
-    state.step += 1
-    report["lr"] = rate
-    return report
+    for index, player in enumerate(state.objective.players(moment)):
+        report |= _play(state, player, batches, moment, main=index == 0)
+    values, notes = state.objective.after_step(moment, state.step + 1)
+    if state.average is not None and state.objective.averages(state.stage):
+        state.average.update_parameters(state.objective.networks[state.objective.AVERAGED])
+    state.advance(len(batches))
+    return report | values, notes
 
 
-def tokenizer_terms(state: TrainState, x: Tensor, output: Reconstruction, batch: Batch, gan: bool) -> dict[str, Tensor]:
-    """The terms of the tokenizer's loss, unweighted; `gan` adds the adversarial one."""
-    terms = state.objective.terms(x, output, batch)
-    if gan:
-        terms["generator"] = _generator_term(state, output.image, terms)
-    return terms
+def _play(state: State, player: Player, batches: Sequence[Any], moment: Moment, main: bool) -> dict[str, float]:
+    """The backward passes of one player, then its optimizers."""
+    objective, accelerator, config = state.objective, state.accelerator, state.config
+    module, weights, report = state.module(player), objective.weights(player.name, moment), Means()
+    shares, labels = _shares(state, player, batches)
+    for index, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+        place = moment.at((index * accelerator.num_processes + accelerator.process_index) * config.batch_size)
+        torch.manual_seed(place.number(place.row))  # dropout, and all else that a network draws by itself
+        last = index == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(module):
+            terms, values = module(batch, place)
+            terms = {name: share.get(name, 1 / len(batches)) * term for name, term in terms.items()}
+            loss = weighted_sum(terms, weights)
+            accelerator.backward(loss)
+        report.add(terms | ({"loss": loss} if main else {}), 1.0)
+        report.add(values, 1 / len(batches))
+    found = report.over_ranks(accelerator.num_processes) | labels
+    for name in player.optimizers:
+        found |= _descend(state, name, moment, "" if main and len(player.optimizers) == 1 else f"_{name}")
+    return found
 
 
-def discriminator_step(
-    state: TrainState, pairs: Sequence[tuple[Tensor, Tensor]], rate: float, clip: float
-) -> dict[str, float]:
-    """One step of the discriminator on (real, reconstructed) images; returns what to report."""
-    assert state.discriminator is not None
-    assert state.discriminator_optimizer is not None
-    loss_config, report = state.config.loss, {}
-    discriminate = hinge_discriminator if loss_config.gan == "hinge" else logistic_discriminator
-    for real, fake in pairs:
-        with state.accelerator.autocast():
-            real_logits, fake_logits = state.discriminator(real).float(), state.discriminator(fake).float()
-            loss = loss_config.weights.generator * discriminate(real_logits, fake_logits)
-            state.accelerator.backward(loss / len(pairs))
-        add(report, {"discriminator": loss}, 1 / len(pairs))
-    report["discriminator_grad_norm"] = descend(
-        state.discriminator_optimizer, rate, clip, state.step, getattr(state.accelerator, "scaler", None)
-    )
-    return report
+def weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:
+    """Sum of weight * term. Terms and weights have the same names: nothing is left out silently."""
+    assert terms.keys() == weights.keys(), f"terms {sorted(terms)} and weights {sorted(weights)} differ"
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
-def _disturbance(state: TrainState) -> dict[str, Any]:
-    """What makes training harder than use, as options of the forward pass: scale drop, wrong pixel codes."""
-    keep, noise = _scales_to_keep(state), state.config.noise
-    options: dict[str, Any] = {} if keep is None else {"keep": keep}
-    if noise is not None:
-
-        def perturb(vectors: Tensor) -> Tensor:
-            u_sample = torch.rand(len(vectors), generator=state.generator).to(vectors.device)
-            u_position = torch.rand(vectors.shape[:3], generator=state.generator).to(vectors.device)
-            return inject_noise(vectors, u_sample, u_position, noise.sample_rate, noise.position_rate, noise.kind)
-
-        options["perturb"] = perturb
-    return options
+def _descend(state: State, name: str, moment: Moment, suffix: str) -> dict[str, float]:
+    """One step of one optimizer; returns what to report."""
+    learner, optimizer, scaler = state.learners[name], state.optimizers[name], state.scaler
+    rate = learning_rate(learner.options, moment.step - learner.begins, moment.progress)
+    norm = descend(optimizer, rate, learner.options.clip, scaler, lambda: state.not_finite(optimizer))
+    if not math.isfinite(norm):
+        return {"skipped_steps": 1.0, f"lr{suffix}": rate}
+    return {f"grad_norm{suffix}": norm, f"lr{suffix}": rate}
 
 
-def _scales_to_keep(state: TrainState) -> list[int] | None:
-    """Scale drop: now and then all scales but one, which is never the first."""
-    count = len(getattr(getattr(state.tokenizer, "quantizer", None), "grids", ()))
-    if not state.config.scale_drop or count < 2:
-        return None
-    if float(torch.rand((), generator=state.generator)) >= state.config.scale_drop:
-        return None
-    dropped = 1 + int(torch.randint(count - 1, (), generator=state.generator))
-    return [index for index in range(count) if index != dropped]
+def _shares(state: State, player: Player, batches: Sequence[Any]) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Share of every micro-batch in each term that is a mean over labels, and the number of labels of the whole step.
+
+    Engines average gradients over the ranks, hence the factor.
+    """
+    counts = [state.objective.counts(player.name, batch) for batch in batches]
+    names = sorted(counts[0])
+    shares: list[dict[str, float]] = [{} for _ in batches]
+    if not names:
+        return shares, {}
+    mine = torch.tensor([sum(count[name] for count in counts) for name in names], device=state.accelerator.device)
+    totals = dict(zip(names, sum_over_ranks(mine).tolist(), strict=True))
+    state.objective.check_labels(totals, state.step)
+    world = state.accelerator.num_processes
+    shares = [{name: count[name] / max(totals[name], 1) * world for name in names} for count in counts]
+    return shares, {"labels": float(totals["labels"])}
 
 
-def _generator_term(state: TrainState, image: Tensor, terms: dict[str, Tensor]) -> Tensor:
-    """The adversarial term; the discriminator collects no gradient from it."""
-    assert state.discriminator is not None
-    state.discriminator.requires_grad_(False)
-    term = state.objective.adversarial(state.discriminator(image))
-    state.discriminator.requires_grad_(True)
-    if not state.config.loss.adaptive:
-        return term
-    visible = {name: terms[name] for name in ("pixel", "perceptual") if name in terms}
-    reconstruction = weighted_sum(visible, state.config.loss.weights)
-    return term * adaptive_weight(reconstruction, term, cast(PixelDecoder, state.tokenizer.pixel_decoder).last_layer)
+class Means:
+    """Sums of values by name, in float64 on their device."""
 
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
 
-def count_codes(state: TrainState, quantized: dict[str, Quantized]) -> None:
-    """Add to the counts of codes since the last report."""
-    for name, counts in state.upkeep.count(quantized).items():
-        known = state.counts.get(name)
-        state.counts[name] = counts if known is None else known + counts
+    def add(self, values: Terms, share: float) -> None:
+        """Add a share of each value."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * share
 
-
-def add(report: dict[str, float], values: dict[str, Tensor], share: float) -> None:
-    """Add a share of each value to the report."""
-    for name, value in values.items():
-        report[name] = report.get(name, 0.0) + float(value.detach()) * share
+    def over_ranks(self, world: int) -> dict[str, float]:
+        """Means over the ranks, in one collective."""
+        if not self._sums:
+            return {}
+        found = sum_over_ranks(torch.stack(list(self._sums.values()))) / world
+        return dict(zip(self._sums, found.tolist(), strict=True))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig, Draw, bucket_size, picture_size
+from tokenizers_mm._images import read_size
+from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig, Draw, bucket_size
 from tokenizers_mm.data.sources import collate, list_images
 
 SHAPES = [(300, 400), (400, 300), (310, 410), (64, 64), (20, 50), (700, 900), (305, 402), (410, 306)]
@@ -79,7 +80,7 @@ def test_what_cannot_be_read_is_replaced_and_reported(folder: Path, tmp_path: Pa
     late.write_bytes(data[: len(data) // 2])  # the header is whole, the picture is not
     dataset = AnySize([bad, good, late], BucketConfig())
     assert [file.name for file in dataset.files] == ["b.png", "c.png"]
-    assert "a.png: expected a readable picture file" in dataset.skipped[0]
+    assert "a.png: expected a readable image" in dataset.skipped[0]
     sample = dataset[Draw(1, (64, 64), 0)]
     assert sample["image"].shape == (3, 64, 64)
     assert "c.png" in sample["skipped"][0]
@@ -91,7 +92,7 @@ def test_turned_pictures_and_bad_configurations(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
-    assert picture_size(tmp_path / "a.jpg") == (30, 20)
+    assert read_size(tmp_path / "a.jpg") == (30, 20)
     with pytest.raises(ValueError, match="a multiple of 16, got 40"):
         BucketConfig(step=40)
     with pytest.raises(ValueError, match="1 to 64, got 128"):

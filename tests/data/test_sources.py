@@ -1,5 +1,6 @@
 """Data: a position decides everything; files that cannot be read are reported, counted and skipped."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def folder_of_images(path: Path, count: int) -> Path:
 
 
 def take(config: DataConfig, start: int, count: int, size: tuple[int, int] = (32, 32)) -> list:
-    batches = iter(make_loader(Mixture(config, size, seed=3), Positions(4, start)))
+    batches = iter(make_loader(Mixture(config, size, seed=3), Positions(4, 4 * start)))
     return [next(batches) for _ in range(count)]
 
 
@@ -27,7 +28,7 @@ def take(config: DataConfig, start: int, count: int, size: tuple[int, int] = (32
 def test_a_later_start_gives_the_same_batches(workers: int) -> None:
     sources = (SourceConfig("photographs", colour=0.3, turns=True), SourceConfig("scenes"))
     whole = take(DataConfig(sources, workers), 0, 6)
-    rest = take(DataConfig(sources, 0), 4, 2)
+    rest = take(DataConfig(sources, 0), 4 * 4, 2)
     for a, b in zip(whole[4:], rest, strict=True):
         assert torch.equal(a.images, b.images)
         assert a.captions == b.captions
@@ -83,7 +84,7 @@ def test_empty_and_missing_folders_get_one_sentence(tmp_path: Path) -> None:
 
 def test_photographs_are_split_by_photograph() -> None:
     assert not PHOTOGRAPHS["train"].keys() & PHOTOGRAPHS["heldout"].keys()
-    assert len(photographs("train")) == 11
+    assert len(photographs("train")) == 16
     crops = fixed_crops("heldout", 64, 64)
     assert [c.size for c in crops] == [(64, 64)] * 64
     assert [c.tobytes() for c in crops] == [c.tobytes() for c in fixed_crops("heldout", 64, 64)]
@@ -104,3 +105,25 @@ def test_scenes_are_decided_by_their_seed_and_say_what_they_show() -> None:
         assert scene.render(64).getpixel((x, y)) == COLOURS[first.colour]
     with pytest.raises(ValueError, match="scene: expected split"):
         make_scene(1 << 40)
+
+
+def test_text_is_rendered_by_its_position() -> None:
+    mixture = Mixture(DataConfig((SourceConfig("text"),)), (32, 48), 0)
+    first, second = mixture[0]["image"], mixture[1]["image"]
+    assert first.shape == (3, 32, 48)
+    assert torch.equal(first, mixture[0]["image"])
+    assert not torch.equal(first, second)
+    ink = [float(mixture[i]["image"].flatten(1).std(1).mean()) for i in range(8)]
+    assert min(ink) > 0.1  # letters on a ground, never a plain image
+
+
+def test_channels_change_places_and_nothing_else() -> None:
+    plain = SourceConfig("photographs", zoom=(1.0, 1.0))
+    mixed = replace(plain, channels=1.0)
+    changed = 0
+    for position in range(12):
+        a, b = (Mixture(DataConfig((source,)), (16, 16), 0)[position]["image"] for source in (plain, mixed))
+        changed += not torch.equal(a, b)
+        assert sorted(channel.sum().item() for channel in a) == pytest.approx(sorted(c.sum().item() for c in b))
+        assert torch.equal(a.sort(0).values, b.sort(0).values)
+    assert changed > 0

@@ -1,6 +1,7 @@
 """rFID: an error without weights, and torch-fidelity driven in memory with a small extractor against the formula."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,25 @@ def test_missing_weights_are_one_sentence(tmp_path: Path) -> None:
     images = [torch.zeros(3, 8, 8)] * 2
     with pytest.raises(ValueError, match="rfid weights: expected the Inception weights"):
         rfid(images, images, tmp_path / "no.pth")
+
+
+class Harm:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    images, file = [torch.zeros(3, 8, 8)] * 2, tmp_path / "inception.pth"
+    torch.save({"weight": Harm(tmp_path / "harm")}, file)
+    with pytest.raises(ValueError, match=r"rfid weights: expected a file of torch\.save with nothing but weights"):
+        rfid(images, images, file)
+    file.write_text("text")
+    with pytest.raises(ValueError, match="rfid weights: expected a file"):
+        rfid(images, images, file)
+    assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

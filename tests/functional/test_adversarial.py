@@ -42,3 +42,14 @@ def test_adaptive_weight_is_a_ratio_of_gradient_norms() -> None:
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     ratio = gan.adaptive_weight((3 * weight).sum(), (weight * torch.tensor([0.0, 4.0])).sum(), weight)
     assert abs(float(ratio) - math.sqrt(18) / (4 + 1e-4)) < 1e-6
+
+
+def test_r1_is_half_the_squared_gradient_of_an_image_and_reaches_the_weights() -> None:
+    """For logits w . x the gradient is w for every image, whatever the batch."""
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    images = torch.rand(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    logits = (images * weight[:, None, None]).sum((1, 2, 3))
+    penalty = gan.r1_penalty(images, logits[:, None])
+    torch.testing.assert_close(penalty, 0.5 * 4 * weight.square().sum())
+    (to_weight,) = torch.autograd.grad(penalty, weight)
+    torch.testing.assert_close(to_weight, 4 * weight)

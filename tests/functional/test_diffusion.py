@@ -41,9 +41,14 @@ def test_tables(respacing: str) -> None:
 
 
 def test_sinusoid() -> None:
+    """Equal to float64; the original's angles are float32, off by up to t * 2^-23 (1 ulp of a frequency)."""
     reference = case("mar/diffusion_schedules")
-    actual = sinusoid(reference.inputs["t"], 256)
-    torch.testing.assert_close(actual, reference.outputs["t_sinusoid_256"], rtol=0, atol=1e-5)
+    t = reference.inputs["t"]
+    actual = sinusoid(t, 256)
+    angles = [[float(step) * 10000.0 ** (-i / 128) for i in range(128)] for step in t]
+    exact = torch.tensor([[*map(math.cos, row), *map(math.sin, row)] for row in angles])
+    torch.testing.assert_close(actual, exact, rtol=0, atol=1e-7)
+    assert ((actual - reference.outputs["t_sinusoid_256"]).abs() <= t[:, None] * 2.0**-23 + 1e-6).all()
 
 
 @pytest.mark.parametrize("bad", ["0", "1001", "ddim501", "fast", ""])

@@ -93,6 +93,13 @@ def make_case(name: str, rows: int) -> tuple[Tensor, Tensor]:
     return z, c
 
 
+def hidden_second_case() -> tuple[Tensor, Tensor]:
+    """Tokens beside a group of equal codes; the pass leaves the rest of the tile, far away, out of its records."""
+    g = torch.Generator().manual_seed(0)
+    far = 10 * torch.nn.functional.normalize(torch.randn(120, 4, generator=g), dim=1)
+    return 0.01 * torch.randn(9, 4, generator=g), torch.cat([torch.zeros(16, 4), far, -far])
+
+
 def random_case(seed: int) -> tuple[Tensor, Tensor]:
     """Tokens and codebook of a random shape, put through random changes of scale, offset, norms and duplicates."""
     choose, g = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -137,23 +144,54 @@ def float64_distances(zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], wei
     return total
 
 
+def float64_margins(
+    ids: Tensor, zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """How much farther, not squared, the nearest code is that differs from code ids[i] in some value, and its squared
+    distance. Infinity where no other code can be chosen, zero where nothing is at a finite distance, NaN at ids of -1.
+    """
+    table = float64_distances(zs, codebooks, weights)
+    same = torch.ones(len(ids), table.shape[1], dtype=torch.bool, device=ids.device)
+    for codebook in codebooks:
+        for rows in torch.arange(len(ids), device=ids.device).split(64):
+            same[rows] &= (codebook[ids[rows], None] == codebook).all(-1)
+    others = torch.where(same | torch.isnan(table), torch.inf, table).amin(1)
+    chosen = table[torch.arange(len(ids), device=ids.device), ids]
+    chosen = torch.where(torch.isnan(chosen), torch.inf, chosen)
+    margins = torch.where(others > chosen, others.sqrt() - chosen.sqrt(), 0.0)
+    return torch.where(ids < 0, torch.nan, margins), others
+
+
+def assert_margins(
+    margins: Tensor,
+    ids: Tensor,
+    zs: tuple[Tensor, ...],
+    codebooks: tuple[Tensor, ...],
+    weights: tuple[float, ...],
+) -> None:
+    """Margins equal the float64 ones to 1e-12 of the roots of the distances they are made of."""
+    expected, others = float64_margins(ids, zs, codebooks, weights)
+    assert torch.equal(torch.isnan(margins), ids < 0)
+    known = torch.isfinite(expected)
+    assert (margins[expected == torch.inf] == torch.inf).all()
+    assert (margins[known] >= 0).all()
+    assert ((margins - expected).abs()[known] <= torch.nan_to_num(1e-12 * others[known].sqrt(), posinf=0.0)).all()
+
+
 def assert_nearest(
     ids: Tensor, distances: Tensor, zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...]
 ) -> None:
     """Ids equal the float64 ones, save where two different codes are equally far to 1e-12 of the distance."""
     expected = float64_distances(zs, codebooks, weights)
     finite = torch.stack([torch.isfinite(z).all(1) for z in zs]).all(0)
-    usable = ~torch.isnan(expected[finite]).all(1) if expected.shape[1] else finite
-    table = torch.where(torch.isnan(expected), torch.inf, expected)
+    table = torch.where(torch.isfinite(expected), expected, torch.inf)
     best = table.argmin(1)
-    # The lowest usable index when every distance overflows.
-    infinite = torch.isinf(table.amin(1))
-    best[infinite] = (~torch.isnan(expected[infinite])).to(torch.int8).argmax(1)
-    answered = finite.clone()
-    answered[finite] = usable
-    assert torch.equal(ids[~answered], torch.zeros_like(ids[~answered]))
-    assert torch.isnan(distances[~answered]).all()
-    rows = torch.nonzero(answered)[:, 0]
+    far = finite & torch.isinf(table.amin(1))
+    assert (ids[~finite] == -1).all()
+    assert torch.isnan(distances[~finite]).all()
+    assert (ids[far] == 0).all()
+    assert (distances[far] == torch.inf).all()
+    rows = torch.nonzero(finite & ~far)[:, 0]
     found, wanted = table[rows, ids[rows]], table[rows, best[rows]]
     same = ids[rows] == best[rows]
     near = (found - wanted).abs() <= 1e-12 * wanted

@@ -147,15 +147,9 @@ void pass(const Codebook& codebook, const uint16_t* row, std::vector<Record>& re
   }
 }
 
-struct Best {
-  double distance = INFINITY;
-  int64_t code = kNoCode;
-};
-
 void score(const Points& tokens, int64_t row, const Codebook& codebook, int64_t code, Best& best) {
-  if (code >= codebook.count || !codebook.valid[code]) return;
-  const double found = distance(tokens, row, codebook.points, code);
-  if (better(found, code, best.distance, best.code)) best = {found, code};
+  if (code >= codebook.count) return;
+  best_add<true>(best, codebook.points, distance(tokens, row, codebook.points, code), code);
 }
 
 void score_group(const Points& tokens, int64_t row, const Codebook& codebook, int group, Best& best) {
@@ -194,13 +188,14 @@ int64_t count_excess(const Points& tokens, int64_t row, const Codebook& codebook
   return excess + !positive;
 }
 
-Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool check, Statistics& statistics) {
+Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool check, bool margin,
+            Statistics& statistics) {
   const Plan& plan = codebook.plan;
   const int dim = tokens.dim;
   bool finite;
   const double norm = squared_norm(tokens, row, codebook.mean, &finite);
-  Best best;
-  if (!finite) return best;
+  Best best = no_best();
+  if (!finite) return {NAN, -1, NAN};
   std::vector<uint16_t> packed(plan.width, 0);
   const int code_exp = code_exponent(bits_double(codebook.header.largest_norm));
   const int row_exp = row_exponent(norm, code_exp);
@@ -224,14 +219,14 @@ Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool ch
   score_group(tokens, row, codebook, records[top].group, best);
   ++statistics.groups;
   for (int stream = 0; stream < plan.streams(); ++stream) {
-    if (stream == top || !reaches(records[stream].best, threshold(bound, best.distance, dim))) continue;
+    if (stream == top || !reaches(records[stream].best, threshold(bound, margin ? best.second : best.distance, dim))) continue;
     score_group(tokens, row, codebook, records[stream].group, best);
     ++statistics.groups;
   }
-  const double limit = threshold(bound, best.distance, dim);
+  const double limit = threshold(bound, margin ? best.second : best.distance, dim);
   bool complete = true;
   for (int stream = 0; stream < plan.streams(); ++stream) {
-    if (!reaches(records[stream].second, limit)) continue;
+    if (!reaches(records[stream].second, limit) && !(margin && !(limit >= 0.0))) continue;
     complete = false;
     score_stream(tokens, row, codebook, stream, best);
   }
@@ -243,9 +238,9 @@ Best search(const Points& tokens, int64_t row, const Codebook& codebook, bool ch
 
 extern "C" {
 
-// tmm_cuda_nearest with host pointers; `statistics` gets certified rows, listed rows, groups scored, broken bounds.
+// tmm_cuda_nearest with host pointers; `margins` may be null; `statistics` gets certified rows, listed rows, groups scored, broken bounds.
 int emulate_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights, int parts,
-                    int64_t* ids, double* distances, int check, int64_t* statistics) {
+                    int64_t* ids, double* distances, double* margins, int check, int64_t* statistics) {
   Codebook codebook;
   codebook.points = make_points(codes, weights, parts);
   codebook.count = codes[0].rows;
@@ -255,9 +250,10 @@ int emulate_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes,
   pack(codebook);
   Statistics total = {};
   for (int64_t row = 0; row < tokens[0].rows; ++row) {
-    const Best best = search(rows, row, codebook, check != 0, total);
+    const Best best = search(rows, row, codebook, check != 0, margins != nullptr, total);
     ids[row] = best.code == kNoCode ? 0 : best.code;
-    distances[row] = best.code == kNoCode ? NAN : best.distance;
+    distances[row] = best.distance;
+    if (margins) margins[row] = best.code < 0 ? NAN : best_margin(best);
   }
   statistics[0] = total.certified;
   statistics[1] = total.listed;

@@ -270,8 +270,9 @@ T atomicMax(T* to, V value) {
   if (static_cast<T>(value) > old) *to = static_cast<T>(value);
   return old;
 }
-inline int atomicAdd(int* to, int value) {
-  const int old = *to;
+template <class T, class V>
+T atomicAdd(T* to, V value) {
+  const T old = *to;
   *to += value;
   return old;
 }

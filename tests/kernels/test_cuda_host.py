@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda_data import CASES, TWO_PART_WEIGHTS, assert_nearest, make_case, random_case
+from tests.kernels.cuda_data import (
+    CASES,
+    TWO_PART_WEIGHTS,
+    assert_margins,
+    assert_nearest,
+    hidden_second_case,
+    make_case,
+    random_case,
+)
 from tokenizers_mm.kernels import _cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Run:
     ids: Tensor
     distances: Tensor
+    margins: Tensor
     certified: int
     listed: int
     groups: int
@@ -32,9 +41,12 @@ class Emulation:
         self.library = ctypes.CDLL(str(path))
         self.library.emulate_half_value.restype = ctypes.c_double
 
-    def nearest(self, zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...]) -> Run:
+    def nearest(
+        self, zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...], margin: bool = False
+    ) -> Run:
         rows = zs[0].shape[0]
         ids, distances = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float64)
+        margins = torch.empty_like(distances)
         statistics = (ctypes.c_int64 * 4)()
         code = self.library.emulate_nearest(
             _cuda.matrices(zs),
@@ -43,11 +55,12 @@ class Emulation:
             len(zs),
             ctypes.c_void_p(ids.data_ptr()),
             ctypes.c_void_p(distances.data_ptr()),
+            ctypes.c_void_p(margins.data_ptr() if margin else None),
             1,
             statistics,
         )
         assert code == 0
-        return Run(ids, distances, *statistics)
+        return Run(ids, distances, margins, *statistics)
 
     def plan(self, rows: int, codes: int, dim: int) -> list[int]:
         out = (ctypes.c_int64 * 8)()
@@ -75,14 +88,30 @@ def test_emulation_returns_the_float64_answer(emulation: Emulation, name: str) -
     assert_nearest(run.ids, run.distances, (z,), (codebook,), (1.0,))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_emulation_returns_the_margin(emulation: Emulation, name: str) -> None:
+    z, codebook = make_case(name, rows=32)
+    run = emulation.nearest((z,), (codebook,), (1.0,), margin=True)
+    assert_nearest(run.ids, run.distances, (z,), (codebook,), (1.0,))
+    assert_margins(run.margins, run.ids, (z,), (codebook,), (1.0,))
+
+
+def test_emulation_finds_a_second_nearest_outside_the_records(emulation: Emulation) -> None:
+    z, codebook = hidden_second_case()
+    run = emulation.nearest((z,), (codebook,), (1.0,), margin=True)
+    assert torch.isfinite(run.margins).all()
+    assert_margins(run.margins, run.ids, (z,), (codebook,), (1.0,))
+
+
 @pytest.mark.parametrize("weights", TWO_PART_WEIGHTS)
 def test_emulation_of_two_codebooks(emulation: Emulation, weights: tuple[float, float]) -> None:
     generator = torch.Generator().manual_seed(5)
     zs = (torch.randn(64, 24, generator=generator), torch.randn(64, 8, generator=generator).bfloat16())
     codebooks = (torch.randn(900, 24, generator=generator).half(), torch.randn(900, 8, generator=generator))
-    run = emulation.nearest(zs, codebooks, weights)
+    run = emulation.nearest(zs, codebooks, weights, margin=True)
     assert run.excess == 0
     assert_nearest(run.ids, run.distances, zs, codebooks, weights)
+    assert_margins(run.margins, run.ids, zs, codebooks, weights)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 7, 10, 11, 26, 27, 64, 130])
@@ -98,9 +127,10 @@ def test_emulation_of_every_edge(emulation: Emulation, dim: int, num_codes: int)
 def test_emulation_of_random_cases(emulation: Emulation) -> None:
     for seed in range(150):
         z, codebook = random_case(seed)
-        run = emulation.nearest((z,), (codebook,), (1.0,))
+        run = emulation.nearest((z,), (codebook,), (1.0,), margin=True)
         assert run.excess == 0, f"seed {seed}"
         assert_nearest(run.ids, run.distances, (z,), (codebook,), (1.0,))
+        assert_margins(run.margins, run.ids, (z,), (codebook,), (1.0,))
 
 
 def test_most_rows_are_certified(emulation: Emulation) -> None:
@@ -151,7 +181,7 @@ def test_plan_covers_the_codes_in_bounded_memory(emulation: Emulation, rows: int
     assert (segments - 1) * segment_tiles < tiles <= segments * segment_tiles
     assert chunk_rows % 128 == 0
     assert workspace < 32 << 20
-    assert packed < padded * width * 2 + padded + 300 * dim * 8 + 4096
+    assert packed < padded * width * 2 + 300 * dim * 8 + 4096
 
 
 def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ asynchronous work as late as it may. What it cannot show: that the model is righ
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda_data import TWO_PART_WEIGHTS, assert_nearest, make_case
-from tokenizers_mm.kernels import _cuda, reference
+from tests.kernels.cuda_data import TWO_PART_WEIGHTS, assert_margins, assert_nearest, hidden_second_case, make_case
+from tokenizers_mm import kernels
+from tokenizers_mm.kernels import _cuda, _ops, reference
+from tokenizers_mm.kernels._packed import joint_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSES = ["portable", "hopper", "exact"]
@@ -44,8 +47,9 @@ class Machine:
         tokens, codes = _cuda.matrices(zs), _cuda.matrices(codebooks)
         parts, choice = len(zs), _cuda.PASSES[pass_name]
         assert self.library.tmm_cuda_pack(codes, scales, parts, packed.data_ptr(), 0, None) == 0
-        pointers = [tensor.data_ptr() for tensor in (packed, workspace, ids, distances)]
-        assert self.library.tmm_cuda_nearest(tokens, codes, scales, parts, *pointers, choice, 0, None) == 0
+        pointers = [tensor.data_ptr() for tensor in (workspace, ids, distances)]
+        arguments = tokens, codes, scales, parts, packed.data_ptr(), 0, *pointers, None, None, choice, 0, None
+        assert self.library.tmm_cuda_nearest(*arguments) == 0
         list_bytes = (-(-rows // 128) * 128 + 1) * 4  # the list ends the workspace
         listed = workspace[workspace.numel() - -(-list_bytes // 256) * 256 :][:4].view(torch.int32)
         return ids, distances, int(listed)
@@ -124,7 +128,7 @@ def test_code_sums(machine: Machine) -> None:
     begin = torch.searchsorted(by_code, torch.arange(51))
     sums = torch.empty(50, 5, dtype=torch.float64)
     rows = ctypes.byref(_cuda.matrix(vectors))
-    pointers = order.data_ptr(), begin.data_ptr(), 50, sums.data_ptr()
+    pointers = order.data_ptr(), begin.data_ptr(), 50, sums.data_ptr(), None
     assert machine.library.tmm_cuda_code_sums(rows, *pointers, 0, None) == 0
     counts, expected = reference.code_sums(vectors, ids, 50)
     assert torch.equal(begin.diff(), counts)
@@ -142,4 +146,162 @@ def test_bad_arguments_are_refused(machine: Machine) -> None:
     assert pack(_cuda.matrices((codebook,)), one, 1, None, 0, None) != 0
     tokens, codes = _cuda.matrices((z,)), _cuda.matrices((torch.randn(5, 3),))
     nearest = machine.library.tmm_cuda_nearest
-    assert nearest(tokens, codes, one, 1, packed.data_ptr(), packed.data_ptr(), z.data_ptr(), None, 0, 0, None) != 0
+    pointers = packed.data_ptr(), z.data_ptr(), None, None, None
+    assert nearest(tokens, codes, one, 1, packed.data_ptr(), 0, *pointers, 0, 0, None) != 0
+
+
+@pytest.fixture
+def host(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`_cuda`, cache and all, over the model: CPU tensors stand for CUDA tensors."""
+    monkeypatch.setattr(_cuda, "load_library", lambda: machine.library)
+    monkeypatch.setattr(_ops, "_library", lambda device: None)
+    monkeypatch.setattr(_ops, "_twin", lambda device: _cuda)
+    _cuda.packs.clear()
+    _cuda.faults().take_bad_ids()
+    yield
+    _cuda.packs.clear()
+
+
+def random_pair(rows: int, num_codes: int, dim: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows + num_codes + dim)
+    return torch.randn(rows, dim, generator=generator), torch.randn(num_codes, dim, generator=generator)
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+@pytest.mark.parametrize("name", ["gauss", "narrow", "duplicates", "far_clump", "not_finite", "mixed"])
+def test_margins(host: None, name: str, pass_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_MM_CUDA_PASS", pass_name)
+    z, codebook = make_case(name, rows=8)
+    codebook = codebook[:600]
+    ids, distances, margins = _cuda.search((z,), (codebook,), (1.0,), margin=True)
+    assert margins is not None
+    assert_nearest(ids, distances, (z,), (codebook,), (1.0,))
+    assert_margins(margins, ids, (z,), (codebook,), (1.0,))
+
+
+@pytest.mark.parametrize("num_codes", [1, 2, 3])
+def test_margins_of_few_codes(host: None, num_codes: int) -> None:
+    z, codebook = random_pair(20, num_codes, 4)
+    ids, distances, margins = _cuda.search((z,), (codebook,), (1.0,), margin=True)
+    assert margins is not None
+    assert_nearest(ids, distances, (z,), (codebook,), (1.0,))
+    assert_margins(margins, ids, (z,), (codebook,), (1.0,))
+    assert bool(torch.isinf(margins).all()) == (num_codes == 1)
+
+
+def test_the_second_nearest_code_may_be_outside_the_records(host: None) -> None:
+    z, codebook = hidden_second_case()
+    ids, _, margins = _cuda.search((z,), (codebook,), (1.0,), margin=True)
+    assert margins is not None
+    assert torch.isfinite(margins).all()
+    assert_margins(margins, ids, (z,), (codebook,), (1.0,))
+
+
+def test_a_pack_is_kept_and_follows_the_version(host: None) -> None:
+    z, codebook = random_pair(6, 300, 8)
+    first, checked = _cuda.packs.get((codebook,), (1.0,))
+    again, checked_again = _cuda.packs.get((codebook,), (1.0,))
+    assert (checked, checked_again) == (False, True)
+    assert again is first
+    assert _cuda.packs.get((codebook,), (2.0,))[0] is not first
+    codebook.copy_(codebook.flip(0))
+    new, checked = _cuda.packs.get((codebook,), (1.0,))
+    assert new is not first
+    assert new.buffer is first.buffer  # on the same stream, and nobody will ask for the first again
+    assert not checked
+    assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
+    kernels.invalidate()
+    assert len(_cuda.packs) == 0
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_a_change_behind_torch_is_noticed(host: None, pass_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_MM_CUDA_PASS", pass_name)
+    z, codebook = random_pair(6, 300, 8)
+    codebook[7, 3] = torch.nan
+    _cuda.nearest_code(z, codebook)
+    pack = _cuda.packs.get((codebook,), (1.0,))[0]
+    version = codebook._version
+    codebook.data[7, 3] = 0.5
+    codebook.data[9, 0] = torch.inf
+    codebook.data[20:] = z.repeat(47, 1)[:280] + 0.01 * codebook.data[20:]
+    assert codebook._version == version
+    assert not _cuda.faults().stale(pack.row)
+    assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
+    assert _cuda.faults().stale(pack.row)
+    for value in (1.0, 2.0):  # from now on it is packed at every call
+        codebook.data[3] = value
+        other, checked = _cuda.packs.get((codebook,), (1.0,))
+        assert other is not pack
+        assert not checked
+        assert_nearest(*_cuda.nearest_code(z, codebook), (z,), (codebook,), (1.0,))
+
+
+def test_packs_of_codebooks_that_are_gone_are_used_again(host: None) -> None:
+    buffers = set()
+    for seed in range(6):
+        z, codebook = random_pair(2, 40, 3)
+        assert_nearest(*_cuda.nearest_code(z, codebook + seed), (z,), (codebook + seed,), (1.0,))
+        assert len(_cuda.packs) == 1
+        buffers |= {entry.pack.buffer.data_ptr() for entry in _cuda.packs._entries.values()}
+    assert len(buffers) == 1
+    kept = [torch.randn(30 + i, 4) for i in range(_cuda.MAX_PACKS + 3)]
+    for codebook in kept:
+        _cuda.packs.get((codebook,), (1.0,))
+    assert len(_cuda.packs) == _cuda.MAX_PACKS
+
+
+def test_every_single_change_alters_the_hash(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_MM_CUDA_PASS", "exact")
+    z, codebook = random_pair(1, 9, 3)
+    pack, _ = _cuda.packs.get((codebook,), (1.0,))
+    for place in range(codebook.numel()):
+        kept = codebook.view(-1)[place].item()
+        codebook.data.view(-1)[place] = torch.nextafter(torch.tensor(kept), torch.tensor(9.0))
+        _cuda.nearest_code(z, codebook)
+        assert _cuda.faults().stale(pack.row), place
+        codebook.data.view(-1)[place] = kept
+        _cuda.packs.clear()
+        pack, _ = _cuda.packs.get((codebook,), (1.0,))
+
+
+def test_a_trusted_version_is_not_checked(host: None) -> None:
+    z, codebook = random_pair(6, 300, 8)
+    before, _ = _cuda.nearest_code(z, codebook)
+    pack = _cuda.packs.get((codebook,), (1.0,))[0]
+    codebook.data.copy_(codebook.flip(0))
+    _cuda.search((z,), (codebook,), (1.0,), trust_version=True)
+    assert not _cuda.faults().stale(pack.row)
+    assert torch.equal(_cuda.nearest_code(z, codebook)[0], 299 - before)
+    assert _cuda.faults().stale(pack.row)
+
+
+def test_ids_that_are_no_codes_are_reported_by_a_later_call(host: None) -> None:
+    vectors = torch.randn(5, 3)
+    counts, sums = kernels.code_sums(vectors, torch.tensor([0, 1, 4, -1, 1]), 2)
+    assert counts.tolist() == [1, 2]
+    torch.testing.assert_close(sums[1], (vectors[1] + vectors[4]).double())
+    with pytest.raises(ValueError, match="ids: expected values in 0"):
+        _cuda.raise_reported()
+    _cuda.raise_reported()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_shared_index_is_searched_directly(host: None, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "NORMALIZED_ELEMENTS", 100)
+    z1, c1 = random_pair(9, 300, 12)
+    z2, c2 = random_pair(9, 300, 8)
+    packed = []
+    pack = _cuda._pack
+    monkeypatch.setattr(_cuda, "_pack", lambda *arguments, **options: packed.append(1) or pack(*arguments, **options))
+    weights = (1.0, 0.5)
+    ids = kernels.nearest_code_shared((z1.view(3, 3, 12), z2.view(3, 3, 8)), (c1, c2), weights, normalize=normalize)
+    assert len(packed) == 1
+    parts = [joint_rows(pair, weights, normalize, torch.float64) for pair in ((z1, z2), (c1, c2))]
+    assert torch.equal(ids.view(-1), reference.nearest_code(*parts)[0])
+
+
+def test_no_rows(host: None) -> None:
+    z, codebook = random_pair(0, 40, 8)
+    assert kernels.nearest_code(z.view(0, 2, 8), codebook).shape == (0, 2)
+    assert kernels.nearest_code_shared((z, z), (codebook, codebook), normalize=True).shape == (0,)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from tokenizers_mm.models.base import ImageTokenizer
-from tokenizers_mm.types import ImageCodes, ImageLatents, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, ImageLatents, Reconstruction, Stream
 
 Grids = tuple[tuple[int, int], ...]
 
@@ -70,6 +70,17 @@ class FakeTokenizer(ImageTokenizer):
     def decode(self, codes: ImageCodes | ImageLatents) -> Tensor:
         level = self.vectors(codes).permute(0, 3, 1, 2)
         return F.interpolate(level, size=(codes.height, codes.width)).expand(-1, 3, -1, -1)
+
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        codes = self.encode_tensor(x)
+        return Reconstruction(self.decode(codes), None, None, {}, self.vectors(codes))
+
+    def quantizers(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.anchor
 
     def features(self, images_or_codes: Any) -> Tensor:
         codes = images_or_codes if isinstance(images_or_codes, ImageCodes) else self.encode(images_or_codes)

@@ -21,6 +21,7 @@ from tokenizers_mm.llm.continuous import (
     image_requests,
     question_row,
 )
+from tokenizers_mm.llm.transformers_api import rope
 from tokenizers_mm.models.mar import MARDraws, buffers_first
 from tokenizers_mm.models.mar_sampling import Plan, SamplingConfig, plan_masked
 
@@ -29,8 +30,7 @@ transformers = pytest.importorskip("transformers")
 
 def language_model(sizes: dict[str, Any]) -> Any:
     known = {key: value for key, value in sizes.items() if key != "arch" and key != "rope_theta"}
-    rope = {"rope_theta": sizes["rope_theta"], "rope_type": "default"}
-    config = transformers.Qwen2Config(**known, rope_parameters=rope, attn_implementation="eager")
+    config = transformers.Qwen2Config(**known, **rope(sizes["rope_theta"]), attn_implementation="eager")
     return transformers.Qwen2ForCausalLM(config)
 
 

@@ -74,7 +74,6 @@ def test_it_is_the_models_own_loss(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert sizes == [num_predicted(batch.labels)]
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_under_adapters(name: str) -> None:
     pytest.importorskip("peft")

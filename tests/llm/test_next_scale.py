@@ -24,6 +24,7 @@ from tokenizers_mm.llm.next_scale import (
     next_scale_features,
     scale_bounds,
 )
+from tokenizers_mm.llm.transformers_api import rope
 from tokenizers_mm.models import TokenFlow
 
 transformers = pytest.importorskip("transformers", reason="the language-model bridge needs transformers")
@@ -88,7 +89,7 @@ def language_model(reference: Case) -> tuple[Any, NextScaleInputs]:
         num_key_value_heads=sizes["kv_heads"],
         head_dim=sizes["hidden_size"] // sizes["heads"],
         rms_norm_eps=sizes["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": sizes["rope_theta"]},
+        **rope(sizes["rope_theta"]),
         sliding_window=None,
         layer_types=["full_attention"] * sizes["layers"],
         bos_token_id=1,

@@ -235,7 +235,6 @@ def test_packed_masked_diffusion_is_padded_masked_diffusion() -> None:
     torch.testing.assert_close(both[0, first : first + len(rows[1])], one[1, : len(rows[1])], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
 def test_adapters_train_and_merge(name: str) -> None:
     pytest.importorskip("peft")

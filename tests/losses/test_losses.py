@@ -70,3 +70,7 @@ def test_lpips_reads_a_local_file_and_stays_in_evaluation_mode(tmp_path: Path) -
     assert (distance > 0).all()
     torch.testing.assert_close(model(x, x), torch.zeros(2))
     torch.testing.assert_close(distance, model(x, y))  # no dropout
+    for content in ({"args": Path.touch}, {"features.0.weight": torch.zeros(1)}, 3):
+        torch.save(content, tmp_path / "vgg.pth")
+        with pytest.raises(ValueError, match="perceptual weights: expected the VGG16 weights"):
+            load_lpips(tmp_path / "vgg.pth")

@@ -18,7 +18,7 @@ from tokenizers_mm.layers.rotary import RotaryTransformerConfig
 from tokenizers_mm.models import DualViTok, DualViTokConfig
 from tokenizers_mm.quantizers.vq import SimVQConfig
 from tokenizers_mm.resolutions import ANCHORS
-from tokenizers_mm.types import ImageCodes
+from tokenizers_mm.types import Disturbance, ImageCodes
 
 FALLBACK = [(384, 640), (256, 384), (256, 512), (272, 304), (144, 80), (640, 384)]
 
@@ -88,7 +88,7 @@ def test_forward_is_decode_of_encode(tokenizer: DualViTok) -> None:
 def test_disturbed_pixel_codes_reach_the_image_only(tokenizer: DualViTok) -> None:
     x = noise(1, 3, 64, 64)
     with torch.no_grad():
-        plain, disturbed = tokenizer(x), tokenizer(x, perturb=torch.zeros_like)
+        plain, disturbed = tokenizer(x), tokenizer.reconstruct(x, Disturbance(perturb=torch.zeros_like))
     assert not torch.allclose(plain.image, disturbed.image)
     assert torch.equal(plain.semantic, disturbed.semantic)
     assert torch.equal(plain.quantized["pixel"].vectors, disturbed.quantized["pixel"].vectors)

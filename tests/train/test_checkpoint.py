@@ -1,65 +1,234 @@
-"""The files of checkpoints, which every program shares."""
+"""Files of checkpoints, the lock of a run's folder, and configurations that changed between two starts."""
 
-from dataclasses import dataclass, field
+import os
+import pickle
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
-from torch import equal, nn
+import torch
 
-from train.checkpoint import list_checkpoints, resume, save_checkpoint
-from train.config import ModelConfig, TrainConfig
+from tests.train.kinds import final, make_place, plain, start, tiny
+from train.__main__ import main
+from train.checkpoint import STATE, TENSORS, list_checkpoints, read_checkpoint, resume, save_checkpoint
+from train.config import RunConfig, parse_config
+from train.folder import Signals, locked
+from train.log import read_log
+from train.loop import run
+from train.state import State, build_state
 
-
-@dataclass
-class SmallRun:
-    """A layer that learns, and a number."""
-
-    config: TrainConfig
-    accelerator: Accelerator = field(default_factory=lambda: Accelerator(cpu=True))
-    layer: nn.Module = field(default_factory=lambda: nn.Linear(2, 2))
-    name: str = "number"
-    number: int = 0
-    step: int = 0
-    seconds: float = 0.0
-
-    def parts(self) -> dict[str, Any]:
-        return {"layer": self.layer}
-
-    def values(self) -> dict[str, Any]:
-        return {self.name: self.number}
-
-    def set_values(self, values: dict[str, Any]) -> None:
-        self.number = values[self.name]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_the_newest_few_are_kept_and_later_steps_of_an_older_run_go(tmp_path: Path) -> None:
-    state = SmallRun(TrainConfig(str(tmp_path), ModelConfig("tokenflow"), keep=2))
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+def config(place: Path, out: Path, edits: dict[str, Any] | None = None) -> RunConfig:
+    return tiny("reconstruction", place, out, {"steps": 4, "save_every": 2, **(edits or {})})
+
+
+@pytest.fixture
+def state(place: Path, tmp_path: Path) -> State:
+    return build_state(config(place, tmp_path))
+
+
+def test_the_newest_few_are_kept_and_later_steps_of_an_older_run_go(state: State, tmp_path: Path) -> None:
     assert not resume(state)
     for state.step in (10, 20, 30):
         save_checkpoint(state)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 30]
     state.step = 25
     save_checkpoint(state)
+    save_checkpoint(state)  # over itself
     assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 25]
-    assert (list_checkpoints(tmp_path)[0][1] / "config.json").is_file()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000000020", "step_000000025"}
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
-    config = TrainConfig(str(tmp_path), ModelConfig("tokenflow"))
-    state, other = SmallRun(config, step=3, seconds=1.5, number=7), SmallRun(config)
-    save_checkpoint(state)
+def damages() -> dict[str, Any]:
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    return {
+        "truncated": lambda folder: os.truncate(folder / TENSORS, 1000),
+        "empty": lambda folder: (folder / TENSORS).write_bytes(b""),
+        "a flipped bit in tensors": lambda folder: flip(folder / TENSORS),
+        "a flipped bit in the rest": lambda folder: flip(folder / STATE),
+        "a flipped bit in the hashes": lambda folder: flip(folder / "sha256.json"),
+        "a flipped bit in the configuration": lambda folder: flip(folder / "config.json"),
+        "a file that is gone": lambda folder: (folder / STATE).unlink(),
+        "a pickle": lambda folder: torch.save({"a": 1}, folder / TENSORS),
+    }
+
+
+@pytest.mark.parametrize("damage", damages())
+def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(
+    damage: str, state: State, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for state.step in (2, 4):
+        save_checkpoint(state)
+    newest = list_checkpoints(tmp_path)[-1][1]
+    damages()[damage](newest)
+    other = build_state(config(place, tmp_path))
     assert resume(other)
-    assert equal(other.layer.weight, state.layer.weight)  # type: ignore[arg-type]
-    assert (other.step, other.seconds, other.number) == (3, 1.5, 7)
-    with pytest.raises(ValueError, match=r"expected the parts of this configuration, got a difference in \['n', 'num"):
-        resume(SmallRun(config, name="n"))
-    with pytest.raises(ValueError, match="expected layer of this configuration, got"):
-        resume(SmallRun(config, layer=nn.Linear(3, 2)))
-    path = list_checkpoints(tmp_path)[0][1] / "state.pt"
-    for damaged in (b"", b"PK", b"\x80\x02cposix\nsystem\n.", b"no pickle at all", path.read_bytes()[:-50]):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"state.pt: expected a whole checkpoint, got \w+Error: ") as caught:
-            resume(other)
-        assert "\n" not in str(caught.value)
+    assert other.step == 2
+    error = capsys.readouterr().err
+    assert "step_000000004" in error
+    assert "continuing from step_000000002" in error
+    damages()[damage](list_checkpoints(tmp_path)[0][1])
+    with pytest.raises(ValueError, match=r"expected .*, got .* \(resume=never starts anew\)") as caught:
+        resume(build_state(config(place, tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_left_of_a_write_that_failed(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: the checkpoint before stays, and is the newest."""
+    state.step = 2
+    save_checkpoint(state)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.checkpoint.save_tensors", full)
+    state.step = 4
+    with pytest.raises(ValueError, match=r"checkpoint of step 4: expected to be written, got OSError: .*No space left"):
+        save_checkpoint(state)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000000002"}
+    assert read_checkpoint(list_checkpoints(tmp_path)[0][1])["counters"]["step"] == 2
+
+
+def test_tensors_that_share_memory_and_all_kinds_of_values_come_back(state: State, tmp_path: Path) -> None:
+    weight = torch.arange(6.0).view(2, 3)
+    values = {"a": weight, "b": weight.T, 3: [1, 2.5, None, True, "x", {"deep": torch.tensor(7)}]}
+    state.objective.state_dict = lambda: values  # type: ignore[method-assign]
+    save_checkpoint(state)
+    found = final(tmp_path)["objective"]
+    assert found.keys() == {"a", "b", 3}
+    assert torch.equal(found["a"], weight)
+    assert torch.equal(found["b"], weight.T)
+    assert found[3][:5] == [1, 2.5, None, True, "x"]
+    assert int(found[3][5]["deep"]) == 7
+
+
+def test_two_starts_in_one_folder(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second is refused while the first lives; the lock of a process that was killed is taken over."""
+    out = tmp_path / "run"
+    data = plain("reconstruction", place, out, {"steps": 10000, "save_every": 0})
+    process = start(data, tmp_path / "run.yaml")
+    while process.is_alive() and not (out / "log.jsonl").exists():
+        time.sleep(0.01)
+    assert main([str(tmp_path / "run.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert f"config.out: expected a folder that no other run writes to, got {out} (process {process.pid})" in message
+    process.kill()
+    process.join()
+    run(parse_config(data | {"steps": 1}))
+    with locked(str(out)):
+        pass
+
+
+def test_a_second_signal_acts_at_once() -> None:
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("edits", "changed"),
+    [
+        ({"objective.optimizer.betas": [0.5, 0.6]}, "objective.optimizer.betas"),
+        ({"objective.optimizer.weight_decay": 0.3}, "objective.optimizer.weight_decay"),
+        ({"objective.optimizer.lr": 0.02}, "objective.optimizer.lr"),
+        ({"objective.loss.weights.pixel": 3.0}, "objective.loss.weights.pixel"),
+        ({"objective.scale_drop": 1.0}, "objective.scale_drop"),
+        ({"accumulate": 3}, "accumulate"),
+    ],
+)
+def test_a_difference_of_the_configuration_is_applied(
+    edits: dict[str, Any], changed: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(place, tmp_path / "a", {"steps": 2}))
+    plainly = tmp_path / "plainly"
+    run(config(place, plainly, {"steps": 2}))
+    run(config(place, plainly, {"steps": 4}))
+    capsys.readouterr()
+    state = run(config(place, tmp_path / "a", {"steps": 4, **edits}))
+    assert f"continuing with other values of {', '.join(sorted([changed, 'steps']))}" in capsys.readouterr().err
+    one, other = final(plainly)["network tokenizer"], final(tmp_path / "a")["network tokenizer"]
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    group = state.optimizers["tokenizer"].param_groups[0]
+    assert list(group["betas"]) == edits.get("objective.optimizer.betas", [0.9, 0.95])
+    assert group["weight_decay"] == edits.get("objective.optimizer.weight_decay", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"seed": 1}, "config.seed: expected 0 as in"),
+        ({"objective.data.sources": [{"kind": "scenes"}]}, "config.objective.data.sources: expected"),
+        (
+            {"objective.model.config.quantizer.codebook_size": 64},
+            "config.objective.model.config.quantizer.codebook_size",
+        ),
+        (
+            {"objective.loss.discriminator.channels": 8},
+            "config.objective.loss.discriminator.channels: expected 16 as in",
+        ),
+        ({"ema": 0.0}, "checkpoint: expected the parts of this configuration, got a difference in"),
+    ],
+)
+def test_a_difference_that_cannot_be_applied_is_refused_by_name(
+    edits: dict[str, Any], message: str, place: Path, tmp_path: Path
+) -> None:
+    run(config(place, tmp_path, {"steps": 2}))
+    with pytest.raises(ValueError) as caught:
+        run(config(place, tmp_path, {"steps": 4, **edits}))
+    assert message in str(caught.value)
+
+
+def test_a_finished_run_refuses_what_it_can_no_longer_apply(place: Path, tmp_path: Path) -> None:
+    run(config(place, tmp_path))
+    before = final(tmp_path)["network tokenizer"]
+    run(config(place, tmp_path, {"log_every": 3, "keep": 4}))
+    with pytest.raises(ValueError, match=r"config.objective.optimizer.lr: expected 0.001, since this run is finished"):
+        run(config(place, tmp_path, {"objective.optimizer.lr": 0.5}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in final(tmp_path)["network tokenizer"].items())
+
+
+def test_a_run_started_anew_forgets_the_one_before(place: Path, tmp_path: Path) -> None:
+    run(config(place, tmp_path))
+    run(config(place, tmp_path, {"steps": 3, "resume": "never", "seed": 1}))
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+
+
+def test_another_batch_size_goes_on_at_the_next_sample(place: Path, tmp_path: Path) -> None:
+    """Samples 0 to 7 in two steps of 4, then 8 to 11 in two steps of 2."""
+    run(config(place, tmp_path, {"steps": 2}))
+    state = build_state(config(place, tmp_path, {"batch_size": 2}))
+    assert resume(state)
+    assert state.samples == 8
+    fresh = build_state(config(place, tmp_path / "fresh"))
+    batches = fresh.objective.batches(0, 0)
+    _, _, third = next(batches), next(batches), next(batches)
+    halves = state.objective.batches(0, state.samples)
+    assert torch.equal(torch.cat([next(halves).images, next(halves).images]), third.images)
+
+
+def test_checkpoints_are_read_without_unpickling(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(state)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert final(tmp_path)["counters"]["step"] == 0

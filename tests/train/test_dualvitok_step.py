@@ -18,15 +18,16 @@ from tests.cases import Case, case
 from tests.dualvitok_weights import dualvitok_weights
 from tokenizers_mm.checkpoints.dualvitok import convert, links_of
 from tokenizers_mm.checkpoints.upstream import give
-from tokenizers_mm.data.sources import Batch
+from tokenizers_mm.data.sources import Batch, DataConfig
 from tokenizers_mm.losses.discriminators import PatchGAN, PatchGANConfig
 from tokenizers_mm.models import DualViTok
-from train.config import LossConfig, ModelConfig, NoiseConfig, TrainConfig
-from train.objective import Objective
-from train.state import TrainState
+from train.config import RunConfig
+from train.objectives.reconstruction import NoiseConfig, ReconstructionConfig
+from train.objectives.start import ModelConfig
+from train.objectives.terms import LossConfig, TermWeights
+from train.optim import OptimizerConfig
+from train.state import State, build_state
 from train.step import train_step
-from train.upkeep import CodebookUpkeep
-from train.weights import TermWeights
 
 NAMES = ["small_dc", "small_nodc_mlp_rot"]
 RTOL = 1e-3
@@ -40,7 +41,10 @@ class PooledDifference(nn.Module):
         return (F.avg_pool2d(x, 4) - F.avg_pool2d(y, 4)).square().mean((1, 2, 3))
 
 
-def state_of(reference: Case, gan_start: int, noise: NoiseConfig | None = None) -> TrainState:
+def state_of(
+    reference: Case, gan_start: int, monkeypatch: pytest.MonkeyPatch, noise: NoiseConfig | None = None
+) -> State:
+    """A run of the reference's model, at rates of zero; LPIPS is the stand-in."""
     model = convert(dualvitok_weights(reference), reference.name, reference.config).train()
     loss = LossConfig(
         TermWeights(pixel=1.0, perceptual=1.0, semantic=1.0, codebook=1.0, commitment=0.25, generator=0.5),
@@ -49,23 +53,20 @@ def state_of(reference: Case, gan_start: int, noise: NoiseConfig | None = None) 
         gan_start=gan_start,
         discriminator=PatchGANConfig(channels=8),
     )
-    discriminator = PatchGAN(loss.discriminator)
+    monkeypatch.setattr("train.objectives.reconstruction.build_tokenizer", lambda _: model)
+    monkeypatch.setattr("train.objectives.terms.load_lpips", lambda _: PooledDifference())
+    data = DataConfig(
+        image_size=(4 * model.size_multiple, 4 * model.size_multiple)
+    )  # not read: the steps get their images
+    objective = ReconstructionConfig(
+        ModelConfig("dualvitok"), data=data, loss=loss, noise=noise, optimizer=OptimizerConfig(lr=0.0)
+    )
+    state = build_state(RunConfig("", objective, steps=1 << 20), Accelerator(cpu=True))
     stored = reference.tensors("train")
     prefix = "discriminator.main."
-    state = {f"layers.{k.removeprefix(prefix)}": v.clone() for k, v in stored.items() if k.startswith(prefix)}
-    discriminator.load_state_dict(state)
-    return TrainState(
-        config=TrainConfig("", ModelConfig("dualvitok"), loss=loss, noise=noise),
-        accelerator=Accelerator(cpu=True),
-        tokenizer=model,
-        objective=Objective(loss, PooledDifference()),  # type: ignore[arg-type]
-        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0),
-        discriminator=discriminator,
-        discriminator_optimizer=torch.optim.AdamW(discriminator.parameters(), lr=0.0),
-        ema=None,
-        upkeep=CodebookUpkeep.for_tokenizer(model),
-        generator=torch.Generator().manual_seed(0),
-    )
+    weights = {f"layers.{k.removeprefix(prefix)}": v.clone() for k, v in stored.items() if k.startswith(prefix)}
+    state.objective.networks["discriminator"].load_state_dict(weights)
+    return state
 
 
 def record_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -90,16 +91,17 @@ def close(actual: Tensor | float, expected: Tensor, name: str, share: float = RT
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("phase", ["pre_gan", "with_gan"])
-def test_step(name: str, phase: str) -> None:
+def test_step(name: str, phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = case(f"dualvitok/{name}")
     t = {k.split(".", 1)[1]: v for k, v in reference.tensors("train").items() if k.startswith(f"{phase}.")}
     description = json.loads((reference.folder / "train.json").read_text())
-    state = state_of(reference, description["disc_start"])
-    state.step = description["steps"][phase]
-    assert isinstance(state.tokenizer, DualViTok)
-    assert isinstance(state.discriminator, PatchGAN)
-    gradients, of_discriminator = record_gradients(state.tokenizer), record_gradients(state.discriminator)
-    report = train_step(state, [Batch(reference.inputs[description["image"]], ["", ""], [])], 0.0)
+    state = state_of(reference, description["disc_start"], monkeypatch)
+    state.step = state.stage_step = description["steps"][phase]
+    tokenizer, discriminator = (state.objective.networks[name] for name in ("tokenizer", "discriminator"))
+    assert isinstance(tokenizer, DualViTok)
+    assert isinstance(discriminator, PatchGAN)
+    gradients, of_discriminator = record_gradients(tokenizer), record_gradients(discriminator)
+    report, _ = train_step(state, [Batch(reference.inputs[description["image"]], ["", ""], [])])
 
     share = AT_A_KINK.get((name, phase), RTOL)
     for ours, theirs in [
@@ -113,34 +115,34 @@ def test_step(name: str, phase: str) -> None:
     commitments = t["commit_pixel"] + t["commit_semantic"]
     close(report["codebook"] + 0.25 * report["commitment"], commitments, "codebook and commitment")
 
-    shapes = {n: tuple(p.shape) for n, p in state.tokenizer.state_dict().items()}
-    theirs = give(links_of(state.tokenizer.config, shapes), gradients)
+    shapes = {n: tuple(p.shape) for n, p in tokenizer.state_dict().items()}
+    theirs = give(links_of(tokenizer.config, shapes), gradients)
     stored = {k.removeprefix("grad/"): v for k, v in t.items() if k.startswith("grad/")}
     assert len(stored) >= 10
     for key, expected in stored.items():
         close(theirs[key], expected, key, share)
-    assert len([n for n, p in state.tokenizer.named_parameters() if not p.requires_grad]) == description["n_frozen"]
+    assert len([n for n, p in tokenizer.named_parameters() if not p.requires_grad]) == description["n_frozen"]
 
     if phase == "pre_gan":  # the original runs the discriminator all the same, with gradients of zero
         assert "generator" not in report
         assert not of_discriminator
         return
     close(report["generator"], t["gen_generator_adv_loss"], "generator")
-    close(report["discriminator"], t["disc_loss"], "discriminator")
+    close(0.5 * report["discriminator"], t["disc_loss"], "discriminator")
     for key, expected in t.items():
         if key.startswith("disc_grad/"):
             close(of_discriminator[key.replace("disc_grad/main.", "layers.")], expected, key, share)
-    norm = state.discriminator.layers[3]
+    norm = discriminator.layers[3]
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     close(norm.running_mean, t["disc_running_mean_main3"], "running mean")
 
 
-def test_noise_changes_the_image_and_not_the_codes() -> None:
+def test_noise_changes_the_image_and_not_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = case("dualvitok/small_nodc_mlp_rot")
     batch = [Batch(reference.inputs["a.image"], ["", ""], [])]
-    plain = train_step(state_of(reference, 10), batch, 0.0)
-    noisy = train_step(state_of(reference, 10, NoiseConfig(1.0, 0.5)), batch, 0.0)
+    plain = train_step(state_of(reference, 10, monkeypatch), batch)[0]
+    noisy = train_step(state_of(reference, 10, monkeypatch, NoiseConfig(1.0, 0.5)), batch)[0]
     assert noisy["pixel"] != plain["pixel"]
     assert noisy["semantic"] == pytest.approx(plain["semantic"], rel=1e-5)
     assert noisy["codebook"] == pytest.approx(plain["codebook"], rel=1e-5)

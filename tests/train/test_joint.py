@@ -1,11 +1,7 @@
-"""Joint tuning: what learns in each stage, what the guard does, that nothing is lost when a run is killed."""
+"""Joint tuning: what learns in each stage, and what the guard does. Resume, kills, ranks: test_every_objective.py."""
 
+import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +11,31 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import tokenizers_mm as tmm
-import train.joint
+import train.loop
 from tests.cases import ROOT
 from tests.llm.fakes import words
 from tests.models.test_tokenflow import tiny_config
+from tests.train.kinds import assert_same, final
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.eval.report import reconstruct
 from tokenizers_mm.llm import FeatureProjector, MultimodalProcessor, Segment, VisualVocabulary
-from tokenizers_mm.llm.joint import joint_loss
 from tokenizers_mm.models import TokenFlow
 from train.__main__ import main
-from train.checkpoint import list_checkpoints
-from train.guard import held_out
-from train.joint import JointState, batch_losses, build_joint, joint_step, set_learning
-from train.joint_config import JointConfig, read_joint_config
+from train.config import RunConfig, read_config
 from train.log import read_log
-from train.loop import sample_batches
+from train.loop import run
+from train.objectives.guard import Guard, GuardConfig
+from train.objectives.joint import PARTS
+from train.objectives.validation import held_out
+from train.state import State, build_state
+from train.step import train_step, weighted_sum
 
 CONFIG = str(ROOT / "configs" / "joint_debug.yaml")
 pytestmark = pytest.mark.usefixtures("one_thread")
-RATES = ("tokenizer", "projector", "language_model")
+NO_GAN = ["objective.loss.weights.generator=0", "objective.loss.adaptive=false", "objective.loss.gan_start=0"]
+NO_GAN += ["objective.loss.discriminator={channels: 64, num_layers: 3}"]
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +43,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer and a text tokenizer."""
     place = tmp_path_factory.mktemp("joint")
     torch.manual_seed(0)
-    TokenFlow.from_config(tiny_config()).eval().save(place / "tokenizer")
+    quantizer = dataclasses.replace(tiny_config().quantizer, entropy_temperature=0.05)
+    config = dataclasses.replace(tiny_config(), quantizer=quantizer)
+    TokenFlow.from_config(config).eval().save(place / "tokenizer")
     words([make_scene(index).caption for index in range(100)]).save_pretrained(str(place / "text"))
     return place
 
 
 def arguments(folder: Path, out: Path, *overrides: str) -> list[str]:
-    text = f"language_model.text_tokenizer={folder / 'text'}"
-    return [CONFIG, f"out={out}", f"tokenizer={folder / 'tokenizer'}", text, *overrides]
+    text = f"objective.language_model.text_tokenizer={folder / 'text'}"
+    return [CONFIG, f"out={out}", f"objective.tokenizer={folder / 'tokenizer'}", text, *overrides]
 
 
 def stages(*which: tuple[str, int], lr: float = 0.003, tokenizer_lr: float = 0.0005) -> str:
     """Constant rates, so that a stage does not depend on its length."""
-    learning = {"align": ("projector",), "joint": RATES, "chat": ("projector", "language_model")}
+    learning = {"align": ("projector",), "joint": PARTS, "chat": ("projector", "language_model")}
     rows = []
     for name, steps in which:
         rates = ", ".join(f"{p}: {{lr: {tokenizer_lr if p == 'tokenizer' else lr}}}" for p in learning[name])
         rows.append(f"{{stage: {name}, steps: {steps}, {rates}}}")
-    return f"joint.stages=[{', '.join(rows)}]"
+    return f"objective.stages=[{', '.join(rows)}]"
 
 
-def configured(folder: Path, out: Path, *overrides: str) -> JointConfig:
+def configured(folder: Path, out: Path, *overrides: str) -> RunConfig:
     path, *rest = arguments(folder, out, *overrides)
-    return read_joint_config(path, rest)
+    return read_config(path, rest)
 
 
-def built(folder: Path, out: Path, *overrides: str) -> JointState:
-    return build_joint(configured(folder, out, *overrides), Accelerator(cpu=True))
+def built(folder: Path, out: Path, *overrides: str) -> State:
+    return build_state(configured(folder, out, *overrides), Accelerator(cpu=True))
 
 
 def means(out: Path, stage: int) -> list[float]:
@@ -82,15 +83,8 @@ def looks(out: Path) -> list[dict[str, Any]]:
 
 
 def quality(tokenizer: Any, count: int = 8) -> float:
-    config = configured_guard(count)
-    pictures = held_out(config, (32, 32))
+    pictures = held_out("", count, (32, 32))
     return float(psnr(pictures, reconstruct(tokenizer, pictures)[0]).mean())
-
-
-def configured_guard(count: int) -> Any:
-    from train.joint_config import GuardConfig
-
-    return GuardConfig(pictures=count)
 
 
 def test_captions_are_learned_in_stage_one_and_further_in_stage_two(folder: Path, tmp_path: Path) -> None:
@@ -124,19 +118,25 @@ def test_captions_are_learned_in_stage_one_and_further_in_stage_two(folder: Path
     assert loss < second[0]
 
 
+def entered(folder: Path, out: Path, stage: int, *overrides: str) -> State:
+    state = built(folder, out, *overrides)
+    state.enter(stage)
+    return state
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_gradients_by_stage(folder: Path, tmp_path: Path, index: int) -> None:
     """Stage 1: the projector's alone. Stage 2: all. Stage 3: all but the tokenizer's."""
-    joint = built(folder, tmp_path, "joint.alpha=0", "loss.weights.generator=0")
-    stage = joint.config.joint.stages[index]
-    set_learning(joint, list(joint.learning(stage)))
-    batch = next(sample_batches(joint.tokenizing))
-    caption, own, _, _ = batch_losses(joint, batch, index == 1, False)
-    joint_loss(caption, own, joint.config.joint.alpha).backward()
-    for part, module in joint.parts.items():
+    state = entered(folder, tmp_path, index, "objective.alpha=0", *NO_GAN)
+    objective: Any = state.objective
+    batch = next(objective.batches(index, 0))
+    terms, _ = objective.losses("parts", batch, state.moment())
+    weighted_sum(terms, objective.weights("parts", state.moment())).backward()
+    for part in PARTS:
+        module, learns = objective.networks[part], part in objective.learning(index)
         touched = {n for n, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-        assert bool(touched) == (part in joint.learning(stage)), part
-        assert module.training == (part in joint.learning(stage))
+        assert bool(touched) == learns, part
+        assert module.training == learns
         if part == "tokenizer" and index == 1:  # alpha 0 leaves the caption's gradient
             before_codes = ("semantic_encoder.", "pixel_encoder.", "semantic_head.", "pixel_head.")
             assert touched
@@ -145,16 +145,17 @@ def test_gradients_by_stage(folder: Path, tmp_path: Path, index: int) -> None:
 
 def test_a_step_goes_down_the_weighted_sum(folder: Path, tmp_path: Path) -> None:
     """Against L_cap + alpha * (pixel + codebook + 0.25 commitment + 0.01 entropy) taken apart, and its gradient."""
-    joint = built(folder, tmp_path, "joint.alpha=0.7", "loss.weights.generator=0")
-    set_learning(joint, RATES)
-    batch = next(sample_batches(joint.tokenizing))
-    caption, _, terms, _ = batch_losses(joint, batch, True, False)
+    state = entered(folder, tmp_path, 1, "objective.alpha=0.7", *NO_GAN)
+    objective: Any = state.objective
+    batch = next(objective.batches(1, 0))
+    terms, _ = objective.losses("parts", batch, state.moment())
     own = terms["pixel"] + terms["codebook"] + 0.25 * terms["commitment"] + 0.01 * terms["entropy"]
-    loss = caption + 0.7 * own
-    grads = torch.autograd.grad(loss, joint.learnable["tokenizer"], allow_unused=True)
+    loss = terms["caption"] + 0.7 * own
+    grads = torch.autograd.grad(loss, objective.learnable["tokenizer"], allow_unused=True)
     norm = torch.cat([grad.flatten() for grad in grads if grad is not None]).norm()
-    report = joint_step(joint, joint.config.joint.stages[1], 0, [batch])
+    report, _ = train_step(state, [batch])
     assert report["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert report["vq"] == pytest.approx(float(own.detach()), rel=1e-5)
     assert report["grad_norm_tokenizer"] == pytest.approx(float(norm), rel=1e-4)
 
 
@@ -164,21 +165,23 @@ def test_micro_batches_equal_a_large_batch(folder: Path, tmp_path: Path) -> None
     captions = ["a large red circle", "", "a small", "a large blue square at the top left on black"]
     results = []
     for parts in (1, 2):
-        joint = built(folder, tmp_path / str(parts), "loss.weights.generator=0", "loss.weights.entropy=0")
-        set_learning(joint, RATES)
+        state = entered(folder, tmp_path / str(parts), 1, *NO_GAN, "objective.loss.weights.entropy=0")
         step = 4 // parts
         batches = [Batch(images[i : i + step], captions[i : i + step], []) for i in range(0, 4, step)]
-        report = joint_step(joint, joint.config.joint.stages[1], 0, batches)
-        results.append([report[name] for name in ("loss", "caption", "vq", *(f"grad_norm_{part}" for part in RATES))])
+        report, _ = train_step(state, batches)
+        results.append([report[name] for name in ("loss", "caption", "vq", *(f"grad_norm_{part}" for part in PARTS))])
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
 def test_frozen_parts_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
-    joint = train.joint.run_joint(configured(folder, tmp_path, stages(("align", 3), ("chat", 3))))
-    fresh = built(folder, tmp_path / "fresh", stages(("align", 3), ("chat", 3)))
+    objective = run(configured(folder, tmp_path, stages(("align", 3), ("chat", 3)))).objective
+    fresh = built(folder, tmp_path / "fresh", stages(("align", 3), ("chat", 3))).objective
     same = {
-        part: all(torch.equal(a, b) for a, b in zip(module.parameters(), fresh.parts[part].parameters(), strict=True))
-        for part, module in joint.parts.items()
+        part: all(
+            torch.equal(a, b)
+            for a, b in zip(objective.networks[part].parameters(), fresh.networks[part].parameters(), strict=True)
+        )
+        for part in PARTS
     }
     assert same == {"tokenizer": True, "projector": False, "language_model": False}
 
@@ -191,8 +194,8 @@ def test_the_guard_keeps_the_last_good_tokenizer(
     gentle = "{stage: joint, steps: 4, tokenizer: {lr: 0.0001}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
     wild = "{stage: joint, steps: 6, tokenizer: {lr: 1.0}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
     last = "{stage: chat, steps: 2, language_model: {lr: 0.001}}"
-    plan = [f"joint.stages=[{gentle}, {wild}, {last}]", "loss.weights.generator=0", "log_every=1"]
-    plan += [f"joint.guard={{every: 2, pictures: 8, max_psnr_drop: 1.0, action: {action}}}"]
+    plan = [f"objective.stages=[{gentle}, {wild}, {last}]", *NO_GAN, "log_every=1"]
+    plan += [f"objective.guard={{every: 2, pictures: 8, max_psnr_drop: 1.0, action: {action}}}"]
     assert main(arguments(folder, tmp_path, *plan)) == 0
     guard = looks(tmp_path)
     assert [line["guard"] for line in guard] == ["before", "within", "within", action]
@@ -214,85 +217,43 @@ def test_the_guard_keeps_the_last_good_tokenizer(
         assert len(looks(tmp_path)) == 4
 
 
-def test_rfid_crosses_the_bound(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_after_its_tokenizer_was_frozen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the stage of the freeze and in the one after; it ends as the run that was left alone."""
+    wild = "{stage: joint, steps: 4, tokenizer: {lr: 1.0}, projector: {lr: 0.001}, language_model: {lr: 0.001}}"
+    again = "{stage: joint, steps: 3, tokenizer: {lr: 0.001}, projector: {lr: 0.001}}"
+    plan = [f"objective.stages=[{wild}, {again}]", *NO_GAN, "save_every=1"]
+    plan += ["objective.guard={every: 2, pictures: 4, max_psnr_drop: 1.0, action: freeze}"]
+    whole = train.loop.train_step
+    run(configured(folder, tmp_path / "whole", *plan))
+    for cut in (3, 5):
+
+        def step(state: State, batches: Any, until: int = cut) -> Any:
+            if state.step == until:
+                raise KeyboardInterrupt
+            return whole(state, batches)
+
+        monkeypatch.setattr(train.loop, "train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(configured(folder, tmp_path / "parts", *plan))
+    monkeypatch.setattr(train.loop, "train_step", whole)
+    state = run(configured(folder, tmp_path / "parts", *plan))
+    assert state.objective.guard.frozen  # type: ignore[attr-defined]
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "parts"))
+
+
+def test_rfid_crosses_the_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, 2.9, 3.1])
-    monkeypatch.setattr("train.guard.rfid", lambda a, b, weights: next(values))
-    guard = built(folder, tmp_path, "joint.guard.inception=weights.pth", "joint.guard.max_fid_ratio=1.5").guard
+    monkeypatch.setattr("train.objectives.validation.rfid", lambda a, b, weights: next(values))
+    config = GuardConfig(inception="weights.pth", max_fid_ratio=1.5, action="freeze", pictures=8)
+    guard = Guard(config, held_out("", 8, (32, 32)))
     parts = {"tokenizer": tmm.load(folder / "tokenizer")}
-    guard.config = configured(
-        folder, tmp_path, "joint.guard={inception: w, max_fid_ratio: 1.5, action: freeze}"
-    ).joint.guard
-    lines = [guard.look(parts, step) for step in range(3)]
+    lines = [guard.measure(parts, step) for step in range(3)]
     assert [line["guard"] for line in lines] == ["before", "within", "freeze"]
     assert lines[1]["guard_rfid"] == 2.9
     assert "guard_rfid_missing" not in lines[1]
     assert guard.crossed == "rFID rose 1.55-fold (bound 1.5)"
-
-
-PLAN = [stages(("align", 3), ("joint", 6), ("chat", 3)), "save_every=1", "keep=1", "log_every=1", "joint.guard.every=2"]
-
-
-def final(out: Path) -> dict[str, Any]:
-    return torch.load(list_checkpoints(out)[-1][1] / "state.pt", weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("unbroken")
-    torch.set_num_threads(1)
-    train.joint.run_joint(configured(folder, out, *PLAN))
-    return out
-
-
-def assert_equal_runs(a: Path, b: Path) -> None:
-    for part in ("tokenizer", "language_model", "projector", "discriminator"):
-        one, two = final(a)[part], final(b)[part]
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6, msg=f"{part}.{name}")
-    timeless = [
-        [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(out / "log.jsonl")] for out in (a, b)
-    ]
-    assert len(timeless[0]) == len(timeless[1])
-    for one, two in zip(*timeless, strict=True):
-        assert one.keys() == two.keys()
-        assert one["step"] == two["step"]
-        assert one.get("caption") == pytest.approx(two.get("caption"), abs=1e-5)
-
-
-@pytest.mark.parametrize("cuts", [(2, 3), (7, 10)], ids=["before and at a change of stage", "inside two stages"])
-def test_resumed_is_uninterrupted(
-    folder: Path, unbroken: Path, tmp_path: Path, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train.joint.joint_step
-    for cut in cuts:
-
-        def step(joint: JointState, *rest: Any, until: int = cut) -> dict[str, float]:
-            if joint.tokenizing.step == until:
-                raise KeyboardInterrupt
-            return whole(joint, *rest)
-
-        monkeypatch.setattr(train.joint, "joint_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            train.joint.run_joint(configured(folder, tmp_path, *PLAN))
-        assert list_checkpoints(tmp_path)[-1][0] == cut
-    monkeypatch.setattr(train.joint, "joint_step", whole)
-    train.joint.run_joint(configured(folder, tmp_path, *PLAN))
-    assert_equal_runs(unbroken, tmp_path)
-
-
-def test_killed_and_resumed(folder: Path, unbroken: Path, tmp_path: Path) -> None:
-    """SIGKILL in the joint stage, wherever it is; the run then ends as the one that was left alone."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "train", *arguments(folder, tmp_path, *PLAN)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    log = tmp_path / "log.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 5,' in log.read_text()):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "tokenizer").exists()
-    train.joint.run_joint(configured(folder, tmp_path, *PLAN))
-    assert_equal_runs(unbroken, tmp_path)
 
 
 def test_records_in_the_last_stage_and_folders_of_captions(folder: Path, tmp_path: Path) -> None:
@@ -305,8 +266,8 @@ def test_records_in_the_last_stage_and_folders_of_captions(folder: Path, tmp_pat
     for index in range(4):
         make_scene(index).render(32).save(tmp_path / f"{index}.png")
     chat = f"{{stage: chat, steps: 6, language_model: {{lr: 0.01}}, records: [{{path: {tmp_path}/rows.jsonl}}]}}"
-    data = f"data.sources=[{{kind: folder, path: {tmp_path}}}]"
-    plan = [f"joint.stages=[{{stage: align, steps: 2, projector: {{lr: 0.01}}}}, {chat}]", data, "accumulate=2"]
+    data = f"objective.data.sources=[{{kind: folder, path: {tmp_path}}}]"
+    plan = [f"objective.stages=[{{stage: align, steps: 2, projector: {{lr: 0.01}}}}, {chat}]", data, "accumulate=2"]
     assert main(arguments(folder, tmp_path / "run", *plan, "log_every=1", "batch_size=1")) == 0
     talk = means(tmp_path / "run", 1)
     assert talk[-1] < talk[0]
@@ -315,27 +276,36 @@ def test_records_in_the_last_stage_and_folders_of_captions(folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["joint.alfa=1"], "config.joint.alfa: unknown key; did you mean 'alpha'?"),
-        (["joint.alpha=-1"], "config.joint.alpha: expected a number from 0 on, got -1"),
-        (["joint.stages=[]"], "config.joint.stages: expected at least one stage, got none"),
-        (["joint.stages=[{stage: align, steps: 1}]"], "config.joint.stages[0]: expected an optimizer for one of"),
+        (["objective.alfa=1"], "config.objective.alfa: unknown key; did you mean 'alpha'?"),
+        (["objective.alpha=-1"], "config.objective.alpha: expected"),
+        (["objective.stages=[]"], "config.objective.stages: expected at least one stage, got none"),
         (
-            ["joint.stages=[{stage: chat, steps: 0, projector: {}}]"],
-            "config.joint.stages[0].steps: expected at least 1",
+            ["objective.stages=[{stage: align, steps: 1}]"],
+            "config.objective.stages[0]: expected an optimizer for one of",
         ),
-        (["joint.stages=[{stage: chat, steps: 1, tokenizer: {}}]"], "expected no optimizer for the tokenizer"),
         (
-            ["joint.stages=[{stage: joint, steps: 1, tokenizer: {}}]"],
+            ["objective.stages=[{stage: chat, steps: 0, projector: {}}]"],
+            "config.objective.stages[0].steps: expected",
+        ),
+        (["objective.stages=[{stage: chat, steps: 1, tokenizer: {}}]"], "expected no optimizer for the tokenizer"),
+        (
+            ["objective.stages=[{stage: joint, steps: 1, tokenizer: {}}]"],
             "expected optimizers for the tokenizer and another",
         ),
-        (["joint.guard.action=wait"], "config.joint.guard.action: expected one of ['stop', 'freeze'], got wait"),
-        (["joint.guard.every=0"], "config.joint.guard.every: expected at least 1, got 0"),
-        (["joint.guard.folder=nowhere"], "images: expected a folder, got 'nowhere'"),
-        (["data.sources=[{kind: photographs}]"], "config.data.sources: expected images with captions"),
-        (["batch_size=0"], "config.batch_size: expected at least 1, got 0"),
-        (["precision=fp16"], "config.precision: expected one of ['fp32', 'bf16'], got fp16"),
-        (["tokenizer=nowhere"], "source: expected a directory written by save"),
-        (["joint.projector_from=nowhere"], "nowhere/projector.json: expected"),
+        (
+            ["objective.guard.action=wait"],
+            "config.objective.guard.action: expected one of ['stop', 'freeze'], got wait",
+        ),
+        (["objective.guard.every=0"], "config.objective.guard.every: expected"),
+        (["objective.guard.folder=nowhere"], "images: expected a folder, got 'nowhere'"),
+        (
+            ["objective.data.sources=[{kind: photographs}]"],
+            "config.objective.data.sources: expected images with captions",
+        ),
+        (["batch_size=0"], "config.batch_size: expected"),
+        (["precision=fp16"], "config.precision: expected fp32 or bf16 for joint tuning, got fp16"),
+        (["objective.tokenizer=nowhere"], "source: expected a directory written by save"),
+        (["objective.projector_from=nowhere"], "nowhere/projector.json: expected"),
     ],
 )
 def test_bad_configurations_get_one_sentence(
@@ -353,7 +323,7 @@ def test_the_realistic_file_is_valid(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         make_scene(0).render(32).save(tmp_path / name / "0.png")
         (tmp_path / name / "0.txt").write_text("a picture")
-    data = f"data.sources=[{{kind: folder, path: {tmp_path / 'captioned'}}}]"
-    config = read_joint_config(str(ROOT / "configs" / "joint_tokenflow.yaml"), [data])
-    assert [stage.stage for stage in config.joint.stages] == ["align", "joint", "chat"]
+    data = f"objective.data.sources=[{{kind: folder, path: {tmp_path / 'captioned'}}}]"
+    config = read_config(str(ROOT / "configs" / "joint_tokenflow.yaml"), [data])
+    assert [stage.stage for stage in config.objective.stages] == ["align", "joint", "chat"]
     assert config.batch_size * config.accumulate * 8 == 1024

@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints import dualvitok, mar, tokenflow, upstream
+from tokenizers_mm.config import check_plain
 from tokenizers_mm.models import ImageTokenizer
 
 Converter = Callable[..., ImageTokenizer]
@@ -44,6 +45,8 @@ def convert(
     require(family in FAMILIES, "family", f"one of {sorted(FAMILIES)}", family)
     out = Path(out)
     require(not out.exists() or out.is_dir(), "out", "a directory or a new name", f"the file {out}")
+    require(config is None or isinstance(config, Mapping), "config", "a mapping", config)
+    check_plain(config, "config")
     converter = FAMILIES[family]
     options = _checked(converter, options)
     tokenizer = converter(upstream.read(file), str(file), config, **options)

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from tokenizers_mm._check import require
+from tokenizers_mm.checkpoints import upstream
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
+from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig
 from tokenizers_mm.encoders.pixel import PixelEncoderConfig
@@ -88,7 +90,8 @@ _POINTWISE = ("semantic_encoder.head.embed.weight", "pixel_head.weight", "pixel_
 
 def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> DualViTok:
     """A tokenizer from tensors with the published names; `config` describes an unpublished size."""
-    schema = read_config(PUBLISHED if config is None else config)
+    with upstream.description_errors():
+        schema = checked(read_config(PUBLISHED if config is None else config))
     tokenizer = build(DualViTok, schema)
     links = links_of(schema, {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()})
     fill(tokenizer, take(links, tensors, where), where)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints import upstream
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
+from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.diffusion import TokenDenoiserConfig
 from tokenizers_mm.decoders.mar import MARDecoderConfig
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
@@ -103,7 +104,8 @@ def convert(
         expected = "the path of kl16.ckpt (the file itself holds no autoencoder)"
         require(bool(autoencoder), "autoencoder", expected, "nothing")
         kl_prefix, kl_tensors = "", _without_unused(upstream.read(autoencoder))
-    schema = read_config(own, kl_tensors, where, config)
+    with upstream.description_errors():
+        schema = checked(read_config(own, kl_tensors, where, config))
     tokenizer = build(MAR, schema)
     shapes = {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()}
     kl_links = kl_links_of({n: s for n, s in shapes.items() if n.startswith("autoencoder.")}, kl_prefix)
@@ -132,7 +134,9 @@ def read_harmon(path: str, autoencoder: str = "", config: Mapping[str, Any] | No
 def read_kl16(path: str) -> KLAutoencoder:
     """The autoencoder alone, from `kl16.ckpt`; strict but for `loss.*`, the training-only parts."""
     tensors = _without_unused(upstream.read(path))
-    autoencoder = KLAutoencoder(read_kl_config(tensors, path))
+    with upstream.description_errors():
+        schema = checked(read_kl_config(tensors, path))
+    autoencoder = KLAutoencoder(schema)
     shapes = {f"autoencoder.{name}": tuple(t.shape) for name, t in autoencoder.state_dict().items()}
     filled = take(kl_links_of(shapes), tensors, path)
     fill(autoencoder, {name.removeprefix("autoencoder."): t for name, t in filled.items()}, path)

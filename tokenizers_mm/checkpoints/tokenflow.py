@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.checkpoints import upstream
 from tokenizers_mm.checkpoints.tokenflow_variants import ENHANCED, PIXEL, VARIANTS, Description, variant_of
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
+from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.decoders.semantic import SemanticDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoderConfig
@@ -68,13 +70,12 @@ def convert(
     description = recognise(tensors, where, image_size) if config is None else config
     size = get(description, "dims.image_size")
     require(image_size in (0, size), "image_size", f"{size}, as the config has it", image_size)
-    try:
-        schema = read_config(description)
-    except (TypeError, KeyError, IndexError) as error:
-        fail("config", "sizes in the form of the reference cases", f"{type(error).__name__}: {error}")
+    with upstream.description_errors():
+        schema = checked(read_config(description))
     tokenizer = build(TokenFlow, schema)
-    links = links_of(description, {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()})
-    unused = {"quantize.codebook_used": (USAGE_WINDOW,), **variant_of(description).unused(description)}
+    with upstream.description_errors():
+        links = links_of(description, {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()})
+        unused = {"quantize.codebook_used": (USAGE_WINDOW,), **variant_of(description).unused(description)}
     fill(tokenizer, take(links, tensors, where, unused), where)
     _check_scaling(tensors, schema, where)
     tokenizer.provenance = Provenance(SOURCE.source, SOURCE.license, notice=_notice(description))

@@ -13,10 +13,15 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
+import struct
 import sys
+import tempfile
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +30,20 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.models.loading import account, first_few, read_safetensors
+from tokenizers_mm._files import regular_file
+from tokenizers_mm.models.loading import FLOATS, account, first_few, read_safetensors
 
 WRAPPERS = ("ema", "model_ema", "model", "state_dict")
 """Keys under which training programs keep the weights; the first one present is read."""
+
+MAX_UNPACKED = 20
+"""Limit of bytes that one byte of a compressed file may stand for; weights compress by less than 2."""
+
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error),
+)
+"""Errors of torch's and Python's readers for files that are truncated or were changed."""
 
 _NO_CONFIGURATION = sys.stdlib_module_names | {"torch", "numpy", "__main__"}
 
@@ -58,27 +73,86 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Pickles are read with weights_only; beside tensors they may hold an argparse Namespace, and the configuration
     objects of a training program, which are read as plain mappings: no code of theirs is imported or run. Of such a
     file the first of `ema`, `model_ema`, `model` and `state_dict` is taken; a bare state dict is read as it is.
-    ValueError for a file that is missing, truncated, unsafe or without tensors.
+    ValueError for a file that is missing, truncated, unsafe, without tensors, or that claims more than it holds.
     """
-    file = Path(path)
-    require(file.is_file(), str(file), "a checkpoint file", "no such file")
+    file = regular_file(path, "a checkpoint file")
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_stand_ins(file)]):
-            data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with _mappable(file) as (place, sizes), torch.serialization.safe_globals(_stand_ins(place)):
+            data = torch.load(place, map_location="cpu", weights_only=True, mmap=sizes is not None)
     except pickle.UnpicklingError as error:
         fail(str(file), "a file of torch.save with nothing but weights", _first_line(error))
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         fail(str(file), "a whole file of torch.save", f"{type(error).__name__}: {_first_line(error)}")
     for key in WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
             break
-    others = [str(n) for n, v in data.items() if not isinstance(v, Tensor)] if isinstance(data, Mapping) else ["it"]
+    if not isinstance(data, Mapping):
+        fail(str(file), "named tensors", "it not a tensor")
+    named = all(isinstance(name, str) for name in data)
+    others = [name for name, value in data.items() if not _is_plain(value)] if named else ["a key that is no text"]
     if not data or others:
         fail(str(file), "named tensors", f"{first_few(others)} not a tensor" if others else "none")
-    return dict(data)
+    _check_claims(data, sizes, str(file))
+    return {name: t if t.data_ptr() % t.element_size() == 0 else t.clone() for name, t in data.items()}
+
+
+@contextmanager
+def _mappable(file: Path) -> Iterator[tuple[Path, list[int] | None]]:
+    """A file that `torch.load` may map, and the sizes of its records in bytes; None for the old format, which is no
+    archive and is read as it is.
+
+    Mapping is right only where the records of the archive are stored: from compressed ones torch would take the
+    compressed bytes for numbers. Those are unpacked into a temporary file first. A mapped file cannot make memory grow
+    beyond it, whatever sizes its pickle claims.
+    """
+    if not zipfile.is_zipfile(file):
+        yield file, None
+        return
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        sizes, names = [record.file_size for record in records], {record.filename for record in records}
+        require(len(names) == len(records), "records", "different names", "equal ones")
+        packed = sum(record.compress_size for record in records)
+        require(packed <= size, "records", f"at most the {size} bytes of the file", f"{packed}")
+        limit = MAX_UNPACKED * size + (1 << 26)
+        require(sum(sizes) <= limit, "records", f"at most {limit} bytes when unpacked", f"{sum(sizes)}")
+        if all(record.compress_type == zipfile.ZIP_STORED for record in records):
+            yield file, sizes
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "unpacked.pt"
+            with zipfile.ZipFile(place, "w", zipfile.ZIP_STORED) as unpacked:
+                for record in records:
+                    copy = zipfile.ZipInfo(record.filename)
+                    copy.file_size = record.file_size
+                    with archive.open(record) as source, unpacked.open(copy, "w") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
+            yield place, sizes
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a dense tensor with numbers of its own."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return dense and not value.is_quantized and type(value) in (Tensor, torch.nn.Parameter)
+
+
+def _check_claims(tensors: Mapping[str, Tensor], sizes: list[int] | None, where: str) -> None:
+    """Refuse tensors that are larger than the bytes behind them, and storages that are no whole record of the file."""
+    storages: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = max(storage.nbytes(), storages.get(storage.data_ptr(), 0))
+        claimed, held = tensor.numel() * tensor.element_size(), storage.nbytes()
+        require(claimed <= held, f"{where}: {name}", f"{claimed} bytes for its shape", f"{held}")
+    total, held = sum(t.numel() * t.element_size() for t in tensors.values()), sum(storages.values())
+    require(total <= 4 * held, where, "tensors with bytes of their own", f"{total} bytes from {held}")
+    if sizes is not None:
+        beyond = Counter(size for size in storages.values() if size) - Counter(sizes)
+        require(not beyond, where, "tensors that are whole records of the archive", f"sizes {sorted(beyond)[:3]}")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -98,6 +172,15 @@ def get(description: Mapping[str, Any], path: str) -> Any:
             fail(f"config: {path}", "a value", "nothing")
         value = value[key]
     return value
+
+
+@contextmanager
+def description_errors() -> Iterator[None]:
+    """Turn what a wrong type in a description of sizes causes into one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        fail("config", "sizes in the form of the reference cases", f"{type(error).__name__}: {error}")
 
 
 def link(
@@ -145,17 +228,24 @@ def give(links: Sequence[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _stand_ins(file: Path) -> list[Any]:
-    """Plain mappings under the names of unknown classes that a pickle asks for; none for names of Python, torch and
-    numpy, which a configuration has no use for, so that a file that asks for those is refused."""
+    """Classes that a pickle may ask for: an argparse Namespace, and plain mappings under the names of unknown classes.
+
+    None for names of Python, torch and numpy, which a configuration has no use for: a file that asks for them is
+    refused.
+    """
     if not zipfile.is_zipfile(file):
-        return []
+        return [argparse.Namespace]
     names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    return [(OrderedDict, name) for name in names if name.partition(".")[0] not in _NO_CONFIGURATION]
+    unknown = [name for name in names if name.partition(".")[0] not in _NO_CONFIGURATION]
+    return [argparse.Namespace, *((OrderedDict, name) for name in unknown)]
 
 
 def _joined(item: Link, tensors: Mapping[str, Tensor]) -> Tensor:
     zeros = torch.zeros(()).expand(item.their_shape)
     parts = [zeros if name is None else tensors[name] for name in item.theirs]
+    for name, part in zip(item.theirs, parts, strict=True):
+        known = part.dtype in FLOATS or not part.is_floating_point()
+        require(known, f"{name}", "float32, bfloat16, float16 or float64", part)
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return tensor.reshape(item.shape) if item.change is None else item.change(tensor)

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import image_to_tensor, read_image
+from tokenizers_mm._images import image_to_tensor, read_image, read_size, scale_and_cut
+from tokenizers_mm.data.captions import read_caption
 from tokenizers_mm.data.transforms import random_flip
 from tokenizers_mm.resolutions import Resolutions, Size, covering_size
 
@@ -108,12 +109,14 @@ class AnySize(Dataset[dict[str, Any]]):
         self.files, self.sizes, self.skipped = [], [], []
         for file in files:
             try:
-                size = picture_size(file)
+                size = bucket_size(*read_size(file), config)
+                area = size[0] * size[1]
+                require(area <= 4 * config.max_pixels, f"image {file}", "a shape that fits buckets.max_pixels", size)
             except ValueError as error:
                 self.skipped.append(str(error))
                 continue
             self.files.append(file)
-            self.sizes.append(bucket_size(*size, config))
+            self.sizes.append(size)
         require(len(self.files) > 0, "data", "at least one readable picture", self.skipped[:1] or "none")
 
     def __len__(self) -> int:
@@ -129,26 +132,13 @@ class AnySize(Dataset[dict[str, Any]]):
                 skipped.append(str(error))
                 continue
             picture = random_flip(random_cut(picture, draw.size, rng), rng)
-            text = file.with_suffix(".txt")
-            caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+            caption = read_caption(file, skipped)
             return {"image": image_to_tensor(picture), "caption": caption, "skipped": skipped}
         fail("data", "at least one readable picture", skipped[0])
 
 
 def random_cut(picture: Image.Image, size: Size, rng: random.Random) -> Image.Image:
     """Scale (bicubic) until `size` is covered, then cut at a random place along the longer way."""
-    rows, columns = covering_size((picture.height, picture.width), size)
-    picture = picture.resize((columns, rows), Image.Resampling.BICUBIC)
-    left, top = rng.randint(0, columns - size[1]), rng.randint(0, rows - size[0])
-    return picture.crop((left, top, left + size[1], top + size[0]))
-
-
-def picture_size(file: Path) -> Size:
-    """Height and width of an image file, upright, from its header; ValueError where there is none."""
-    try:
-        with Image.open(file) as image:
-            # EXIF orientations from 5 swap the sides; of a PNG they could be had only by decoding it
-            turned = image.format != "PNG" and image.getexif().get(0x0112, 1) >= 5
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        fail(f"image {file}", "a readable picture file", f"{type(error).__name__}: {error}")
+    scaled = covering_size((picture.height, picture.width), size)
+    left, top = rng.randint(0, scaled[1] - size[1]), rng.randint(0, scaled[0] - size[0])
+    return scale_and_cut(picture, scaled, (top, left, *size), Image.Resampling.BICUBIC)

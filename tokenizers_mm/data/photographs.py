@@ -1,4 +1,4 @@
-"""Photographs that come with scikit-image and scikit-learn: real pictures without a download.
+"""Photographs that come with scikit-image, scikit-learn and matplotlib: real images without a download.
 
 They are split by photograph: no part of a held-out photograph is ever seen in training.
 """
@@ -18,6 +18,7 @@ Split = Literal["train", "heldout"]
 
 _SKIMAGE = ("skimage", "data")
 _SKLEARN = ("sklearn", "datasets/images")
+_MATPLOTLIB = ("matplotlib", "mpl-data/sample_data")
 
 PHOTOGRAPHS: dict[Split, dict[str, tuple[str, str]]] = {
     "train": {
@@ -25,17 +26,23 @@ PHOTOGRAPHS: dict[Split, dict[str, tuple[str, str]]] = {
         "brick.png": _SKIMAGE,
         "camera.png": _SKIMAGE,
         "china.jpg": _SKLEARN,
+        "coins.png": _SKIMAGE,
+        "color.png": _SKIMAGE,
+        "grace_hopper.jpg": _MATPLOTLIB,
         "grass.png": _SKIMAGE,
         "gravel.png": _SKIMAGE,
         "hubble_deep_field.jpg": _SKIMAGE,
         "ihc.png": _SKIMAGE,
         "moon.png": _SKIMAGE,
         "motorcycle_left.png": _SKIMAGE,
+        "page.png": _SKIMAGE,
+        "retina.jpg": _SKIMAGE,
         "rocket.jpg": _SKIMAGE,
     },
     "heldout": {"chelsea.png": _SKIMAGE, "coffee.png": _SKIMAGE, "flower.jpg": _SKLEARN},
 }
-"""File name to (package, folder in it). Chelsea is a cat, coffee a cup on a table, flower a dahlia."""
+"""File name to (package, folder in it). Chelsea is a cat, coffee a cup on a table, flower a dahlia;
+astronaut and grace_hopper are portraits, page is printed text."""
 
 
 @lru_cache(maxsize=2)
@@ -61,6 +68,6 @@ def fixed_crops(split: Split, count: int, side: int) -> list[Image.Image]:
 def _path(name: str, package: str, folder: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        pip = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+        pip = {"skimage": "scikit-image", "sklearn": "scikit-learn"}.get(package, package)
         fail(f"photograph {name}", f"the package {pip} to be installed", "no such package")
     return Path(spec.submodule_search_locations[0]) / folder / name

@@ -1,16 +1,14 @@
 """Endless streams of samples in which a position decides everything, so that training can go on at any step.
 
-A source is a mixture of the built-in photographs, rendered scenes and folders of images. Position p gives the same
-sample whatever came before it, in whichever worker process it is made.
+A mixture has one or more sources (`SOURCES`). Position p gives the same sample whatever came before it, in whichever
+worker process it is made; every source is gone through pass by pass, each sample once in a pass.
 """
 
 import random
-import struct
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image, ImageEnhance
@@ -19,29 +17,42 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import image_to_tensor, read_image
+from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
+from tokenizers_mm.data.captions import read_caption
+from tokenizers_mm.data.files import FileList
+from tokenizers_mm.data.files import list_images as list_images
+from tokenizers_mm.data.order import Interleaving, shuffled
+from tokenizers_mm.data.order import mix_seeds as mix_seeds
 from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import make_scene
+from tokenizers_mm.data.shards import Shards
+from tokenizers_mm.data.text_images import text_image
 from tokenizers_mm.data.transforms import random_crop, random_flip, random_patch
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+MAX_UNREADABLE = 1000
+"""Samples in a row that may be unreadable before a source is given up."""
+
+Positive = Annotated[float, Range(0, low_open=True)]
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One part of a mixture.
 
-    kind: "photographs" (built in), "scenes" (rendered, with captions) or "folder" (images below `path`; a text file of
-    the same name beside an image is its caption).
-    weight: share of the samples. zoom: for photographs, bounds of output pixels per picture pixel. colour: strength of
-    random brightness, contrast, saturation and hue, from 0 (none) to 1. turns: turn by multiples of 90 degrees too.
+    kind: "photographs" (built in), "scenes" (rendered, with captions), "text" (rendered words), "folder" (images below
+    `path`; a text file of the same name beside an image is its caption) or "shards" (tar files, in the same way).
+    weight: share of the samples. zoom: for photographs, bounds of output pixels per image pixel. colour: strength of
+    random brightness, contrast, saturation and hue, from 0 (none) to 1. channels: share of the samples whose colour
+    channels change places. turns: turn by multiples of 90 degrees too.
     """
 
-    kind: Literal["photographs", "scenes", "folder"]
+    kind: Literal["photographs", "scenes", "text", "folder", "shards"]
     path: str = ""
-    weight: float = 1.0
-    zoom: tuple[float, float] = (0.5, 1.5)
-    colour: float = 0.0
+    weight: Annotated[float, Range(0)] = 1.0
+    zoom: tuple[Positive, Positive] = (0.5, 1.5)
+    colour: Annotated[float, Range(0, 1)] = 0.0
+    channels: Annotated[float, Range(0, 1)] = 0.0
     turns: bool = False
 
 
@@ -50,12 +61,12 @@ class DataConfig:
     """Training samples: a mixture of sources, and the worker processes that decode them (0: in the main process).
 
     For a tokenizer that takes any size, one of two says which: image_size (height, width) for all samples, or buckets
-    of sizes by the pictures' own shapes, for folders of images.
+    of sizes by the images' own shapes, for folders of images.
     """
 
     sources: tuple[SourceConfig, ...] = field(default_factory=lambda: (SourceConfig("photographs"),))
-    workers: int = 0
-    image_size: tuple[int, int] | None = None
+    workers: Annotated[int, Range(0, 1024)] = 0
+    image_size: tuple[Annotated[int, Range(1)], Annotated[int, Range(1)]] | None = None
     buckets: BucketConfig | None = None
 
 
@@ -72,81 +83,174 @@ class Batch:
         return Batch(self.images.pin_memory(), self.captions, self.skipped)
 
 
+class Sample(NamedTuple):
+    """An image of the size that was asked for, before augmentation, its caption ("" for none), what was left out."""
+
+    image: Image.Image
+    caption: str
+    skipped: Sequence[str] = ()
+
+
+class Source(Protocol):
+    """Samples by index; an index that cannot be read is a ValueError that names it.
+
+    size: how many there are, None for an endless source, whose index is the position itself. augmented: whether
+    samples are mirrored and coloured at random.
+    """
+
+    size: int | None
+    augmented: bool
+
+    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
+        """The sample of an index, cut to (height, width)."""
+        ...
+
+
+class Scenes:
+    """Rendered scenes with captions, without end."""
+
+    size, augmented = None, False
+
+    def __init__(self, config: SourceConfig) -> None:
+        require(not config.path, "data.sources.path", "nothing for scenes", config.path)
+
+    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
+        scene = make_scene(rng.getrandbits(40))
+        height, width = image_size
+        return Sample(scene.render(max(height, width)).resize((width, height)), scene.caption)
+
+
+class Photographs:
+    """Random patches of the built-in photographs, without end."""
+
+    size, augmented = None, True
+
+    def __init__(self, config: SourceConfig) -> None:
+        require(not config.path, "data.sources.path", "nothing for photographs", config.path)
+        low, high = self.zoom = config.zoom
+        require(low <= high, "data.sources.zoom", "two numbers in order", config.zoom)
+
+    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
+        image = rng.choice(list(photographs("train").values()))
+        return Sample(random_patch(image, image_size, rng, self.zoom), "")
+
+
+class Text:
+    """Rendered words, without end."""
+
+    size, augmented = None, True
+
+    def __init__(self, config: SourceConfig) -> None:
+        require(not config.path, "data.sources.path", "nothing for text", config.path)
+
+    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
+        return Sample(text_image(rng, image_size), "")
+
+
+class Folder:
+    """Image files below a folder, each cut at random."""
+
+    augmented = True
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.files = FileList.below(config.path)
+        self.size = len(self.files)
+
+    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
+        path, skipped = self.files[index], []
+        return Sample(_cut(read_image(path), image_size, rng), read_caption(path, skipped), skipped)
+
+
+class ShardFolder:
+    """Images in tar files below a folder, each cut at random."""
+
+    augmented = True
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.shards = Shards(config.path)
+        self.size = len(self.shards)
+
+    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
+        image, caption, skipped = self.shards[index]
+        return Sample(_cut(image, image_size, rng), caption, skipped)
+
+
+SOURCES: dict[str, Any] = {
+    "photographs": Photographs,
+    "scenes": Scenes,
+    "text": Text,
+    "folder": Folder,
+    "shards": ShardFolder,
+}
+"""Sources by kind."""
+
+
+def _cut(image: Image.Image, image_size: tuple[int, int], rng: random.Random) -> Image.Image:
+    height, width = image_size
+    require(height == width, "image_size", "a square for folders of images", image_size)
+    return random_crop(image, height, rng)
+
+
 class Mixture(Dataset[dict[str, Any]]):
-    """Samples by position. A file that cannot be read is skipped for the next one of its folder, and reported."""
+    """Samples by position. What cannot be read is replaced by the next sample of its source, and reported."""
 
     def __init__(self, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
         require(len(config.sources) > 0, "data.sources", "at least one source", "none")
         self.config, self.image_size, self.seed, self.workers = config, image_size, seed, config.workers
-        self.files = [list_images(s.path) if s.kind == "folder" else [] for s in config.sources]
+        self.sources: list[Source] = [SOURCES[source.kind](source) for source in config.sources]
+        self.interleaving = Interleaving([source.weight for source in config.sources])
+
+    def locate(self, position: int, offset: int = 0) -> tuple[int, int]:
+        """Number of the source and index in it; `offset` samples further on in the same source."""
+        number, place = self.interleaving(position)
+        size, seed = self.sources[number].size, mix_seeds(self.seed, number) >> 1
+        return number, place + offset if size is None else shuffled(place + offset, size, seed)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        rng = random.Random(mix_seeds(self.seed, position))
-        weights = [source.weight for source in self.config.sources]
-        index = rng.choices(range(len(weights)), weights)[0]
-        source = self.config.sources[index]
-        if source.kind == "scenes":
-            scene = make_scene(mix_seeds(self.seed, position, 1) >> 24)
-            height, width = self.image_size
-            image = scene.render(max(height, width)).resize((width, height))
-            return {
-                "image": image_to_tensor(image),
-                "caption": scene.caption,
-                "skipped": [],
-            }
-        if source.kind == "photographs":
-            picture = rng.choice(list(photographs("train").values()))
-            image = random_patch(picture, self.image_size, rng, source.zoom)
-            return {"image": self._augmented(image, source, rng), "caption": "", "skipped": []}
-        return self._from_folder(self.files[index], source, position, rng)
-
-    def _from_folder(
-        self, files: list[Path], source: SourceConfig, position: int, rng: random.Random
-    ) -> dict[str, Any]:
-        """File `position` of a random order that is new in every pass."""
-        epoch, place = divmod(position, len(files))
-        order = random.Random(mix_seeds(self.seed, epoch, 2)).sample(range(len(files)), len(files))
         skipped: list[str] = []
-        for offset in range(len(files)):
-            path = files[order[(place + offset) % len(files)]]
+        for offset in range(MAX_UNREADABLE):
+            number, index = self.locate(position, offset)
+            source, rng = self.sources[number], random.Random(mix_seeds(self.seed, position, offset))
+            if source.size is not None and offset >= source.size:
+                break
             try:
-                picture = read_image(path)
+                image, caption, also = source.sample(index, self.image_size, rng)
             except ValueError as error:
                 skipped.append(str(error))
                 continue
-            height, width = self.image_size
-            require(height == width, "image_size", "a square for folders of images", self.image_size)
-            caption = path.with_suffix(".txt")
-            image = self._augmented(random_crop(picture, height, rng), source, rng)
-            text = caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
-            return {"image": image, "caption": text, "skipped": skipped}
-        fail("data.path", "a folder with at least one readable image", skipped[0])
+            image = _augmented(image, self.config.sources[number], rng) if source.augmented else image
+            return {"image": image_to_tensor(image), "caption": caption, "skipped": [*skipped, *also]}
+        fail("data.path", "a source with at least one readable image", skipped[0])
 
-    def _augmented(self, image: Image.Image, source: SourceConfig, rng: random.Random) -> Tensor:
-        image = random_flip(image, rng, source.turns)
-        if source.colour > 0:
-            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
-            hue, saturation, value = image.convert("HSV").split()
-            turn = round(128 * source.colour * rng.uniform(-1, 1))
-            image = Image.merge("HSV", (hue.point([(h + turn) % 256 for h in range(256)]), saturation, value)).convert(
-                "RGB"
-            )
-        return image_to_tensor(image)
+
+def _augmented(image: Image.Image, source: SourceConfig, rng: random.Random) -> Image.Image:
+    image = random_flip(image, rng, source.turns)
+    if source.colour > 0:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
+        hue, saturation, value = image.convert("HSV").split()
+        turn = round(128 * source.colour * rng.uniform(-1, 1))
+        hue = hue.point([(h + turn) % 256 for h in range(256)])
+        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if source.channels > 0 and rng.random() < source.channels:
+        image = Image.merge("RGB", rng.sample(image.split(), 3))
+    return image
 
 
 class Positions(Sampler[list[int]]):
-    """Endless batches of positions for one of `world` ranks, beginning at a step: this is all there is to resuming."""
+    """Endless batches of positions for one of `world` ranks, beginning at position `start` of all ranks together.
 
-    def __init__(self, batch_size: int, start_step: int = 0, rank: int = 0, world: int = 1) -> None:
-        self.batch_size, self.start_step, self.rank, self.world = batch_size, start_step, rank, world
+    The ranks take turns, a batch each, so the samples of a step are the same however they are shared out.
+    """
+
+    def __init__(self, batch_size: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        self.batch_size, self.start, self.rank, self.world = batch_size, start, rank, world
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
+        first = self.start + self.rank * self.batch_size
         while True:
-            first = (step * self.world + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
-            step += 1
+            first += self.world * self.batch_size
 
 
 def make_loader(dataset: Mixture | AnySize, positions: Positions | BucketBatches) -> "DataLoader[Any]":
@@ -160,7 +264,13 @@ def make_loader(dataset: Mixture | AnySize, positions: Positions | BucketBatches
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers > 0 else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Workers go on at an interrupt from the keyboard: the main process ends them when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
@@ -170,17 +280,3 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
         [sample["caption"] for sample in samples],
         [name for sample in samples for name in sample["skipped"]],
     )
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted; an empty or missing folder is an error."""
-    if not Path(folder).is_dir():
-        fail("images", "a folder", f"{str(folder)!r}")
-    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    require(len(files) > 0, "images", f"image files ({', '.join(EXTENSIONS)}) below {str(folder)!r}", "none")
-    return files
-
-
-def mix_seeds(*numbers: int) -> int:
-    """A seed (64 bits, not negative) that depends on all of several numbers, the same on every machine."""
-    return int.from_bytes(blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest(), "little")

@@ -6,21 +6,21 @@ import random
 from PIL import Image
 
 from tokenizers_mm._check import require
+from tokenizers_mm._images import middle, scale_and_cut
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The ADM centre crop: halve (box) while the smaller side is >= 2 * `size`, scale (bicubic), cut the middle."""
-    image = _scale_smaller_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    image, scaled = _halved(image, size)
+    return scale_and_cut(image, scaled, middle(scaled, size, size), Image.Resampling.BICUBIC)
 
 
 def random_crop(image: Image.Image, size: int, rng: random.Random, min_fraction: float = 0.8) -> Image.Image:
     """The ADM random crop: the smaller side becomes a number in [size, ceil(size / min_fraction)], then a cut."""
-    image = _scale_smaller_side(image, rng.randint(size, math.ceil(size / min_fraction)))
-    top = rng.randint(0, image.height - size)  # the original draws rows first
-    left = rng.randint(0, image.width - size)
-    return image.crop((left, top, left + size, top + size))
+    image, scaled = _halved(image, rng.randint(size, math.ceil(size / min_fraction)))
+    top = rng.randint(0, scaled[0] - size)  # the original draws rows first
+    left = rng.randint(0, scaled[1] - size)
+    return scale_and_cut(image, scaled, (top, left, size, size), Image.Resampling.BICUBIC)
 
 
 def random_patch(
@@ -46,9 +46,10 @@ def random_flip(image: Image.Image, rng: random.Random, turns: bool = False) -> 
     return image if turn is None else image.transpose(turn)
 
 
-def _scale_smaller_side(image: Image.Image, size: int) -> Image.Image:
+def _halved(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The image halved (box) while its smaller side is >= 2 * `size`, and the (height, width) to scale it to."""
     require(size > 0 and min(image.size) > 0, "size", "a positive number of pixels", size)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return image, (round(image.height * scale), round(image.width * scale))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizers_mm.config import Depth, Width, checked
 from tokenizers_mm.functional.diffusion import sinusoid
 from tokenizers_mm.layers.init import small_normal, xavier_linears
 
@@ -15,10 +16,10 @@ TIME_DIM = 256
 class TokenDenoiserConfig:
     """Sizes of the network; the defaults are MAR-B's. condition_dim is the width of the MAR decoder."""
 
-    token_dim: int = 16
-    condition_dim: int = 768
-    width: int = 1024
-    depth: int = 6
+    token_dim: Width = 16
+    condition_dim: Width = 768
+    width: Width = 1024
+    depth: Depth = 6
 
 
 class TokenDenoiser(nn.Module):
@@ -26,7 +27,7 @@ class TokenDenoiser(nn.Module):
 
     def __init__(self, config: TokenDenoiserConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         width = config.width
         self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
         self.condition = nn.Linear(config.condition_dim, width)

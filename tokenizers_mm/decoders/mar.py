@@ -1,14 +1,16 @@
 """The MAR decoder: mask tokens join the encoder's output (Li et al., MAR, arXiv 2406.11838, section 4)."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
+from tokenizers_mm.config import Cells, Depth, Heads, MLPRatio, Range, Share, Width, checked
 from tokenizers_mm.functional.masking import positions_where, put
 from tokenizers_mm.functional.positions import bilinear_positions
-from tokenizers_mm.layers.attention import Block
+from tokenizers_mm.layers.attention import Block, check_block
 from tokenizers_mm.layers.init import small_normal, xavier_linears
 
 
@@ -16,14 +18,18 @@ from tokenizers_mm.layers.init import small_normal, xavier_linears
 class MARDecoderConfig:
     """Sizes of the decoder; the defaults are MAR-B's. grid and num_buffers are those of the encoder."""
 
-    encoder_width: int = 768
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    grid: tuple[int, int] = (16, 16)
-    num_buffers: int = 64
-    dropout: float = 0.1
+    encoder_width: Width = 768
+    width: Width = 768
+    depth: Depth = 12
+    heads: Heads = 12
+    mlp_ratio: MLPRatio = 4.0
+    grid: tuple[Cells, Cells] = (16, 16)
+    num_buffers: Annotated[int, Range(0, 1 << 16)] = 64
+    dropout: Share = 0.1
+
+    def check(self) -> None:
+        """Refuse sizes that no block has."""
+        check_block(self.width, self.heads, self.mlp_ratio)
 
 
 class MARDecoder(nn.Module):
@@ -31,7 +37,7 @@ class MARDecoder(nn.Module):
 
     def __init__(self, config: MARDecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         width, length = config.width, config.grid[0] * config.grid[1]
         self.embed = nn.Linear(config.encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

@@ -1,11 +1,27 @@
 """Convolutional pixel decoder, codes to image: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.conv import Level, Middle, NormFactory, Resampling, Upsample, silu
+from tokenizers_mm._check import require
+from tokenizers_mm.config import Range, Width, checked
+from tokenizers_mm.functional.deblocking import deblock
+from tokenizers_mm.layers.conv import (
+    AttentionLevels,
+    Level,
+    Middle,
+    Multipliers,
+    NormFactory,
+    NumBlocks,
+    Patch,
+    Resampling,
+    Upsample,
+    check_widths,
+    silu,
+)
 from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm
 
 
@@ -15,18 +31,35 @@ class PixelDecoderConfig:
 
     context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
+    linear: add a linear map of every 3x3 neighbourhood of z to a patch, which a training run can start by regression.
+    deblock: steps up to about this size at the edges of the patches are smoothed (`functional.deblocking`); 0: none.
     """
 
-    in_channels: int
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_blocks: int = 2
-    attention_levels: tuple[int, ...] = (4,)
+    in_channels: Width
+    channels: Width = 128
+    multipliers: Multipliers = (1, 1, 2, 2, 4)
+    num_blocks: NumBlocks = 2
+    attention_levels: AttentionLevels = (4,)
     middle: bool = True
-    head_patch: int = 1
+    head_patch: Patch = 1
     resampling: Resampling = "conv"
-    context_channels: int | None = None
-    num_groups: int = 32
+    context_channels: Width | None = None
+    num_groups: Width = 32
+    linear: bool = False
+    deblock: Annotated[float, Range(0, 2)] = 0.0
+
+    @property
+    def factor(self) -> int:
+        """Pixels per cell and side."""
+        return self.head_patch * 2 ** (len(self.multipliers) - 1)
+
+    def check(self) -> None:
+        """Refuse widths that do not go together."""
+        check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
+        first = self.channels * self.multipliers[-1]
+        if self.resampling == "dc":
+            require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)
+        require(self.factor >= 6 or not self.deblock, "deblock", "0 for patches of less than 6 pixels", self.deblock)
 
 
 class PixelDecoder(nn.Module):
@@ -37,7 +70,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: PixelDecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         norm = _norm_factory(config)
         widths = [config.channels * m for m in config.multipliers]
         width = widths[-1]
@@ -56,6 +89,12 @@ class PixelDecoder(nn.Module):
             width = widths[index]
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, 3 * config.head_patch**2, 3, padding=1)
+        self.linear = None
+        if config.linear:
+            out = 3 * config.factor**2
+            self.linear = nn.Conv2d(config.in_channels, out, 3, padding=1, padding_mode="replicate")
+            for parameter in self.conv_out.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -74,8 +113,10 @@ class PixelDecoder(nn.Module):
             for block in level:  # type: ignore[attr-defined]
                 h = block(h, context)
         h = silu(self.norm_out(h, context))
-        h = self.conv_out(h)
-        return F.pixel_shuffle(h, self.config.head_patch)
+        image = F.pixel_shuffle(self.conv_out(h), self.config.head_patch)
+        if self.linear is not None:
+            image = image + F.pixel_shuffle(self.linear(z), self.config.factor)
+        return deblock(image, self.config.factor, self.config.deblock) if self.config.deblock else image
 
 
 def _norm_factory(config: PixelDecoderConfig) -> NormFactory:

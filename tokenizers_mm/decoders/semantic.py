@@ -5,18 +5,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.attention import Block
+from tokenizers_mm.config import Cells, Depth, Heads, Width, checked
+from tokenizers_mm.layers.attention import Block, check_block
 
 
 @dataclass(frozen=True)
 class SemanticDecoderConfig:
     """grid: rows and columns of the codes; out_dim: channels of the teacher's features."""
 
-    grid: tuple[int, int]
-    out_dim: int
-    width: int = 768
-    depth: int = 3
-    heads: int = 12
+    grid: tuple[Cells, Cells]
+    out_dim: Width
+    width: Width = 768
+    depth: Depth = 3
+    heads: Heads = 12
+
+    def check(self) -> None:
+        """Refuse sizes that no block has."""
+        check_block(self.width, self.heads)
 
 
 class SemanticDecoder(nn.Module):
@@ -24,7 +29,7 @@ class SemanticDecoder(nn.Module):
 
     def __init__(self, in_dim: int, config: SemanticDecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         rows, columns = config.grid
         self.embed = nn.Linear(in_dim, config.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))

@@ -4,14 +4,16 @@ Read without a mask it is Harmon's encoder for understanding (arXiv 2503.21979, 
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
+from tokenizers_mm.config import Cells, Depth, Heads, MLPRatio, Range, Share, Width, checked
 from tokenizers_mm.functional.masking import positions_where, take
 from tokenizers_mm.functional.positions import bilinear_positions
-from tokenizers_mm.layers.attention import Block
+from tokenizers_mm.layers.attention import Block, check_block
 from tokenizers_mm.layers.init import small_normal, xavier_linears
 
 
@@ -23,15 +25,19 @@ class MAREncoderConfig:
     interpolate it. num_buffers: slots before the tokens that carry the condition.
     """
 
-    token_dim: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    grid: tuple[int, int] = (16, 16)
-    num_buffers: int = 64
-    num_classes: int = 1000
-    dropout: float = 0.1
+    token_dim: Width = 16
+    width: Width = 768
+    depth: Depth = 12
+    heads: Heads = 12
+    mlp_ratio: MLPRatio = 4.0
+    grid: tuple[Cells, Cells] = (16, 16)
+    num_buffers: Annotated[int, Range(0, 1 << 16)] = 64
+    num_classes: Annotated[int, Range(1, 1 << 24)] = 1000
+    dropout: Share = 0.1
+
+    def check(self) -> None:
+        """Refuse sizes that no block has."""
+        check_block(self.width, self.heads, self.mlp_ratio)
 
 
 class MAREncoder(nn.Module):
@@ -39,7 +45,7 @@ class MAREncoder(nn.Module):
 
     def __init__(self, config: MAREncoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         width = config.width
         self.embed = nn.Linear(config.token_dim, width)
         self.embed_norm = nn.LayerNorm(width, eps=1e-6)

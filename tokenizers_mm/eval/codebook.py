@@ -4,10 +4,46 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenizers_mm._check import require
 from tokenizers_mm.functional.usage import count_ids, perplexity, usage
 from tokenizers_mm.types import ImageCodes
+
+
+class CodebookCounts:
+    """How often every code occurs, by stream and scale: what `codebook_health` reports, one batch after another."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[Tensor]] = {}
+
+    def add(self, codes: ImageCodes) -> None:
+        """Count the ids of a batch."""
+        for stream in codes.streams:
+            scales = self._counts.setdefault(stream.name, [])
+            sizes = [rows * columns for rows, columns in stream.grids]
+            ids = codes.stream(stream.name).cpu()
+            ends = torch.tensor(sizes).cumsum(0).clamp_max(ids.shape[1]).tolist()
+            for scale, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                counts = count_ids(ids[:, start:end], stream.codebook_size)
+                if scale < len(scales):
+                    scales[scale] += counts
+                else:
+                    scales.append(counts)
+
+    def report(self) -> dict[str, Any]:
+        """{stream: {usage, perplexity, codebook_size, ids, scales: [...]}}; empty where nothing was counted."""
+        found: dict[str, Any] = {}
+        for name, scales in self._counts.items():
+            total = torch.stack(scales).sum(0)
+            found[name] = {
+                "usage": usage(total),
+                "perplexity": perplexity(total),
+                "codebook_size": len(total),
+                "ids": int(total.sum()),
+                "scales": [{"usage": usage(c), "perplexity": perplexity(c)} for c in scales],
+            }
+        return found
 
 
 def codebook_health(codes: Iterable[ImageCodes]) -> dict[str, Any]:
@@ -15,25 +51,9 @@ def codebook_health(codes: Iterable[ImageCodes]) -> dict[str, Any]:
 
     `usage` is the share of codes that occur at least once, in [0, 1]; it cannot exceed ids / codebook_size.
     """
-    batches = list(codes)
-    require(len(batches) > 0, "codes", "at least one batch", "none")
-    report: dict[str, Any] = {}
-    for index, stream in enumerate(batches[0].streams):
-        total = torch.zeros(stream.codebook_size, dtype=torch.int64)
-        scales: dict[int, torch.Tensor] = {}
-        for batch in batches:
-            start = 0
-            ids = batch.stream(stream.name).cpu()
-            for scale, (rows, columns) in enumerate(batch.streams[index].grids):
-                counts = count_ids(ids[:, start : start + rows * columns], stream.codebook_size)
-                start += rows * columns
-                scales[scale] = scales.get(scale, 0) + counts
-                total += counts
-        report[stream.name] = {
-            "usage": usage(total),
-            "perplexity": perplexity(total),
-            "codebook_size": stream.codebook_size,
-            "ids": int(total.sum()),
-            "scales": [{"usage": usage(c), "perplexity": perplexity(c)} for _, c in sorted(scales.items())],
-        }
+    counts = CodebookCounts()
+    for batch in codes:
+        counts.add(batch)
+    report = counts.report()
+    require(len(report) > 0, "codes", "at least one batch", "none")
     return report

@@ -1,7 +1,8 @@
 """GAN losses. Logits come from a discriminator: higher means more real. All are means over all logits.
 
 Sources: hinge, Lim and Ye (arXiv 1705.02894); non-saturating, Goodfellow et al. (arXiv 1406.2661, section 3); LeCam,
-Tseng et al. (arXiv 2104.03310, eq. 4); adaptive weight, Esser et al. (arXiv 2012.09841, eq. 7).
+Tseng et al. (arXiv 2104.03310, eq. 4); R1, Mescheder et al. (arXiv 1801.04406, eq. 9); adaptive weight, Esser et al.
+(arXiv 2012.09841, eq. 7).
 """
 
 import torch
@@ -35,6 +36,12 @@ def lecam(
 ) -> Float[Tensor, ""]:
     """Regularisation towards moving averages of the logits of the other class."""
     return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
+
+
+def r1_penalty(images: Float[Tensor, "b c h w"], logits: Float[Tensor, "b *n"]) -> Float[Tensor, ""]:
+    """Mean over images of half the squared norm of the gradient of an image's mean logit; differentiable."""
+    (gradient,) = torch.autograd.grad(logits.flatten(1).mean(1).sum(), images, create_graph=True)
+    return 0.5 * gradient.square().flatten(1).sum(1).mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, limit: float = 1e4) -> Tensor:

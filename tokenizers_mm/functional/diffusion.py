@@ -97,11 +97,14 @@ def schedule(respacing: str = str(TRAIN_STEPS), steps: int = TRAIN_STEPS) -> Sch
 
 
 def sinusoid(t: Num[Tensor, "n"], dim: int, longest: float = 10000.0) -> Float[Tensor, "n d"]:
-    """Cosines, then sines, of t at dim / 2 frequencies from 1 down to almost 1 / longest, in float32."""
+    """Cosines, then sines, of t at dim / 2 frequencies from 1 down to almost 1 / longest, as float32.
+
+    Computed in float64: in float32 the rounding of a frequency, times t, differs from one instruction set to another.
+    """
     half = dim // 2
-    frequencies = torch.exp(-math.log(longest) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    frequencies = torch.exp(-math.log(longest) * torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angles = t.double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def add_noise(

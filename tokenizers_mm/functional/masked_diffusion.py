@@ -5,20 +5,29 @@ Source: Chang et al., MaskGIT (arXiv 2202.04200), section 3.2 (cosine schedule) 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for a batch, or one for each of its rows, whose draws then do not depend on the rest of the batch."""
 
-def hide(
-    maskable: Bool[Tensor, "b l"], ratio: Float[Tensor, "b"], generator: torch.Generator | None = None
-) -> Bool[Tensor, "b l"]:
+
+def uniform(rows: int, columns: int, generator: Generators = None) -> Float[Tensor, "b n"]:
+    """Uniform numbers in [0, 1), on the CPU."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.rand(rows, columns, generator=generator)
+    return torch.stack([torch.rand(columns, generator=row) for row in generator])
+
+
+def hide(maskable: Bool[Tensor, "b l"], ratio: Float[Tensor, "b"], generator: Generators = None) -> Bool[Tensor, "b l"]:
     """Of the maskable tokens of each row a random share of `ratio`, rounded, but at least one where there is one."""
     count = maskable.sum(1)
     wanted = torch.minimum((ratio * count).round().long().clamp_min(1), count)
-    noise = torch.rand(maskable.shape, generator=generator).to(maskable.device)
+    noise = uniform(*maskable.shape, generator).to(maskable.device)
     rank = noise.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)
     return (rank < wanted[:, None]) & maskable
 

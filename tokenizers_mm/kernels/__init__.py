@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.kernels import _native, _ops
+from tokenizers_mm.kernels import _cuda, _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
+from tokenizers_mm.kernels._kmeans import KMeans, kmeans
 
 __all__ = [
+    "KMeans",
     "code_sums",
     "describe",
     "finite_ids",
     "invalidate",
+    "kmeans",
     "nearest_code",
     "nearest_code_shared",
     "use_kernels",
@@ -94,6 +97,7 @@ def nearest_code(
     else:
         return _nearest(z, codebook, trust_version, name)
     if not return_distance:
+        assert margin is not None
         return ids, margin
     if _ops.may_be_differentiated(z, codebook):
         gap = z.to(distance.dtype) - _rows(codebook, ids).to(distance.dtype)
@@ -214,6 +218,7 @@ def use_kernels(mode: str) -> Iterator[None]:
 def invalidate() -> None:
     """Free every packed codebook. Never needed for right answers, unless a writer was hidden from `trust_version`."""
     _ops.cache.clear()
+    _cuda.packs.clear()
 
 
 def describe() -> dict[str, str]:

@@ -51,6 +51,7 @@ def _twin(device: torch.device) -> ModuleType:
     if device.type == "cuda" and mode.get() != "reference":
         reason = _cuda.why_unavailable(device)
         if reason is None:
+            _cuda.raise_reported()
             return _cuda
     elif device.type == "cpu" or mode.get() != "native":
         return reference
@@ -61,16 +62,19 @@ def _twin(device: torch.device) -> ModuleType:
     return reference
 
 
-def _search_twin(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids, squared distances and margins by the twin; margins are plain torch's on every device. Without a wait for the
-    device: the id of a row that is not finite is -1, which is refused where ids are read on the host (ImageCodes)."""
+def _search_twin(
+    z: Tensor, codebook: Tensor, margins: bool, trust_version: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, squared distances and margins by the twin. The id of a row that is not finite is -1, without a wait for the
+    device: it is refused where ids are read on the host (ImageCodes)."""
+    if _twin(z.device) is _cuda:
+        return _cuda.search((z,), (codebook,), (1.0,), margins, trust_version)
     if margins:
         return reference.nearest_code_margin(z, codebook)
-    ids, distance = _twin(z.device).nearest_code(z, codebook)
-    return ids.masked_fill(distance.isnan(), -1), distance, None
+    return *reference.nearest_code(z, codebook), None
 
 
-def _common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
+def common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:
     """float64 where any input is, else float32: both hold every value of the inputs."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
@@ -122,10 +126,10 @@ def _empty(shape: torch.Size, dtype: torch.dtype, want: str) -> Answer:
 
 def _nearest(z: Tensor, codebook: Tensor, want: str, trust_version: bool, name: str) -> Answer:
     library = _library(z.device)
-    dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else _common_dtype((z, codebook))
+    dtype = torch.float32 if z.dtype == codebook.dtype == torch.float32 else common_dtype((z, codebook))
     shape = z.shape[:-1]
     if library is None:
-        ids, distance, margin = _search_twin(z.reshape(-1, z.shape[-1]), codebook, "m" in want)
+        ids, distance, margin = _search_twin(z.reshape(-1, z.shape[-1]), codebook, "m" in want, trust_version)
         answer = Answer(
             ids.view(shape),
             distance.to(dtype).view(shape) if "d" in want else None,
@@ -199,11 +203,11 @@ def _refuse(
     raise RuntimeError("nearest_code: expected codes and features that nobody writes to during the call")
 
 
-def _nearest_ids(z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z") -> Tensor:
+def nearest_ids(z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z") -> Tensor:
     return _nearest(z, codebook, "", trust_version, name).ids
 
 
-def _nearest_distance(
+def nearest_distance(
     z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z"
 ) -> tuple[Tensor, Tensor]:
     answer = _nearest(z, codebook, "d", trust_version, name)
@@ -211,7 +215,7 @@ def _nearest_distance(
     return answer.distance, answer.ids
 
 
-def _nearest_margin(
+def nearest_margin(
     z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z"
 ) -> tuple[Tensor, Tensor, Tensor]:
     answer = _nearest(z, codebook, "dm", trust_version, name)
@@ -220,7 +224,7 @@ def _nearest_margin(
     return answer.distance, answer.margin, answer.ids
 
 
-def _nearest_shared(
+def nearest_shared(
     zs: list[Tensor],
     codebooks: list[Tensor],
     weights: list[float],
@@ -231,7 +235,7 @@ def _nearest_shared(
     return _shared(zs, codebooks, weights, normalize, "", trust_version, names).ids
 
 
-def _shared_margin(
+def shared_margin(
     zs: list[Tensor],
     codebooks: list[Tensor],
     weights: list[float],
@@ -257,8 +261,8 @@ def _shared(
     labels = tuple(names) if names else tuple(f"zs[{i}]" for i in range(len(parts)))
     code_labels = tuple(f"codebooks[{i}]" for i in range(len(codes)))
     exact = not normalize and all(weight == 1 for weight in weights)
-    dtype = _common_dtype(parts + codes) if exact else torch.float64
-    result = _common_dtype(parts + codes)
+    dtype = common_dtype(parts + codes) if exact else torch.float64
+    result = common_dtype(parts + codes)
     shape = parts[0].shape[:-1]
     width = sum(part.shape[-1] for part in parts)
     rows = [part.reshape(-1, part.shape[-1]) for part in parts]
@@ -271,11 +275,15 @@ def _shared(
         for start in range(0, rows[0].shape[0], step):
             yield joint_rows(tuple(row[start : start + step] for row in rows), scale, normalize, dtype)
 
-    library = _library(parts[0].device)
+    device = parts[0].device
+    library = _library(device)
     if library is None:
-        joint = joint_codebook()
-        found = [_search_twin(block, joint, bool(want)) for block in blocks()]
-        found = found or [_search_twin(parts[0].new_empty(0, width), joint, bool(want))]
+        if len(rows) <= 2 and _twin(device) is _cuda:
+            ids, _, margin = _cuda.nearest_shared(tuple(rows), codes, scale, normalize, bool(want), trust_version)
+            return Answer(ids.view(shape), None, None if margin is None else margin.to(result).view(shape))
+        joint = joint_codebook()  # nobody else can write to it
+        found = [_search_twin(block, joint, bool(want), True) for block in blocks()]
+        found = found or [_search_twin(parts[0].new_empty(0, width), joint, bool(want), True)]
         ids = torch.cat([part[0] for part in found])
         margin = torch.cat([part[2] for part in found if part[2] is not None]).to(result).view(shape) if want else None
         _refuse_if_not_finite(codes, code_labels, ids, parts, labels)
@@ -297,21 +305,23 @@ def _shared(
     return Answer(answer.ids, None, None if answer.margin is None else answer.margin.to(result))
 
 
-def _finite_ids(z: Tensor, ids: Tensor, name: str) -> Tensor:
+def finite_ids(z: Tensor, ids: Tensor, name: str) -> Tensor:
     if z.device.type == "cpu":
         require_finite(name, "features", z)
         return ids.clone()
     return torch.where(z.isfinite().all(-1), ids, -1)
 
 
-def _code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     library = _library(vectors.device)
     if library is None:
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_codes:
+        twin = _twin(vectors.device)
+        # The CUDA library reports a bad id later: looking at the ids here would wait for the device.
+        if twin is reference and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_codes:
             _bad_ids(num_codes)
-        counts, sums = _twin(vectors.device).code_sums(vectors, ids, num_codes)
+        counts, sums = twin.code_sums(vectors, ids, num_codes)
         return sums, counts
-    rows = vectors.to(_common_dtype((vectors,))).contiguous()
+    rows = vectors.to(common_dtype((vectors,))).contiguous()
     ids = ids.contiguous()
     counts = torch.empty(num_codes, dtype=torch.int64)
     sums = torch.empty((num_codes, rows.shape[1]), dtype=torch.float64)
@@ -334,127 +344,6 @@ def _code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Te
 
 def _bad_ids(num_codes: int) -> None:
     raise ValueError(f"ids: expected values in 0 .. {num_codes - 1}, got one outside")
-
-
-_namespace = torch.library.Library("tokenizers_mm", "DEF")
-
-
-def _define(schema: str, implementation, fake) -> None:
-    name = "tokenizers_mm::" + schema.partition("(")[0]
-    _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _namespace.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=_namespace)
-
-
-def _fake_ids(z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z") -> Tensor:
-    return z.new_empty(z.shape[:-1], dtype=torch.int64)
-
-
-def _fake_distance(z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z") -> tuple[Tensor, Tensor]:
-    ids = z.new_empty(z.shape[:-1], dtype=torch.int64)
-    return z.new_empty(z.shape[:-1], dtype=_common_dtype((z, codebook))), ids
-
-
-def _fake_margin(
-    z: Tensor, codebook: Tensor, trust_version: bool = False, name: str = "z"
-) -> tuple[Tensor, Tensor, Tensor]:
-    distance, ids = _fake_distance(z, codebook)
-    return distance, torch.empty_like(distance), ids
-
-
-def _fake_shared(
-    zs: list[Tensor],
-    codebooks: list[Tensor],
-    weights: list[float],
-    normalize: bool,
-    trust_version: bool = False,
-    names: list[str] | None = None,
-) -> Tensor:
-    return zs[0].new_empty(zs[0].shape[:-1], dtype=torch.int64)
-
-
-def _fake_shared_margin(
-    zs: list[Tensor],
-    codebooks: list[Tensor],
-    weights: list[float],
-    normalize: bool,
-    trust_version: bool = False,
-    names: list[str] | None = None,
-) -> tuple[Tensor, Tensor]:
-    ids = _fake_shared(zs, codebooks, weights, normalize)
-    return zs[0].new_empty(ids.shape, dtype=_common_dtype((*zs, *codebooks))), ids
-
-
-def _fake_finite_ids(z: Tensor, ids: Tensor, name: str) -> Tensor:
-    return torch.empty_like(ids)
-
-
-def _fake_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    sums = vectors.new_empty((num_codes, vectors.shape[1]), dtype=torch.float64)
-    return sums, ids.new_empty((num_codes,))
-
-
-def _batched(op, row_arguments: int):
-    """The rule of torch.vmap for an operator whose first arguments are rows of any leading shape: a batch of them alone
-    is one more axis of rows. A batch of codebooks is searched one by one."""
-
-    def rule(info, in_dims, *arguments):
-        size = info.batch_size
-
-        def select(argument, dims, index):
-            if isinstance(argument, list):
-                return [
-                    select(part, dim, index) for part, dim in zip(argument, dims or [None] * len(argument), strict=True)
-                ]
-            return argument if dims is None else argument.select(dims, index)
-
-        def lead(argument, dims):
-            if isinstance(argument, list):
-                return [lead(part, dim) for part, dim in zip(argument, dims or [None] * len(argument), strict=True)]
-            return argument.expand(size, *argument.shape) if dims is None else argument.movedim(dims, 0)
-
-        def unbatched(dims) -> bool:
-            return dims is None or (isinstance(dims, list | tuple) and all(dim is None for dim in dims))
-
-        if all(map(unbatched, in_dims[row_arguments:])):
-            rows = [lead(*pair) for pair in zip(arguments[:row_arguments], in_dims[:row_arguments], strict=True)]
-            result = op(*rows, *arguments[row_arguments:])
-        else:
-            results = [
-                op(*(select(argument, dims, i) for argument, dims in zip(arguments, in_dims, strict=True)))
-                for i in range(size)
-            ]
-            single = isinstance(results[0], Tensor)
-            result = torch.stack(results) if single else tuple(map(torch.stack, zip(*results, strict=True)))
-        return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
-
-    return rule
-
-
-# A floating-point output comes first: with an int64 one there, torch's tracing of gradients fails.
-_PLAIN = "Tensor z, Tensor codebook, bool trust_version=False, str name='z'"
-_SHARED = (
-    "Tensor[] zs, Tensor[] codebooks, float[] weights, bool normalize, bool trust_version=False, str[]? names=None"
-)
-_define(f"nearest_code({_PLAIN}) -> Tensor", _nearest_ids, _fake_ids)
-_define(f"nearest_code_distance({_PLAIN}) -> (Tensor, Tensor)", _nearest_distance, _fake_distance)
-_define(f"nearest_code_margin({_PLAIN}) -> (Tensor, Tensor, Tensor)", _nearest_margin, _fake_margin)
-_define(f"nearest_code_shared({_SHARED}) -> Tensor", _nearest_shared, _fake_shared)
-_define(f"nearest_code_shared_margin({_SHARED}) -> (Tensor, Tensor)", _shared_margin, _fake_shared_margin)
-_define("code_sums(Tensor vectors, Tensor ids, SymInt num_codes) -> (Tensor, Tensor)", _code_sums, _fake_sums)
-_define("finite_ids(Tensor z, Tensor ids, str name) -> Tensor", _finite_ids, _fake_finite_ids)
-_ROW_ARGUMENTS = {
-    "nearest_code": 1,
-    "nearest_code_distance": 1,
-    "nearest_code_margin": 1,
-    "nearest_code_shared": 1,
-    "nearest_code_shared_margin": 1,
-    "code_sums": 0,
-    "finite_ids": 2,
-}
-for _name, _count in _ROW_ARGUMENTS.items():
-    _op = getattr(torch.ops.tokenizers_mm, _name).default
-    torch.library.register_vmap(f"tokenizers_mm::{_name}", _batched(_op, _count), lib=_namespace)
 
 
 def may_be_differentiated(*tensors: Tensor) -> bool:

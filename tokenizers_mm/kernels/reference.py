@@ -30,9 +30,14 @@ def nearest_code_margin(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Te
     is. Infinity where all codes are equal, zero where distances overflow, NaN for a query that is not finite.
     """
     ids, distances, others = _search(z, codebook, margins=True)
-    margin = torch.where(torch.isfinite(others), (others - distances) / (others.sqrt() + distances.sqrt()), torch.inf)
-    margin = torch.where(others > distances, margin, 0.0)
-    return ids, distances, torch.where(distances.isnan(), torch.nan, margin)
+    return ids, distances, margin_of(distances, others)
+
+
+def margin_of(nearest: Tensor, other: Tensor) -> Tensor:
+    """The difference of two distances from their squares, which does not cancel twice; zero where both overflow."""
+    margin = torch.where(torch.isfinite(other), (other - nearest) / (other.sqrt() + nearest.sqrt()), torch.inf)
+    margin = torch.where(other > nearest, margin, 0.0)
+    return torch.where(nearest.isnan(), torch.nan, margin)
 
 
 def _search(z: Tensor, codebook: Tensor, margins: bool) -> tuple[Tensor, Tensor, Tensor]:

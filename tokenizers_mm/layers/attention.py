@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokenizers_mm._check import require
 
 _BACKEND = "TOKENIZERS_MM_ATTENTION"
 
@@ -33,6 +36,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """The tanh form of GELU."""
     return F.gelu(x, approximate="tanh")
 
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -78,6 +83,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(x)))))
+
+
+def check_block(width: int, heads: int, mlp_ratio: float = 4.0, divisor: int = 1) -> None:
+    """Refuse sizes that no `Block` has; `divisor`: of a head's channels, 4 for rotary positions over two axes."""
+    expected = f"a multiple of {divisor * heads} ({f'{divisor} * ' if divisor > 1 else ''}heads)"
+    require(width % (divisor * heads) == 0, "width", expected, width)
+    require(int(width * mlp_ratio) >= 1, "mlp_ratio", f"at least 1 hidden channel for {width}", mlp_ratio)
 
 
 class Block(nn.Module):

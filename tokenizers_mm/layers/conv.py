@@ -3,18 +3,33 @@
 Every block takes (x, context); the context reaches the norms that want it (see `layers.norm`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizers_mm._check import require
+from tokenizers_mm.config import Length, Range
 from tokenizers_mm.layers.attention import attention
 
 NormFactory = Callable[[int], nn.Module]
 Resampling = Literal["conv", "dc"]
+
+Multipliers = Annotated[tuple[Annotated[int, Range(1, 256)], ...], Length(1, 10)]
+AttentionLevels = Annotated[tuple[Annotated[int, Range(0, 9)], ...], Length(0, 10)]
+NumBlocks = Annotated[int, Range(1, 64)]
+Patch = Annotated[int, Range(1, 256)]
+"""Limits of the fields that convolutional encoders and decoders share."""
+
+
+def check_widths(channels: int, multipliers: Sequence[int], num_groups: int, resampling: Resampling) -> None:
+    """Refuse widths that the norms cannot group or that "dc" cannot rearrange."""
+    for width in (channels, *(channels * multiplier for multiplier in multipliers)):
+        require(width % num_groups == 0, "num_groups", f"a divisor of {width} channels", num_groups)
+        require(resampling != "dc" or width % 4 == 0, "channels", "multiples of 4 for resampling: dc", width)
 
 
 def silu(x: Tensor) -> Tensor:

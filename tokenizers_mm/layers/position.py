@@ -31,11 +31,12 @@ def block_order(x: Tensor, block: int) -> Tensor:
 def rotary_2d(positions: Tensor, dim: int, theta: float = 10000.0) -> Rotate:
     """A function that turns heads [B, heads, N, dim] by their positions [N, 2]: half the frequencies for each axis.
 
-    Channel i is paired with channel i + dim / 2. The turning is done in float32, the dtype is kept.
+    Channel i is paired with channel i + dim / 2. The angles are computed in float64, which gives the same table on
+    every instruction set; the rotation is done in float32, the dtype is kept.
     """
-    frequencies = theta ** -(torch.arange(0, dim // 2, 2, device=positions.device, dtype=torch.float32) / (dim // 2))
-    angles = (positions.float()[:, :, None] * frequencies).flatten(1)
-    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+    frequencies = theta ** -(torch.arange(0, dim // 2, 2, device=positions.device, dtype=torch.float64) / (dim // 2))
+    angles = (positions.double()[:, :, None] * frequencies).flatten(1)
+    cos, sin = (torch.cat([table, table], -1).float() for table in (angles.cos(), angles.sin()))
 
     def rotate(x: Tensor) -> Tensor:
         wide = x.float()

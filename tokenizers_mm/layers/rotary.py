@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tokenizers_mm._check import require
-from tokenizers_mm.layers.attention import Block
+from tokenizers_mm.config import Depth, Heads, MLPRatio, Width, checked
+from tokenizers_mm.layers.attention import Block, check_block
 from tokenizers_mm.layers.position import grid_positions, rotary_2d
 
 Projection = Literal["linear", "norm_linear", "linear_norm", "mlp"]
@@ -16,11 +16,15 @@ Projection = Literal["linear", "norm_linear", "linear_norm", "mlp"]
 class RotaryTransformerConfig:
     """width must be a multiple of 4 * heads. projection: what follows the blocks; "mlp" is Linear, tanh, Linear."""
 
-    width: int = 1280
-    depth: int = 4
-    heads: int = 16
-    mlp_ratio: float = 4.0
+    width: Width = 1280
+    depth: Depth = 4
+    heads: Heads = 16
+    mlp_ratio: MLPRatio = 4.0
     projection: Projection = "linear"
+
+    def check(self) -> None:
+        """Refuse sizes that no block has."""
+        check_block(self.width, self.heads, self.mlp_ratio, divisor=4)
 
 
 class RotaryTransformer(nn.Module):
@@ -28,9 +32,8 @@ class RotaryTransformer(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, config: RotaryTransformerConfig) -> None:
         super().__init__()
+        self.config = config = checked(config)
         width, heads = config.width, config.heads
-        require(width % (4 * heads) == 0, "width", f"a multiple of {4 * heads} (4 * heads)", width)
-        self.config = config
         self.embed = nn.Linear(in_dim, width)
         self.blocks = nn.ModuleList(Block(width, heads, config.mlp_ratio, "quick_gelu") for _ in range(config.depth))
         self.project = nn.Sequential(*_projection(width, out_dim, config.projection))

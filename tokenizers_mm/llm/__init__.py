@@ -15,4 +15,6 @@ from tokenizers_mm.llm.model import extend as extend
 from tokenizers_mm.llm.processor import MultimodalProcessor as MultimodalProcessor
 from tokenizers_mm.llm.projector import FeatureProjector as FeatureProjector
 from tokenizers_mm.llm.projector import ProjectorConfig as ProjectorConfig
+from tokenizers_mm.llm.tasks import describe as describe
+from tokenizers_mm.llm.tasks import draw as draw
 from tokenizers_mm.llm.vocabulary import VisualVocabulary as VisualVocabulary

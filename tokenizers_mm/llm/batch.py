@@ -46,7 +46,7 @@ class Segment:
 class Row:
     """One sequence before padding: int64 [n] tokens and labels, places [n, 4], bool [n] is_feature.
 
-    position_ids: int64 [n], what the model's position encoding is given.
+    position_ids: int64 [n], and longest_image, how they are counted: see `positions.position_ids`.
     """
 
     tokens: Tensor
@@ -55,6 +55,7 @@ class Row:
     is_feature: Tensor
     position_ids: Tensor
     features: tuple[tuple[Tensor, ...], ...] = ()
+    longest_image: int | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -67,7 +68,8 @@ class Batch:
     input_ids, labels, position_ids: int64 [B, L]. attention_mask: int64 [B, L], 1 for a token, 0 for padding; or, for
     packed rows, float [B, 1, L, L], 0 where a token may look and the lowest number where not. places: int64 [B, L, 4],
     for a code or feature its (stream, scale, row, column), else -1. is_feature: bool [B, L], tokens replaced by
-    a feature. features: for each image shown as features, in order, one tensor [T, C] per part.
+    a feature. features: for each image shown as features, in order, one tensor [T, C] per part. longest_image: how the
+    position ids are counted (see `positions.position_ids`).
     """
 
     input_ids: Tensor
@@ -77,6 +79,7 @@ class Batch:
     places: Tensor
     is_feature: Tensor
     features: tuple[tuple[Tensor, ...], ...] = ()
+    longest_image: int | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -89,6 +92,7 @@ class Batch:
             self.places.to(device),
             self.is_feature.to(device),
             features,
+            self.longest_image,
         )
 
     def model_inputs(self) -> dict[str, Tensor]:
@@ -109,6 +113,8 @@ def pad_rows(rows: Sequence[Row], pad_id: int, side: Side = "right", length: int
     longest = max(len(row) for row in rows)
     length = longest if length is None else length
     require(longest <= length, "rows", f"at most {length} tokens", f"{longest}")
+    counts = {row.longest_image for row in rows}
+    require(len(counts) == 1, "rows", "rows of one processor (positions are counted alike)", f"{len(counts)} kinds")
 
     def stack(parts: list[Tensor], fill: int | bool) -> Tensor:
         out = parts[0].new_full((len(parts), length, *parts[0].shape[1:]), fill)
@@ -125,28 +131,41 @@ def pad_rows(rows: Sequence[Row], pad_id: int, side: Side = "right", length: int
         stack([row.places for row in rows], -1),
         stack([row.is_feature for row in rows], False),
         tuple(image for row in rows for image in row.features),
+        counts.pop(),
     )
 
 
-def join_rows(rows: Sequence[Row], position_ids: Tensor | None = None) -> Row:
-    """Pieces of one row, in order; positions are counted from 0 unless they are given."""
+def join_rows(rows: Sequence[Row], position_ids: Tensor, longest_image: int | None) -> Row:
+    """Pieces of one row, in order, with the positions of the whole."""
     tokens = torch.cat([row.tokens for row in rows])
     return Row(
         tokens,
         torch.cat([row.labels for row in rows]),
         torch.cat([row.places for row in rows]),
         torch.cat([row.is_feature for row in rows]),
-        torch.arange(len(tokens)) if position_ids is None else position_ids,
+        position_ids,
         tuple(image for row in rows for image in row.features),
+        longest_image,
     )
 
 
-def make_row(tokens: Tensor, learn: bool, places: Tensor | None = None, is_feature: Tensor | None = None) -> Row:
-    """A piece of a row; features carry no label."""
+def make_row(
+    tokens: Tensor,
+    learn: bool,
+    places: Tensor | None = None,
+    is_feature: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Row:
+    """A piece of a row; features carry no label.
+
+    slots: int64 [n], the slots of an image's tokens, None for text; they stand in `position_ids` until pieces are
+    joined.
+    """
     continuous = torch.zeros_like(tokens, dtype=torch.bool) if is_feature is None else is_feature
     places = tokens.new_full((len(tokens), 4), -1) if places is None else places
     labels = tokens.clone() if learn else torch.full_like(tokens, IGNORED)
-    return Row(tokens, labels.masked_fill(continuous, IGNORED), places, continuous, torch.arange(len(tokens)))
+    slots = torch.full_like(tokens, -1) if slots is None else slots
+    return Row(tokens, labels.masked_fill(continuous, IGNORED), places, continuous, slots)
 
 
 def with_features(row: Row, features: tuple[Tensor, ...]) -> Row:

@@ -20,11 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_directory, write_json
+from tokenizers_mm._files import atomic_directory, settle, write_json
 from tokenizers_mm.functional.gradients import scale_gradient
 from tokenizers_mm.llm.batch import IGNORED, Batch, Segment
+from tokenizers_mm.llm.positions import counted
 from tokenizers_mm.llm.presets import ChatFormat
 from tokenizers_mm.llm.projector import FeatureProjector, ProjectorConfig, embed
+from tokenizers_mm.llm.transformers_api import (
+    cache_of,
+    decoder,
+    embeddings,
+    forward,
+    head,
+    keep_for_rewind,
+    load_language_model,
+    rewind,
+)
 from tokenizers_mm.models.loading import load_directory, read_config, read_safetensors
 from tokenizers_mm.models.mar import MAR, Grid, MARDraws, buffers_first, buffers_last
 from tokenizers_mm.models.mar_sampling import Noise, Plan, SamplingConfig, draw_noise, plan_all, sample
@@ -77,7 +88,7 @@ class ContinuousLM(nn.Module):
 
     def __init__(self, tokenizer: MAR, language_model: Any) -> None:
         super().__init__()
-        width, dim = language_model.get_input_embeddings().embedding_dim, tokenizer.feature_dim
+        width, dim = embeddings(language_model).embedding_dim, tokenizer.feature_dim
         self.tokenizer, self.language_model = tokenizer, language_model
         self.projector = FeatureProjector(ProjectorConfig((dim,), width, "silu"))
         self.proj_out = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
@@ -111,18 +122,15 @@ class ContinuousLM(nn.Module):
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "ContinuousLM":
         """Read what `save` wrote, in evaluation mode; ValueError names the first file that is missing or foreign."""
-        from transformers import AutoModelForCausalLM  # loaded when asked for
-
         folder = Path(directory)
+        settle(folder)
         kind = read_config(folder / CONFIG).get("kind")
         require(kind == KIND, f"{folder / CONFIG}: kind", KIND, repr(kind))
         tokenizer = load_directory(folder / "tokenizer")
         if not isinstance(tokenizer, MAR):
             fail(str(folder / "tokenizer"), "a MAR tokenizer", tokenizer.family)
-        try:
-            language_model = AutoModelForCausalLM.from_pretrained(folder / "language_model", local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            fail(str(folder / "language_model"), "a causal language model", str(error).splitlines()[0])
+        place = folder / "language_model"
+        language_model = load_language_model(place, str(place), local=True)
         model = cls(tokenizer, language_model)
         model.load_projectors(read_safetensors(folder / PROJECTORS))
         return model.eval()
@@ -145,13 +153,13 @@ class ContinuousLM(nn.Module):
         """
         require(mask.shape == input_ids.shape, "mask", f"bool {list(input_ids.shape)}", mask)
         places = input_ids == PLACEHOLDER
-        embeddings = self.language_model.get_input_embeddings()(input_ids.masked_fill(places, 0))
-        vectors = embeddings.new_zeros(0, embeddings.shape[-1])
+        embedded = embeddings(self.language_model)(input_ids.masked_fill(places, 0))
+        vectors = embedded.new_zeros(0, embedded.shape[-1])
         if latents is not None:
-            vectors = scale_gradient(self.read(latents), gradient).flatten(0, 1).to(embeddings.dtype)
+            vectors = scale_gradient(self.read(latents), gradient).flatten(0, 1).to(embedded.dtype)
         expected = f"{len(vectors)} places of images in all"
         require(int(places.sum()) == len(vectors), "input_ids", expected, f"{int(places.sum())}")
-        return Prompt(embeddings.masked_scatter(places[..., None], vectors), mask.bool())
+        return Prompt(embedded.masked_scatter(places[..., None], vectors), mask.bool())
 
     def forward(self, batch: TextBatch | ImageBatch) -> dict[str, Tensor]:
         """Unweighted terms: `text` (cross-entropy of the labels), or `noise` and `bound` of MAR's loss."""
@@ -208,8 +216,10 @@ class ContinuousLM(nn.Module):
 
     def _text_term(self, batch: TextBatch) -> Tensor:
         prompt = self.prompt(batch.input_ids, batch.mask, batch.latents, TEXT_GRADIENT)
-        hidden = self._run(prompt.embeddings, prompt.mask, 0)
-        logits = self.language_model.get_output_embeddings()(hidden[:, :-1])
+        hidden, to_logits = self._run(prompt.embeddings, prompt.mask, 0), head(self.language_model)
+        if to_logits is None:
+            fail("language_model", "one with a head", type(self.language_model).__name__)
+        logits = to_logits(hidden[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
 
     def _add_residual(self, prefix: "_Prefix", encoded: Tensor) -> Tensor:
@@ -223,24 +233,21 @@ class ContinuousLM(nn.Module):
             hidden = self._run(torch.cat([prompt.embeddings, vectors], dim=1), mask, 0)[:, length:]
         else:
             hidden = self._run(vectors, mask, length, prefix.keys)
-            prefix.keys.crop(-vectors.shape[1])
+            rewind(prefix.keys, vectors.shape[1])
         return encoded + buffers_first(self.proj_out(hidden.to(encoded.dtype)), count)
 
     def _prefill(self, prompt: Prompt) -> "_Prefix":
         """The prompt's keys and values, computed once."""
         output = self._call(prompt.embeddings, prompt.mask, 0, use_cache=True)
-        keys = output.past_key_values
-        require(hasattr(keys, "crop"), "language_model", "a cache that can be cropped", type(keys).__name__)
-        return _Prefix(prompt, keys)
+        return _Prefix(prompt, keep_for_rewind(cache_of(output)))
 
-    def _run(self, embeddings: Tensor, mask: Tensor, start: int, keys: Any = None) -> Tensor:
+    def _run(self, vectors: Tensor, mask: Tensor, start: int, keys: Any = None) -> Tensor:
         """Last hidden states of embeddings that follow `start` cached ones; the mask covers both."""
-        return self._call(embeddings, mask, start, past_key_values=keys, use_cache=keys is not None).last_hidden_state
+        return self._call(vectors, mask, start, keys, use_cache=keys is not None).last_hidden_state
 
-    def _call(self, embeddings: Tensor, mask: Tensor, start: int, **options: Any) -> Any:
-        positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, start:]
-        decoder = self.language_model.get_decoder()
-        return decoder(inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=positions, **options)
+    def _call(self, vectors: Tensor, mask: Tensor, start: int, keys: Any = None, *, use_cache: bool) -> Any:
+        inputs = {"inputs_embeds": vectors, "attention_mask": mask.long(), "position_ids": counted(mask)[:, start:]}
+        return forward(decoder(self.language_model), inputs, cache=keys, use_cache=use_cache)
 
 
 @dataclass(frozen=True)

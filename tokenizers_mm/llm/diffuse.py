@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import require
-from tokenizers_mm.functional.masked_diffusion import cosine_ratio, hide, left_hidden, masked_diffusion_loss
+from tokenizers_mm.functional.masked_diffusion import (
+    Generators,
+    cosine_ratio,
+    hide,
+    left_hidden,
+    masked_diffusion_loss,
+    uniform,
+)
 from tokenizers_mm.functional.sampling import draw, guide_logits
 from tokenizers_mm.llm.batch import IGNORED, Batch
 from tokenizers_mm.llm.loss import logits_at
@@ -19,13 +26,13 @@ from tokenizers_mm.llm.packing import block_mask
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 
 
-def diffusion_loss(model: Any, batch: Batch, mask_id: int, generator: torch.Generator | None = None) -> Tensor:
+def diffusion_loss(model: Any, batch: Batch, mask_id: int, generator: Generators = None) -> Tensor:
     """Hide a share (cosine of a random time) of the tokens that have labels, and predict them.
 
     batch: padded or packed rows (packed with causal=False). Tokens without labels are always visible.
     """
     maskable = batch.labels != IGNORED
-    time = torch.rand(len(batch), generator=generator).to(maskable.device)
+    time = uniform(len(batch), 1, generator)[:, 0].to(maskable.device)
     hidden = hide(maskable, cosine_ratio(time), generator)
     tokens = batch.input_ids.masked_fill(hidden, mask_id)
     logits = logits_at(model, _inputs(batch, tokens), hidden)

@@ -5,7 +5,6 @@ that may differ by stream, and a callback that sees images grow. The grammar als
 `grammar.GrammarProcessor`).
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +19,9 @@ from tokenizers_mm.llm.batch import Batch
 from tokenizers_mm.llm.grammar import IMAGE, MARKER, NOTHING, ROW, SCALE, TEXT, Grammar
 from tokenizers_mm.llm.layout import ImagePlan
 from tokenizers_mm.llm.model import check_rows
+from tokenizers_mm.llm.positions import next_position, position_ids
+from tokenizers_mm.llm.projector import FeatureProjector, embed
+from tokenizers_mm.llm.transformers_api import cache_of, embeddings, end_tokens, forward, takes
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
 
@@ -78,11 +80,14 @@ def generate(
     *,
     unconditional: Batch | None = None,
     generator: torch.Generator | None = None,
+    projector: FeatureProjector | None = None,
     on_image: Callable[[PartialImage], None] | None = None,
 ) -> Tensor:
     """New tokens int64 [B, T] after prompts that are padded on the left; finished rows are filled with the end token.
 
-    unconditional: prompts of the same number of rows for guidance. on_image: called when a row, a scale or an image is
+    A row ends with an end token of the grammar; where it has any, with each that the model's generation settings name.
+    unconditional: prompts of the same number of rows for guidance. projector: for images that prompts show as features.
+    on_image: called when a row, a scale or an image is
     finished.
     """
     settings = settings or GenerationSettings()
@@ -96,12 +101,22 @@ def generate(
         if batch is not None:
             require(bool(batch.attention_mask[:, -1].all()), "prompts", "padding on the left", "padding on the right")
             require(len(batch) == len(prompts), "unconditional", f"{len(prompts)} rows", len(batch))
-            require(not batch.features, "prompts", "images as ids", "images as features")
-    device = model.get_input_embeddings().weight.device
+            shown = not batch.features or projector is not None
+            require(shown, "prompts", "images as ids, or a projector", "images as features")
+    device = embeddings(model).weight.device
     branches = [prompts, unconditional] if guided and unconditional is not None else [prompts]
-    decoder = _Decoder(model, *_stack([branch.to(device) for branch in branches]))
+    counts = {branch.longest_image for branch in branches}
+    require(len(counts) == 1, "unconditional", "rows of the same processor", "positions that are counted otherwise")
+    longest = counts.pop()
+    telling = longest is None or grammar.tells_images
+    require(telling, "positions", "'order' where images begin with plain text that the model may also say", "'slots'")
+    branches = [branch.to(device) for branch in branches]
+    decoder = _Decoder(model, *_stack(branches), longest)
+    if projector is not None:
+        decoder.embedded = pad_left([embed(model, branch, projector)["inputs_embeds"] for branch in branches])
     state = grammar.read(prompts.input_ids.to(device))
-    eos = grammar.eos if grammar.eos is not None else -1
+    ends = torch.tensor(_ends(model, grammar), dtype=torch.int64, device=device)
+    fill = grammar.eos if grammar.eos is not None else 0
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     history, new = prompts.input_ids.to(device), []
     limit, bar = settings.max_new_tokens, _bar(settings)
@@ -110,21 +125,31 @@ def generate(
         if guided:
             logits = guide_logits(*logits.chunk(2), settings.guidance)
         tokens = _draw(grammar.mask(state, logits), grammar.kind(state), grammar, settings, generator)
-        tokens = torch.where(finished, max(eos, 0), tokens)
+        tokens = torch.where(finished, fill, tokens)
         new.append(tokens)
         if on_image is not None:
             history = torch.cat([history, tokens[:, None]], 1)
             _report(grammar, state, history, finished, on_image)
+        slots = grammar.slot(state, tokens)
         state = grammar.advance(state, tokens)
-        finished |= tokens == eos
+        finished |= torch.isin(tokens, ends)
         if len(new) >= limit:
             finished |= grammar.kind(state) == TEXT
         bar.update(1)
         if bool(finished.all()):
             break
-        decoder.append(tokens.repeat(len(branches)))
+        decoder.append(tokens.repeat(len(branches)), slots.repeat(len(branches)))
     bar.close()
     return torch.stack(new, 1) if new else history[:, :0]
+
+
+def _ends(model: Any, grammar: Grammar) -> list[int]:
+    """Tokens that end a row."""
+    if not grammar.ends:
+        return []
+    named = torch.tensor(end_tokens(model), dtype=torch.int64)
+    known = (named >= 0) & (named < grammar.vocabulary.size) & ~grammar.vocabulary.is_visual(named)
+    return sorted({*grammar.ends, *named[known].tolist()})
 
 
 def preview(tokenizer: ImageTokenizer, partial: PartialImage) -> Tensor:
@@ -149,30 +174,26 @@ def preview(tokenizer: ImageTokenizer, partial: PartialImage) -> Tensor:
 class _Decoder:
     """A model, its cache, and the tokens it has not read yet."""
 
-    def __init__(self, model: Any, tokens: Tensor, mask: Tensor, positions: Tensor) -> None:
+    def __init__(self, model: Any, tokens: Tensor, mask: Tensor, positions: Tensor, longest_image: int | None) -> None:
         self.model, self.mask, self.cache = model, mask, None
-        self.tokens, self.positions = tokens, positions
-        accepted = inspect.signature(model.forward).parameters
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.takes_positions = "position_ids" in accepted
+        self.tokens, self.positions, self.longest_image = tokens, positions, longest_image
+        self.next = next_position(positions, mask, longest_image)
+        self.embedded: Tensor | None = None  # what stands in place of the tokens, features among it
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
     def logits(self) -> Tensor:
         """Logits [B, V] of the next token."""
-        positions = {"position_ids": self.positions} if self.takes_positions else {}
-        out = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **positions,
-            **self.options,
-        )
-        self.cache = out.past_key_values
+        inputs = {"attention_mask": self.mask, "position_ids": self.positions}
+        inputs |= {"input_ids": self.tokens} if self.embedded is None else {"inputs_embeds": self.embedded}
+        out = forward(self.model, {**inputs, **self.options}, cache=self.cache, use_cache=True)
+        self.cache = cache_of(out)
         return out.logits[:, -1]
 
-    def append(self, tokens: Tensor) -> None:
-        """The next token of each row, int64 [B]."""
-        self.tokens, self.positions = tokens[:, None], self.positions[:, -1:] + 1
+    def append(self, tokens: Tensor, slots: Tensor) -> None:
+        """The next token of each row and its slot in an image (-1 for text), both int64 [B]."""
+        self.tokens, self.embedded = tokens[:, None], None
+        self.positions = position_ids(slots[:, None], self.next, self.longest_image)
+        self.next = torch.maximum(self.next, self.positions + 1)
         self.mask = F.pad(self.mask, (0, 1), value=1)
 
 
@@ -192,16 +213,18 @@ def _bar(settings: GenerationSettings) -> Any:
 
 def _stack(batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens, masks and positions of batches padded on the left, as one."""
-    longest = max(batch.input_ids.shape[1] for batch in batches)
-
-    def stack(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(tensor, (longest - tensor.shape[1], 0)) for tensor in tensors])
-
     return (
-        stack([batch.input_ids for batch in batches]),
-        stack([batch.attention_mask for batch in batches]),
-        stack([batch.position_ids for batch in batches]),
+        pad_left([batch.input_ids for batch in batches]),
+        pad_left([batch.attention_mask for batch in batches]),
+        pad_left([batch.position_ids for batch in batches]),
     )
+
+
+def pad_left(tensors: list[Tensor]) -> Tensor:
+    """Tensors [B, L, ...] of several lengths as one, with zeros at the left."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    fill = [(0, 0) * (tensor.ndim - 2) + (longest - tensor.shape[1], 0) for tensor in tensors]
+    return torch.cat([F.pad(tensor, sides) for tensor, sides in zip(tensors, fill, strict=True)])
 
 
 def _draw(

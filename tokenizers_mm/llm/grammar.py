@@ -6,13 +6,15 @@ allows is one row of a table of booleans. So a step costs a few look-ups and one
 """
 
 import bisect
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import ImagePlan
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 
@@ -30,24 +32,36 @@ NOTHING, ROW, SCALE, IMAGE = 0, 1, 2, 3
 
 @dataclass
 class _Node:
-    """A state with a choice: where each token leads, and what is allowed; `strict` when nothing else is."""
+    """A state with a choice: where each token leads, and what is allowed; `strict` when nothing else is.
+
+    slots: of each of those tokens the slot in the image whose header it belongs to.
+    """
 
     jumps: dict[int, int]
     strict: bool
+    slots: dict[int, int] = field(default_factory=dict)
 
 
 class Grammar:
     """The state machine of a vocabulary.
 
     mode: what the model may say after the prompt; prompts may hold text, images and the beginning of an image. eos: the
-    end token, needed for mode "image". With one known size an image may also begin without saying its size.
+    end token, or all of them (chat models have several), needed for mode "image". With one known size an image may
+    also begin without saying its size.
     """
 
-    def __init__(self, vocabulary: VisualVocabulary, mode: Mode = "free", eos: int | None = None) -> None:
+    def __init__(
+        self, vocabulary: VisualVocabulary, mode: Mode = "free", eos: int | Sequence[int] | None = None
+    ) -> None:
         require(mode in ("free", "text", "image"), "mode", "'free', 'text' or 'image'", mode)
-        require(mode != "image" or eos is not None, "eos", "the id of the end token for mode 'image'", "None")
+        self.ends: tuple[int, ...] = () if eos is None else tuple(as_ids(eos, "eos").reshape(-1).tolist())
+        visual = vocabulary.is_visual(torch.tensor(self.ends, dtype=torch.int64)).any()
+        text = all(0 <= end < vocabulary.size for end in self.ends) and not bool(visual)
+        require(text, "eos", f"ids of text tokens, below {vocabulary.size}", self.ends)
+        require(mode != "image" or len(self.ends) > 0, "eos", "the id of the end token for mode 'image'", "None")
         require(mode == "text" or len(vocabulary.codes) > 0, "vocabulary", "codes to draw images with", "none")
-        self.vocabulary, self.mode, self.eos = vocabulary, mode, eos
+        self.vocabulary, self.mode = vocabulary, mode
+        self.eos = self.ends[0] if self.ends else None
         self.plans = [vocabulary.plan(size.height, size.width) for size in vocabulary.sizes] if vocabulary.codes else []
         self._nodes: list[_Node] = [_Node({}, False), _Node({}, mode == "image"), _Node({}, True)]
         self._bodies: list[int] = []
@@ -64,15 +78,16 @@ class Grammar:
         for plan in self.plans:
             headers = {plan.header, plan.short} if len(self.plans) == 1 else {plan.header}
             for header in sorted(headers):
-                node = self._nodes[FREE]
-                for token in header[:-1]:
+                node, skipped = self._nodes[FREE], len(plan.header) - len(header)
+                for slot, token in enumerate(header[:-1], skipped):
+                    node.slots[token] = slot
                     if token not in node.jumps:
                         strict = self.mode == "image" or (self.mode == "free" and header[0] in visual)
                         self._nodes.append(_Node({}, strict))
                         node.jumps[token] = len(self._nodes) - 1
                     node = self._nodes[node.jumps[token]]
                 require(header[-1] not in node.jumps, "sizes", "headers that tell the sizes apart", plan.header)
-                node.jumps[header[-1]] = -1
+                node.jumps[header[-1]], node.slots[header[-1]] = -1, len(plan.header) - 1
                 first_body.append((node, header[-1], plan))
         starts, state = {}, len(self._nodes)
         for plan in self.plans:
@@ -83,6 +98,7 @@ class Grammar:
             node.jumps[token] = starts[id(plan)]
         if self.mode == "image":
             self._nodes[START].jumps = dict(self._nodes[FREE].jumps)
+            self._nodes[START].slots = dict(self._nodes[FREE].slots)
 
     def _build(self) -> None:
         """All tables: `base` and `stride` point into `next`, `allowed` into the distinct sets `self.sets`."""
@@ -98,13 +114,15 @@ class Grammar:
                 self.sets.append(ranges)
             return index[ranges]
 
-        following, allowed = [], []
+        following, allowed, slots = [], [], []
         for number in range(len(self._nodes)):
             jumps, otherwise = self._leads(number)
-            row = [otherwise] * width
+            row, row_slots = [otherwise] * width, [-1] * width
             for token, state in jumps.items():
                 row[rank[token]] = state
+                row_slots[rank[token]] = {**self._nodes[FREE].slots, **self._nodes[number].slots}[token]
             following += row
+            slots += row_slots
             allowed.append(allow(self._node_ranges(number)))
         base = [number * width for number in range(len(self._nodes))]
         parts = {"base": [torch.tensor(base)], "allowed": [torch.tensor(allowed)]}
@@ -112,13 +130,15 @@ class Grammar:
         parts["kind"] = [torch.tensor(kinds)]
         parts["event"] = [torch.zeros(len(self._nodes), dtype=torch.int64)]
         after, start = [torch.tensor(following)], len(following)
+        all_slots = [torch.tensor(slots)]
         for plan, body in zip(self.plans, self._bodies, strict=True):
             skip = len(plan.header)
             count = plan.length - skip
             parts["base"].append(torch.arange(start, start + count))
             states = torch.arange(body + 1, body + count + 1)
-            states[-1] = FREE if self.mode != "image" else DONE
+            states[-1] = {"free": FREE, "text": START, "image": DONE}[self.mode]
             after.append(states)
+            all_slots.append(torch.arange(skip, plan.length))
             start += count
             pairs, inverse = torch.stack([plan.low[skip:], plan.high[skip:]], 1).unique(dim=0, return_inverse=True)
             ranks = torch.tensor([allow(((int(low), int(high)),)) for low, high in pairs])
@@ -127,7 +147,7 @@ class Grammar:
             parts["kind"].append(torch.where(stream >= 0, stream, MARKER))
             parts["event"].append(_events(plan)[skip:])
         self._cpu = {name: torch.cat(values) for name, values in parts.items()}
-        self._cpu["next"] = torch.cat(after)
+        self._cpu["next"], self._cpu["slot"] = torch.cat(after), torch.cat(all_slots)
         self._cpu["stride"] = (torch.arange(len(self._cpu["base"])) < len(self._nodes)).long()
         rank_of = torch.zeros(max([self.vocabulary.size, *[token + 1 for token in tokens]]), dtype=torch.int64)
         rank_of[tokens] = torch.arange(1, width)
@@ -143,7 +163,7 @@ class Grammar:
         """What a node allows once the model speaks."""
         node = self._nodes[number]
         if number == DONE:
-            return () if self.eos is None else ((self.eos, self.eos + 1),)
+            return tuple((end, end + 1) for end in sorted(set(self.ends)))
         if node.strict:
             return tuple((token, token + 1) for token in sorted(node.jumps))
         visual = [(code.start, code.start + code.size) for code in self.vocabulary.codes]
@@ -160,9 +180,20 @@ class Grammar:
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor:
         """The states after these tokens; both int64 [B]. Tokens must be allowed ones."""
+        return self._look_up("next", state, tokens)
+
+    def slot(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """The slots in their images of tokens that follow these states, -1 for text; all int64 [B]."""
+        return self._look_up("slot", state, tokens)
+
+    @property
+    def tells_images(self) -> bool:
+        """Whether the first token of every image that the model opens itself can be no text."""
+        return self.mode != "free" or all(node.strict for node in self._nodes[DONE + 1 :])
+
+    def _look_up(self, name: str, state: Tensor, tokens: Tensor) -> Tensor:
         table = self._on(state.device)
-        place = torch.addcmul(table["base"][state], table["stride"][state], table["rank"][tokens])
-        return table["next"][place]
+        return table[name][torch.addcmul(table["base"][state], table["stride"][state], table["rank"][tokens])]
 
     def mask(self, state: Tensor, scores: Tensor) -> Tensor:
         """Write -inf into scores [B, V] where the states do not allow a token, in place; returns them.
@@ -200,8 +231,10 @@ class Grammar:
         return plan, state - self._bodies[index] + len(plan.header)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """The states after prompts int64 [B, L] (left-padded where lengths differ). Refuses a malformed image."""
-        table, state = self._on(tokens.device), torch.full_like(tokens[:, 0], FREE)
+        """The states after prompts, ids [B, L] (left-padded where lengths differ). Refuses a malformed image."""
+        tokens = as_ids(tokens, "prompts")
+        require(tokens.ndim == 2, "prompts", "ids [B, L]", tokens)
+        table, state = self._on(tokens.device), tokens.new_full((len(tokens),), FREE)
         if not bool(torch.isin(tokens, torch.tensor(self._openings(), device=tokens.device)).any()):
             return self.begin(state)
         blocked, size = self._blocked_for(tokens.device, self.vocabulary.size), self.vocabulary.size
@@ -272,29 +305,39 @@ class Grammar:
 class GrammarProcessor:
     """A `LogitsProcessor` for `transformers` (`generate(logits_processor=[...])`), one state per sequence.
 
-    The first call reads the prompt. Where the rows are no longer those of the last call (beam search), they are read
-    again.
+    It keeps the rows of the last call. A row that continues one of them by a token (of another beam, too) goes on from
+    its state; any other rows are read as the prompts of a new generation, and so are rows that had all ended. Use a new
+    processor where the prompt is exactly the whole of an earlier output that stopped without an end token.
     """
 
     def __init__(self, grammar: Grammar) -> None:
         self.grammar = grammar
-        self._seen: Tensor | None = None
-        self._prompt = 0
-        self._state: Tensor | None = None
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids int64 [B, L], scores [B, V] -> scores [B, V]."""
-        if self._seen is None or self._state is None or input_ids.shape[1] <= self._prompt:
-            self._prompt = input_ids.shape[1]
-            self._state = self.grammar.read(input_ids)
-        elif input_ids.shape[1] == self._seen.shape[1] + 1 and torch.equal(input_ids[:, :-1], self._seen):
-            self._state = self.grammar.advance(self._state, input_ids[:, -1])
-        else:
-            self._state = self.grammar.read(input_ids[:, : self._prompt])
-            for token in input_ids[:, self._prompt :].unbind(1):
-                self._state = self.grammar.advance(self._state, token)
-        self._seen = input_ids
-        return self.grammar.mask(self._state, scores)
+        found = self._continued(input_ids)
+        if found is None:
+            found = self.grammar.read(input_ids), torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+        self._last = (input_ids.clone(), *found)
+        return self.grammar.mask(found[0], scores)
+
+    def _continued(self, input_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """State, and whether an end token has come, of rows that each continue a row of the last call; else None."""
+        if self._last is None:
+            return None
+        rows, state, ended = self._last
+        if input_ids.shape[1] != rows.shape[1] + 1 or rows.device != input_ids.device:
+            return None
+        before, token = input_ids[:, :-1], input_ids[:, -1]
+        if not torch.equal(before, rows):
+            same = (before[:, None] == rows[None]).all(-1)
+            if not bool(same.any(1).all()):
+                return None
+            index = same.int().argmax(1)
+            state, ended = state[index], ended[index]
+        ended = ended | torch.isin(token, torch.tensor(self.grammar.ends, dtype=token.dtype, device=token.device))
+        return None if bool(ended.all()) else (self.grammar.advance(state, token), ended)
 
 
 def _complement(ranges: Ranges, size: int) -> Ranges:

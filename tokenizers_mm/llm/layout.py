@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.types import ImageCodes, Stream
 
 IMAGE_START, IMAGE_END, ROW_END, SCALE_END, SIZE_END = "image_start", "image_end", "row_end", "scale_end", "size_end"
@@ -22,6 +23,13 @@ def stream_marker(stream: str, side: Literal["start", "end"]) -> str:
 def size_markers(height: int, width: int) -> tuple[str, str]:
     """The names of the two markers of an image size."""
     return f"height_{height}", f"width_{width}"
+
+
+def fill_size_text(pattern: str, **numbers: int) -> str:
+    """The text that says an image's size: each {name} of the pattern replaced by its number, and nothing else."""
+    for name, number in numbers.items():
+        pattern = pattern.replace(f"{{{name}}}", str(number))
+    return pattern
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class Layout:
     scale_end: bool = False
     size: Literal["none", "before", "after", "text"] = "none"
     size_text: str = "{height} {width}"
+
+    def __post_init__(self) -> None:
+        left = fill_size_text(self.size_text, height=0, width=0, rows=0, columns=0)
+        right = "{" not in left and "}" not in left and len(left) <= 200
+        require(right, "layout.size_text", "a text with {height}, {width}, {rows} or {columns}", self.size_text)
 
     def marker_names(self, sizes: Sequence[tuple[int, int]]) -> list[str]:
         """The markers this layout needs for images of these (height, width), in the order new ids are given."""
@@ -80,7 +93,8 @@ class ImagePlan:
         return self.low.shape[0]
 
     def to_tokens(self, ids: Tensor) -> Tensor:
-        """Codes int64 [B, L] as tokens [B, n]."""
+        """Codes [B, L] as tokens [B, n]."""
+        ids = as_ids(ids, "ids")
         require(
             ids.ndim == 2 and ids.shape[1] == self.code_slots.shape[0],
             "ids",
@@ -92,7 +106,8 @@ class ImagePlan:
         return tokens
 
     def to_codes(self, tokens: Tensor) -> ImageCodes:
-        """Tokens int64 [B, n] as codes; ValueError names the first token that has no place where it stands."""
+        """Tokens [B, n] as codes; ValueError names the first token that has no place where it stands."""
+        tokens = as_ids(tokens, "tokens")
         require(tokens.ndim == 2 and tokens.shape[1] == self.length, "tokens", f"int64 [B, {self.length}]", tokens)
         low, high = self.low.to(tokens.device), self.high.to(tokens.device)
         wrong = ((tokens < low) | (tokens >= high)).nonzero()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizers_mm.llm.batch import IGNORED
+from tokenizers_mm.llm.transformers_api import decoder, forward, head, only_adapters, unwrap
 
 PLAIN = frozenset(
     ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"],
@@ -39,12 +40,11 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], where: Tensor) -> Tensor
     The head runs at these places alone for the kinds of `PLAIN`, also under adapters of peft; for all others the
     model computes every logit, in its own way.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = plain.config
-    head = plain.get_output_embeddings()
-    if config.model_type not in PLAIN or getattr(config, "final_logit_softcapping", None) or head is None:
-        return model(**inputs).logits[where]
-    return head(plain.get_decoder()(**inputs, use_cache=False).last_hidden_state[where])
+    config, to_logits = unwrap(model).config, head(model)
+    capped = getattr(config, "final_logit_softcapping", None)
+    if config.model_type not in PLAIN or capped or to_logits is None or not only_adapters(model):
+        return forward(model, inputs).logits[where]
+    return to_logits(forward(decoder(model), inputs).last_hidden_state[where])
 
 
 def caption_rewards(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.transformers_api import embeddings, grow, head, unwrap
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 
 MARK = "visual_vocabulary"
@@ -29,33 +30,42 @@ def extend(
     [K, D] tensor by stream; rows of its codes are then a fixed random projection of the codes, with the mean and spread
     of the text rows, so that near codes start near.
 
-    Calling it again with the same vocabulary changes nothing; with another it is an error.
+    Calling it again with the same vocabulary changes nothing; with another, or after rows were taken away, it is an
+    error.
     """
     require(init in ("mean", "normal"), "init", "'mean' or 'normal'", init)
     mark = {"text_size": vocabulary.text_size, "size": vocabulary.size}
-    before = getattr(model.config, MARK, None)
+    config = unwrap(model).config
+    before = getattr(config, MARK, None)
     if before is not None:
-        require(before == mark, "model", f"one without visual rows, or with {mark}", f"{before}")
+        require(before == mark, "model", f"one without visual rows, or with {mark}", before)
+        rows = min(table.shape[0] for table in _tables(model))
+        what = f"at least {vocabulary.size} rows, as its configuration says (resized since?)"
+        require(rows >= vocabulary.size, "model", what, f"{rows}")
         return model
-    have = model.get_input_embeddings().weight.shape[0]
+    have = embeddings(model).weight.shape[0]
     require(have >= vocabulary.text_size, "model", f"at least {vocabulary.text_size} rows (the text)", f"{have}")
     rows = -(-max(have, vocabulary.size) // pad_to_multiple_of) * pad_to_multiple_of
     if rows > have:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    tables = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not tables[0]:
-        tables.append(head.weight)
+        grow(model, rows)
+    tables = _tables(model)
     unknown = sorted(set(codebooks or {}) - {code.stream for code in vocabulary.codes})
     require(not unknown, "codebooks", f"streams {[code.stream for code in vocabulary.codes]}", unknown)
     with torch.no_grad():
         for table in tables:
             _fill(table, vocabulary, init, codebooks or {}, generator)
-        bias = getattr(head, "bias", None)
+        bias = getattr(head(model), "bias", None)
         if isinstance(bias, Tensor):
             bias[vocabulary.text_size :] = bias[: vocabulary.text_size].mean()
-    setattr(model.config, MARK, mark)
+    setattr(config, MARK, mark)
     return model
+
+
+def _tables(model: Any) -> list[nn.Parameter]:
+    """The weights of the embeddings and, where it is not tied to them, of the head."""
+    output = head(model)
+    tables = [embeddings(model).weight]
+    return tables if output is None or output.weight is tables[0] else [*tables, output.weight]  # type: ignore[list-item]
 
 
 def _fill(
@@ -94,17 +104,18 @@ class OnlyNewRows:
     """
 
     def __init__(self, model: Any, vocabulary: VisualVocabulary) -> None:
-        tables = {id(p): p for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+        tables = _tables(model)
         self._before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._hooks = []
-        visual = torch.zeros(next(iter(tables.values())).shape[0], dtype=torch.bool)
+        check_rows(model, vocabulary)
+        visual = torch.zeros(tables[0].shape[0], dtype=torch.bool)
         for code in vocabulary.codes:
             visual[code.start : code.start + code.size] = True
         own = [m.ids[0] for m in vocabulary.markers if len(m.ids) == 1]
         visual[own] = True
         for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in tables)
-        for table in tables.values():
+            parameter.requires_grad_(any(parameter is table for table in tables))
+        for table in tables:
             require(table.shape[0] == len(visual), "model", f"{len(visual)} rows in the head", f"{table.shape[0]}")
             self._hooks.append(table.register_hook(_row_mask(visual[:, None].to(table.device))))
 
@@ -129,7 +140,7 @@ def _row_mask(visual: Tensor) -> Any:
 
 def check_rows(model: Any, vocabulary: VisualVocabulary) -> None:
     """Refuse a model that has no room for the vocabulary."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = min(table.shape[0] for table in _tables(model))
     if rows < vocabulary.size:
         fail("model", f"at least {vocabulary.size} rows (call extend)", f"{rows}")
 
@@ -144,11 +155,12 @@ def add_lora(model: Any, vocabulary: VisualVocabulary, rank: int = 16, alpha: in
     visual = sorted({m.ids[0] for m in vocabulary.markers if len(m.ids) == 1})
     for code in vocabulary.codes:
         visual += range(code.start, code.start + code.size)
-    tables = {id(model.get_input_embeddings()): model.get_input_embeddings()}
-    head = model.get_output_embeddings()
-    if head.weight is not model.get_input_embeddings().weight:
-        tables[id(head)] = head
-    names = [name for name, module in model.named_modules() if id(module) in tables]
+    tables = _tables(model)
+    holders = [part for part in (embeddings(model), head(model)) if part is not None]
+    names = []
+    for table in tables:  # peft follows tied weights itself: one name for each table
+        holder = next(part for part in holders if part.weight is table)
+        names += [name for name, module in model.named_modules() if module is holder]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

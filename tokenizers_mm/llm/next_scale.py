@@ -18,6 +18,8 @@ from tokenizers_mm._check import require
 from tokenizers_mm.functional import sampling as choice
 from tokenizers_mm.functional.multiscale import Grid, bicubic_up
 from tokenizers_mm.llm.loss import logits_at
+from tokenizers_mm.llm.positions import counted
+from tokenizers_mm.llm.transformers_api import cache_of, embeddings, forward, keep_for_rewind, rewind
 
 IGNORE = -100
 """Label of positions without loss, as transformers has it."""
@@ -83,11 +85,14 @@ class NextScaleInputs(nn.Module):
     """Input embeddings of such sequences: a projector for the features, and embeddings of scale and place.
 
     `levels` has one row for text and one per scale (row i for scale i, counted from 1; the input of scale 1 is text);
-    `positions` has one row per id and is added at the L positions that predict an id.
+    `positions` has one row per id and is added at the L positions that predict an id. longest_prompt: None counts
+    position ids from a prompt's first token; a number of tokens counts them so that images begin at the same position
+    after prompts of all lengths up to this one, for decoders with learned positions.
     """
 
-    def __init__(self, grids: Sequence[Grid], feature_dim: int, width: int) -> None:
+    def __init__(self, grids: Sequence[Grid], feature_dim: int, width: int, longest_prompt: int | None = None) -> None:
         super().__init__()
+        self.longest_prompt = longest_prompt
         require(len(grids) > 0 and tuple(grids[0]) == (1, 1), "grids", "a first grid of (1, 1)", list(grids)[:1])
         self.grids = tuple(grids)
         self.bounds = scale_bounds(grids)
@@ -97,6 +102,18 @@ class NextScaleInputs(nn.Module):
         self.positions = nn.Parameter(torch.zeros(self.length, width))
         nn.init.trunc_normal_(self.levels.weight, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def position_ids(self, valid: Tensor, prefix: int) -> Tensor:
+        """Position ids int64 [B, T] of prompts of `prefix` tokens and the image after them.
+
+        valid: bool [B, T], False at (left) padding, which changes no position of a token.
+        """
+        if self.longest_prompt is None:
+            return counted(valid)
+        longest = int(valid[:, :prefix].sum(1).max())
+        require(longest <= self.longest_prompt, "prompt", f"at most {self.longest_prompt} tokens", f"{longest}")
+        order = torch.arange(valid.shape[1], device=valid.device) + self.longest_prompt - prefix
+        return order.clamp_min(0).expand(len(valid), -1)
 
     def prompt(self, text: Tensor) -> Tensor:
         """Embeddings [B, P, W] of the text before an image; its last position predicts scale 1."""
@@ -135,14 +152,14 @@ def next_scale_loss(
     tokens, valid = prompt
     count, prefix = ids.shape[1], tokens.shape[1]
     features = next_scale_features(vectors, inputs.grids)
-    embeds = inputs(model.get_input_embeddings()(tokens), features, prefix)
+    embeds = inputs(embeddings(model)(tokens), features, prefix)
     valid = torch.cat([valid.bool(), valid.new_ones(ids.shape, dtype=torch.bool)], dim=1)
     where = torch.zeros_like(valid)
     where[:, prefix - 1 : prefix - 1 + count] = True
     given = {
         "inputs_embeds": embeds,
         "attention_mask": additive_mask(block_mask(valid, prefix, inputs.grids), embeds.dtype),
-        "position_ids": torch.arange(valid.shape[1], device=embeds.device).expand(len(valid), -1),
+        "position_ids": inputs.position_ids(valid, prefix),
     }
     return F.cross_entropy(logits_at(model, given, where).float(), (first_id + ids).flatten())
 
@@ -210,8 +227,9 @@ class NextScaleGenerator:
         guide = sampling.guidance != 0
         require(not guide or negative is not None, "negative", "token ids and mask, for guidance", negative)
         ids, valid = prompt if negative is None or not guide else _both(prompt, negative)
-        embeds = self.inputs.prompt(self.model.get_input_embeddings()(ids))
-        run = _CachedRun(self.model, valid.bool())
+        embeds = self.inputs.prompt(embeddings(self.model)(ids))
+        whole = torch.cat([valid.bool(), valid.new_ones(len(valid), self.inputs.length, dtype=torch.bool)], dim=1)
+        run = _CachedRun(self.model, valid.bool(), self.inputs.position_ids(whole, valid.shape[1]))
         grids, carried, drawn = self.inputs.grids, None, []
         for scale, grid in enumerate(grids):
             if carried is not None:
@@ -239,8 +257,8 @@ class NextScaleGenerator:
 class _CachedRun:
     """A decoder that is fed block by block; a block sees all before it and itself, the prompt is causal."""
 
-    def __init__(self, model: Any, valid: Tensor) -> None:
-        self.model, self.valid = model, valid
+    def __init__(self, model: Any, valid: Tensor, positions: Tensor) -> None:
+        self.model, self.valid, self.positions = model, valid, positions
         self.cache: Any = None
         self.start = self.end = 0  # of the block read last
 
@@ -261,16 +279,16 @@ class _CachedRun:
                 keys = torch.cat([keys, keys[:, self.start :]], dim=1)
                 keys[:, self.start : self.end] = False
             allowed = keys[:, None, None, :].expand(-1, 1, count, -1)
-        out = self.model(
-            inputs_embeds=embeds,
-            attention_mask=additive_mask(allowed, embeds.dtype),
-            position_ids=torch.arange(self.start, self.end, device=embeds.device).expand(len(embeds), -1),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache = out.past_key_values
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": additive_mask(allowed, embeds.dtype),
+            "position_ids": self.positions[:, self.start : self.end],
+        }
+        cache = keep_for_rewind(self.cache) if again else self.cache
+        out = forward(self.model, inputs, cache=cache, use_cache=True)
+        self.cache = cache_of(out)
         if again:
-            self.cache.crop(-count)
+            rewind(self.cache, count)
         return out.logits
 
 

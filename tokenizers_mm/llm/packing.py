@@ -1,6 +1,7 @@
 """Several rows in one sequence, none of which sees another."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def pack_rows(
         else:
             bins.append([row])
             room.append(length - len(row))
-    joined = [join_rows(parts, torch.cat([row.position_ids for row in parts])) for parts in bins]
+    joined = [join_rows(p, torch.cat([row.position_ids for row in p]), p[0].longest_image) for p in bins]
     batch = pad_rows(joined, pad_id, "right", length)
     owner = torch.full(batch.input_ids.shape, -1)
     for line, parts in enumerate(bins):
@@ -40,15 +41,7 @@ def pack_rows(
             owner[line, start : start + len(row)] = number
             batch.labels[line, start] = IGNORED
             start += len(row)
-    return Batch(
-        batch.input_ids,
-        batch.labels,
-        block_mask(owner, window, causal),
-        batch.position_ids,
-        batch.places,
-        batch.is_feature,
-        batch.features,
-    )
+    return replace(batch, attention_mask=block_mask(owner, window, causal))
 
 
 def block_mask(owner: Tensor, window: int | None = None, causal: bool = True) -> Tensor:

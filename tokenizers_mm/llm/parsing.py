@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.llm.ids import as_ids, refuse_labels
 from tokenizers_mm.llm.layout import IMAGE_END, IMAGE_START, ImagePlan
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 from tokenizers_mm.types import ImageCodes
@@ -51,10 +52,11 @@ class Parser:
         self._silent = {m.ids[0] for m in vocabulary.markers if m.name.startswith(("height_", "width_")) or not plans}
 
     def parse(self, tokens: Tensor, malformed: Malformed = "refuse") -> list[TextRun | ImageRun]:
-        """One row int64 [L] as runs, in order. Size markers may stand in text; any other lone image token may not."""
+        """One row of ids [L] as runs, in order. Size markers may stand in text; any other lone image token may not."""
         require(malformed in ("refuse", "skip", "repair"), "malformed", "'refuse', 'skip' or 'repair'", malformed)
-        require(tokens.ndim == 1 and not tokens.is_floating_point(), "tokens", "int64 [L]", tokens)
-        tokens = tokens.cpu()
+        tokens = as_ids(tokens, "tokens").cpu()
+        require(tokens.ndim == 1, "tokens", "ids [L]", tokens)
+        refuse_labels(tokens)
         ids = tokens.tolist()
         visual = self.vocabulary.is_visual(tokens)
         runs: list[TextRun | ImageRun] = []

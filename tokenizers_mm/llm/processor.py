@@ -3,15 +3,19 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_images
+from tokenizers_mm._files import atomic_directory, write_json
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_image
+from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import (
     Batch,
     ImageFeatures,
@@ -24,14 +28,30 @@ from tokenizers_mm.llm.batch import (
     pad_rows,
     with_features,
 )
+from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import IMAGE_START
 from tokenizers_mm.llm.parsing import ImageRun, Malformed, Parser
-from tokenizers_mm.llm.vocabulary import VisualVocabulary, text_ids
+from tokenizers_mm.llm.positions import Mode, position_ids
+from tokenizers_mm.llm.transformers_api import load_text_tokenizer
+from tokenizers_mm.llm.vocabulary import VisualVocabulary
 from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.loading import load_directory, read_json
 from tokenizers_mm.types import ImageCodes, ImageLatents
 
 Content = Any
 """A text, an image (PIL, a `Path`, a float tensor [3, H, W], `ImageCodes` or `ImageLatents` of one) or a `Segment`."""
+
+
+SETTINGS = "multimodal_processor.json"
+"""The file of a saved processor's own settings."""
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What a saved processor remembers of its own: see `MultimodalProcessor`."""
+
+    fit: Fit = "refuse"
+    positions: Mode = "order"
 
 
 class MultimodalProcessor:
@@ -51,21 +71,16 @@ class MultimodalProcessor:
         text_tokenizer: Any,
         vocabulary: VisualVocabulary,
         fit: Fit = "refuse",
-        positions: Literal["order", "slots"] = "order",
+        positions: Mode = "order",
         features: Callable[[Any], Any] | None = None,
     ) -> None:
         require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
-        have = text_ids(text_tokenizer)
-        require(
-            have in (vocabulary.text_size, *range(vocabulary.text_size, vocabulary.size + 1)),
-            "text_tokenizer",
-            f"the one of the vocabulary, with {vocabulary.text_size} tokens",
-            f"{have} tokens",
-        )
+        vocabulary.check_text_tokenizer(text_tokenizer)
         self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
         self.fit: Fit = fit
-        self.slots, self.features = positions == "slots", features or tokenizer.features
-        self.longest = max([vocabulary.plan(s.height, s.width).length for s in vocabulary.sizes], default=0)
+        self.features = features or tokenizer.features
+        lengths = [vocabulary.plan(size.height, size.width).length for size in vocabulary.sizes]
+        self.longest_image = max(lengths, default=0) if positions == "slots" else None
         self.parser = Parser(vocabulary)
         self.prefix, self.eos, self.pad = _special_ids(text_tokenizer)
         self._no_text = torch.tensor(
@@ -104,7 +119,9 @@ class MultimodalProcessor:
                 pieces.append(self._piece(segment, codes))
             if end and self.eos is not None:
                 pieces.append(make_row(torch.tensor([self.eos]), learn=not row or row[-1].learn))
-            made.append(join_rows(pieces, self._slot_positions(pieces, row) if self.slots else None))
+            slots = torch.cat([piece.position_ids for piece in pieces])
+            positions = position_ids(slots, self.longest_image or 0, self.longest_image)
+            made.append(join_rows(pieces, positions, self.longest_image))
             require(len(made[-1]) > 0, f"row {len(made) - 1}", "at least one token", "none")
         return made
 
@@ -121,36 +138,84 @@ class MultimodalProcessor:
 
     def decode(
         self,
-        ids: Tensor | Sequence[Tensor],
+        ids: Any,
         *,
         images: Literal["pil", "codes"] = "pil",
         malformed: Malformed = "refuse",
         skip_special_tokens: bool = True,
+        prompts: Batch | None = None,
     ) -> list[list[Any]]:
         """Rows of ids back to lists of texts and images.
 
-        images: PIL images (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not
-        whole: "refuse" (ValueError), "skip", or "repair" (make one of the codes that are there).
+        ids: [B, L], or B rows of any lengths: whole numbers of any kind in tensors, arrays or lists. images: PIL images
+        (decoded together, by size) or `ImageCodes` of one image. malformed: for an image that is not whole: "refuse"
+        (ValueError), "skip", or "repair" (make one of the codes that are there). prompts: rows that the ids continue;
+        then only what is new is returned, with an image that began in its prompt.
         """
         require(images in ("pil", "codes"), "images", "'pil' or 'codes'", images)
         rows: list[list[Any]] = []
-        for tokens in ids:
-            row: list[Any] = []
+        new = self._id_rows(ids)
+        before = [torch.zeros(0, dtype=torch.int64)] * len(new)
+        if prompts is not None:
+            require(len(prompts) == len(new), "prompts", f"{len(new)} rows", f"{len(prompts)}")
+            kept = prompts.attention_mask.cpu() > 0
+            before = [row[mask] for row, mask in zip(prompts.input_ids.cpu(), kept, strict=True)]
+        for prompt, answer in zip(before, new, strict=True):
+            tokens, row = torch.cat([prompt, answer]), []
             for run in self.parser.parse(tokens, malformed):
+                if run.end <= len(prompt):
+                    continue
                 if isinstance(run, ImageRun):
                     row.append(run.codes)
                     continue
-                text = self.text_tokenizer.decode(
-                    tokens[run.start : run.end].tolist(), skip_special_tokens=skip_special_tokens
-                )
+                said = tokens[max(run.start, len(prompt)) : run.end].tolist()
+                text = self.text_tokenizer.decode(said, skip_special_tokens=skip_special_tokens)
                 row += [text] if text else []
             rows.append(row)
         return self._to_images(rows) if images == "pil" else rows
 
+    @staticmethod
+    def _id_rows(ids: Any) -> list[Tensor]:
+        """Rows int64 [L] on the CPU."""
+        whole = isinstance(ids, (Tensor, np.ndarray))
+        require(whole or isinstance(ids, (list, tuple)), "ids", "rows of ids [B, L]", ids)
+        rows = as_ids(ids, "ids") if whole else [as_ids(row, f"ids[{index}]") for index, row in enumerate(ids)]
+        flat = rows.ndim != 2 if isinstance(rows, Tensor) else any(row.ndim != 1 for row in rows)
+        require(not flat, "ids", "rows of ids [B, L]", ids if whole else "numbers without rows")
+        return [row.cpu() for row in rows]
+
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the text tokenizer and visual_vocab.json. The image tokenizer is saved by its own `save`."""
-        self.text_tokenizer.save_pretrained(str(directory))
-        self.vocabulary.save(directory)
+        """Write the text tokenizer, visual_vocab.json and multimodal_processor.json.
+
+        The image tokenizer is saved by its own `save`; in the folder `tokenizer` inside, `from_pretrained` finds it.
+        """
+        settings = ProcessorSettings(self.fit, "order" if self.longest_image is None else "slots")
+        with atomic_directory(directory) as folder:
+            self.text_tokenizer.save_pretrained(str(folder))
+            self.vocabulary.save(folder)
+            write_json(folder / SETTINGS, to_mapping(settings))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        tokenizer: ImageTokenizer | None = None,
+        features: Callable[[Any], Any] | None = None,
+    ) -> "MultimodalProcessor":
+        """Read what `save` wrote.
+
+        tokenizer: the image tokenizer; None reads the folder `tokenizer` inside of the directory. features: as for a
+        new processor; a function is not saved.
+        """
+        folder = Path(directory)
+        vocabulary = VisualVocabulary.load(folder)
+        path = folder / SETTINGS
+        settings = ProcessorSettings()  # of a folder from before there was such a file
+        if path.is_file():
+            settings = from_mapping(ProcessorSettings, read_json(path), str(path))
+        text = load_text_tokenizer(folder, str(folder))
+        images = load_directory(folder / "tokenizer") if tokenizer is None else tokenizer
+        return cls(images, text, vocabulary, settings.fit, settings.positions, features)
 
     @torch.no_grad()
     def _to_images(self, rows: list[list[Any]]) -> list[list[Any]]:
@@ -177,19 +242,10 @@ class MultimodalProcessor:
                 fail("row", "texts, images, paths, image codes or Segments", type(segment.content).__name__)
         return segments
 
-    def _slot_positions(self, pieces: list[Row], row: list[Segment]) -> Tensor:
-        """Slots of images from 0; text from the length of the longest image on. pieces: prefix, the row's, the end."""
-        images = [False, *(not isinstance(segment.content, str) for segment in row), False]
-        parts, text = [], self.longest
-        for piece, image in zip(pieces, images[: len(pieces)], strict=True):
-            parts.append(torch.arange(len(piece)) + (0 if image else text))
-            text += 0 if image else len(piece)
-        return torch.cat(parts)
-
     def _piece(self, segment: Segment, codes: dict[int, Any]) -> Row:
         content = segment.content
         if isinstance(content, _Tokens):
-            return make_row(content.ids, segment.learn)
+            return make_row(content.ids, segment.learn, slots=torch.arange(len(content.ids)))
         if isinstance(content, str):
             return make_row(self._text(content), segment.learn)
         found = codes[id(segment)]
@@ -197,7 +253,7 @@ class MultimodalProcessor:
             return self._feature_piece(found)
         plan = self.vocabulary.plan(found.height, found.width)
         tokens = self.vocabulary.to_tokens(found)[0].cpu()
-        return make_row(tokens, segment.learn, plan.places)
+        return make_row(tokens, segment.learn, plan.places, slots=torch.arange(len(tokens)))
 
     def _text(self, text: str) -> Tensor:
         ids = torch.tensor(self.text_tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
@@ -215,10 +271,11 @@ class MultimodalProcessor:
             plan = self.vocabulary.plan(*size)
             if counts == [stream.num_ids for stream in plan.streams] and len(parts) > 1:
                 start = len(plan.header) - len(plan.short)
-                places = plan.places[start:]
-                return with_features(make_row(plan.low[start:], False, places, places[:, 0] >= 0), parts)
+                places, slots = plan.places[start:], torch.arange(start, plan.length)
+                return with_features(make_row(plan.low[start:], False, places, places[:, 0] >= 0, slots), parts)
         inside = torch.full((sum(counts),), self.pad, dtype=torch.int64)
-        return with_features(make_row(inside, False, is_feature=torch.ones_like(inside, dtype=torch.bool)), parts)
+        every, slots = torch.ones_like(inside, dtype=torch.bool), torch.arange(len(inside))
+        return with_features(make_row(inside, False, is_feature=every, slots=slots), parts)
 
     @torch.no_grad()
     def _encode_all(self, segments: list[Segment]) -> dict[int, Any]:
@@ -273,7 +330,7 @@ class MultimodalProcessor:
         if isinstance(content, Tensor):
             require(content.ndim == 3 and content.shape[0] == 3, "image", "float [3, H, W] in [-1, 1]", content)
             return content
-        picture = open_images(content)[0]
+        picture = open_image(content)
         if self.fit != "refuse" and self.vocabulary.sizes:
             picture = fit_image(picture, *self.nearest_size(picture.height, picture.width), self.fit)
         return image_to_tensor(picture)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import write_json
+from tokenizers_mm._files import atomic_directory, settle, write_json
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.llm.batch import Batch
+from tokenizers_mm.llm.transformers_api import embeddings
 from tokenizers_mm.models.loading import fill, read_json, read_safetensors
 from tokenizers_mm.models.saving import save_tensors
 
@@ -56,13 +57,15 @@ class FeatureProjector(nn.Module):
         return torch.cat([part for parts in zip(*columns, strict=True) for part in parts])
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write projector.json and projector.safetensors."""
-        write_json(Path(directory) / "projector.json", to_mapping(self.config))
-        save_tensors(self.state_dict(), Path(directory) / "projector.safetensors")
+        """Write projector.json and projector.safetensors, as a set."""
+        with atomic_directory(directory) as folder:
+            write_json(folder / "projector.json", to_mapping(self.config))
+            save_tensors(self.state_dict(), folder / "projector.safetensors")
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "FeatureProjector":
         """Read what `save` wrote; ValueError for files that are missing or of something else."""
+        settle(directory)
         path = Path(directory) / "projector.json"
         projector = cls(from_mapping(ProjectorConfig, read_json(path), str(path)))
         path = path.with_suffix(".safetensors")
@@ -83,7 +86,7 @@ def embed(model: Any, batch: Batch, projector: FeatureProjector) -> dict[str, Te
     places = int(batch.is_feature.sum())
     if places != projected.shape[0]:
         fail("features", f"{places} vectors, one for each place", f"{projected.shape[0]}")
-    embeddings = model.get_input_embeddings()(batch.input_ids)
-    embeddings = embeddings.masked_scatter(batch.is_feature[..., None], projected.to(embeddings.dtype))
-    inputs = {"inputs_embeds": embeddings, "attention_mask": batch.attention_mask, "labels": batch.labels}
+    embedded = embeddings(model)(batch.input_ids)
+    embedded = embedded.masked_scatter(batch.is_feature[..., None], projected.to(embedded.dtype))
+    inputs = {"inputs_embeds": embedded, "attention_mask": batch.attention_mask, "labels": batch.labels}
     return {**inputs, "position_ids": batch.position_ids}

@@ -3,11 +3,12 @@
 A line is `{"content": [PART, ...]}`; a part is one of
 
     {"text": "a red circle"}
-    {"image": "pictures/0.png"}                                  a path, from the folder of the file
+    {"image": "images/0.png"}                                    a path, inside of the folder of the file
     {"codes": {"height": 64, "width": 64, "ids": [3, 17, ...]}}  an image that went through the tokenizer already
 
 and may also say `"learn": false` (its tokens are no labels) and, for images, `"features": true` (shown as continuous
-features). Other keys of a line, such as an id, are left alone.
+features). Other keys of a line, such as an id, are left alone. A path that leads out of the folder (absolute, with
+"..", or by a symbolic link) is refused unless `outside=True` says that the file may name any image of this machine.
 """
 
 import json
@@ -15,26 +16,31 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
 from tokenizers_mm.llm.batch import Segment
+from tokenizers_mm.llm.vocabulary import MAX_ROWS, MAX_SIZE
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
 
 
 class Records:
-    """The rows of a file, by number; only the places of the lines are held in memory."""
+    """The rows of a file, by number; only the places of the lines are held in memory.
 
-    def __init__(self, path: str | os.PathLike[str], tokenizer: ImageTokenizer) -> None:
-        self.path, self.tokenizer = Path(path), tokenizer
+    outside: whether images may lie anywhere, not only in the folder of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tokenizer: ImageTokenizer, outside: bool = False) -> None:
+        self.path, self.tokenizer, self.outside = Path(path), tokenizer, outside
         require(self.path.is_file(), "records", "a JSONL file", str(path))
         self._starts: list[int] = []
         start = 0
         with self.path.open("rb") as file:
+            self._version = _version(file)
             for line in file:
                 self._starts += [start] if line.strip() else []
                 start += len(line)
@@ -51,11 +57,12 @@ class Records:
         """The parts of one row as they are written."""
         name = f"{self.path} row {index}"
         with self.path.open("rb") as file:
+            require(_version(file) == self._version, name, "the file as it was opened", "another one")
             file.seek(self._starts[index])
             line = file.readline()
         try:
-            record = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of too many digits
             fail(name, "valid JSON", str(error))
         parts = record.get("content") if isinstance(record, dict) else None
         if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
@@ -70,22 +77,47 @@ class Records:
         learn, features = part.get("learn", True), part.get("features", False)
         require(isinstance(learn, bool) and isinstance(features, bool), name, "learn and features true or false", part)
         if kinds == ["text"]:
-            require(isinstance(part["text"], str), name, "a text", part["text"])
+            require(_is_text(part["text"]), name, "a text", part["text"])
             return Segment(part["text"], learn)
         if kinds == ["image"]:
-            require(isinstance(part["image"], str), name, "the path of an image", part["image"])
-            return Segment(self.path.parent / part["image"], learn, features)
+            return Segment(self._image(part["image"], name), learn, features)
         return Segment(self._codes(part["codes"], name), learn, features)
+
+    def _image(self, image: Any, name: str) -> Path:
+        """The path of an image, inside of the folder of the file unless others are allowed."""
+        require(_is_text(image) and 0 < len(image) <= 4096, name, "the path of an image", image)
+        folder = self.path.parent
+        try:
+            inside = (folder / image).resolve().is_relative_to(folder.resolve())
+        except (OSError, RuntimeError) as error:  # links that lead to themselves, names that are too long
+            fail(name, "the path of an image", str(error))
+        require(inside or self.outside, name, f"an image inside of {folder} (or outside=True)", image)
+        return folder / image
 
     def _codes(self, codes: Any, name: str) -> ImageCodes:
         right = isinstance(codes, dict) and set(codes) == {"height", "width", "ids"} and isinstance(codes["ids"], list)
         if not right or not all(type(value) is int for value in (codes["height"], codes["width"], *codes["ids"])):
-            fail(name, "codes with height, width and ids, whole numbers", str(codes)[:60])
+            fail(name, "codes with height, width and ids, whole numbers", codes)
+        sides = min(codes["height"], codes["width"]) > 0 and max(codes["height"], codes["width"]) <= MAX_SIZE
+        require(sides, name, f"a height and a width from 1 to {MAX_SIZE}", (codes["height"], codes["width"]))
+        small = all(0 <= number < MAX_ROWS for number in codes["ids"])
+        require(small, name, f"ids from 0 to {MAX_ROWS - 1}", codes["ids"])
         try:
             streams = self.tokenizer.streams(codes["height"], codes["width"])
             return ImageCodes(torch.tensor([codes["ids"]], dtype=torch.int64), codes["height"], codes["width"], streams)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written as UTF-8, without a zero byte."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _version(file: IO[bytes]) -> tuple[int, int, int]:
+    """What tells that an open file is still the same."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class RecordMixture:

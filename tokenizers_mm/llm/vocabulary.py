@@ -5,7 +5,6 @@ so a server needs neither the image tokenizer nor this library to constrain what
 """
 
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,16 +15,24 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import write_json
+from tokenizers_mm._files import settle, write_json
 from tokenizers_mm.config import from_mapping, to_mapping
-from tokenizers_mm.llm.layout import ImagePlan, Layout, plan_image
+from tokenizers_mm.llm.ids import as_ids
+from tokenizers_mm.llm.layout import ImagePlan, Layout, fill_size_text, plan_image
 from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.loading import read_json
 from tokenizers_mm.types import ImageCodes, Stream
 
 FILE = "visual_vocab.json"
 FORMAT = 1
 MAX_SIDE, SIDE_STEP = 1024, 64
 """The sizes that are listed for a tokenizer of any size, unless others are asked for: multiples of the step."""
+
+MAX_ROWS, MAX_SIZE, MAX_TEXT = 1 << 26, 1 << 16, 200
+"""Limits of a vocabulary, which may come from a file of somebody else: ids, pixels of a side, length of a text."""
+
+MAX_IDS, MAX_ALL_IDS = 1 << 20, 1 << 24
+"""Limits of the codes of an image, and of one image of each size."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Marker:
     name: str
     ids: tuple[int, ...]
     text: str = ""
+
+    def __post_init__(self) -> None:
+        require(0 < len(self.ids) <= MAX_TEXT, f"markers: ids of {self.name}", f"1 to {MAX_TEXT} ids", len(self.ids))
+        inside = all(0 <= token < MAX_ROWS for token in self.ids)
+        require(inside, f"markers: ids of {self.name}", f"ids from 0 to {MAX_ROWS - 1}", self.ids)
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,16 @@ class CodeRange:
     start: int
     text: str = ""
 
+    def __post_init__(self) -> None:
+        right = not self.text or ("{}" in self.text and len(self.text) <= MAX_TEXT)
+        require(right, "codes.text", f"a text of at most {MAX_TEXT} characters with {{}} for the code", self.text)
+        require(0 < self.size <= MAX_ROWS, "codes.size", f"1 to {MAX_ROWS}", self.size)
+        require(0 <= self.start <= MAX_ROWS, "codes.start", f"0 to {MAX_ROWS}", self.start)
+
+    def text_of(self, code: int) -> str:
+        """The text of one code's token."""
+        return self.text.replace("{}", str(code))
+
 
 @dataclass(frozen=True)
 class ImageSize:
@@ -55,6 +77,21 @@ class ImageSize:
     width: int
     grids: tuple[tuple[tuple[int, int], ...], ...]
     text_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        sides = min(self.height, self.width) > 0 and max(self.height, self.width) <= MAX_SIZE
+        require(sides, "sizes", f"heights and widths from 1 to {MAX_SIZE}", (self.height, self.width))
+        name = f"sizes: grids of {self.height} x {self.width}"
+        filled = all(grids and all(min(grid) > 0 for grid in grids) for grids in self.grids)
+        require(filled, name, "at least one grid for each stream, of at least one row and column", self.grids)
+        require(self.num_ids <= MAX_IDS, name, f"at most {MAX_IDS} ids in all", self.num_ids)
+        spelled = len(self.text_ids) <= MAX_TEXT and all(0 <= token < MAX_ROWS for token in self.text_ids)
+        require(spelled, "sizes.text_ids", f"at most {MAX_TEXT} ids from 0 to {MAX_ROWS - 1}", self.text_ids)
+
+    @property
+    def num_ids(self) -> int:
+        """Codes of an image, of all streams."""
+        return sum(rows * columns for grids in self.grids for rows, columns in grids)
 
 
 @dataclass(frozen=True)
@@ -72,7 +109,9 @@ class VisualVocabulary:
     _plans: dict[tuple[int, int], ImagePlan] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        require(0 <= self.text_size <= MAX_ROWS, "text_size", f"0 to {MAX_ROWS}", self.text_size)
         names = [code.stream for code in self.codes]
+        require(len(set(names)) == len(names), "codes", "streams with names of their own", names)
         require(sorted(self.layout.streams) == sorted(names), "layout.streams", f"{names}, in any order", self.layout)
         taken = sorted((code.start, code.start + code.size, code.stream) for code in self.codes)
         taken += [(m.ids[0], m.ids[0] + 1, m.name) for m in self.markers if len(m.ids) == 1]
@@ -81,6 +120,15 @@ class VisualVocabulary:
             require(end <= start, "ids", "markers and codes with ids of their own", f"{first} and {second} overlap")
         for size in self.sizes:
             require(len(size.grids) == len(self.codes), "sizes", f"grids of {len(self.codes)} streams", size)
+        sizes = [(size.height, size.width) for size in self.sizes]
+        require(len(set(sizes)) == len(sizes), "sizes", "each size once", f"{len(sizes) - len(set(sizes))} again")
+        require(len(sizes) > 0 or not self.codes, "sizes", "at least one image size", "none")
+        total = sum(size.num_ids for size in self.sizes)
+        require(total <= MAX_ALL_IDS, "sizes", f"at most {MAX_ALL_IDS} ids of all sizes together", total)
+        known = [marker.name for marker in self.markers]
+        require(len(set(known)) == len(known), "markers", "each name once", f"{len(known) - len(set(known))} again")
+        missing = sorted(set(self.layout.marker_names(sizes)) - set(known)) if self.codes else []
+        require(not missing, "markers", "all that the layout needs", f"no {missing[:3]}")
 
     @classmethod
     def for_tokenizer(
@@ -159,6 +207,7 @@ class VisualVocabulary:
 
     def token(self, stream: str, ids: Tensor) -> Tensor:
         """Codes of one stream as tokens, any shape."""
+        ids = as_ids(ids, "ids")
         code = next((code for code in self.codes if code.stream == stream), None)
         if code is None:
             fail("stream", f"one of {[c.stream for c in self.codes]}", repr(stream))
@@ -168,6 +217,7 @@ class VisualVocabulary:
 
     def code(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `token`: (stream index, code), int64 of any shape; -1 for what is no code."""
+        tokens = as_ids(tokens, "tokens")
         stream, ids = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
         for index, code in enumerate(self.codes):
             inside = (tokens >= code.start) & (tokens < code.start + code.size)
@@ -177,9 +227,24 @@ class VisualVocabulary:
 
     def is_visual(self, tokens: Tensor) -> Tensor:
         """Whether each token is a code or a marker with an id of its own; bool of the same shape."""
+        tokens = as_ids(tokens, "tokens")
         own = [marker.ids[0] for marker in self.markers if len(marker.ids) == 1]
         markers = torch.tensor(own, dtype=torch.int64, device=tokens.device)
         return (self.code(tokens)[0] >= 0) | torch.isin(tokens, markers)
+
+    def check_text_tokenizer(self, text_tokenizer: Any) -> None:
+        """Refuse a text tokenizer with other tokens than this vocabulary's in the place of markers and codes."""
+        have = text_ids(text_tokenizer)
+        right = self.text_size <= have <= self.size
+        require(right, "text_tokenizer", f"the one of the vocabulary, with {self.text_size} tokens", f"{have} tokens")
+        if have == self.text_size:
+            return
+        own = {marker.ids[0]: marker.text for marker in self.markers if len(marker.ids) == 1}
+        for token, index in text_tokenizer.get_vocab().items():
+            if index >= self.text_size and own.get(index) != token:
+                code = next((code for code in self.codes if code.start <= index < code.start + code.size), None)
+                text = own.get(index, "") if code is None else code.text and code.text_of(index - code.start)
+                require(text == token, "text_tokenizer", f"{text!r} at id {index}", token)
 
     def add_to(self, text_tokenizer: Any) -> int:
         """Give the markers and codes that have texts their place in a text tokenizer; returns how many were added.
@@ -189,7 +254,7 @@ class VisualVocabulary:
         """
         new = [(m.ids[0], m.text) for m in self.markers if m.text and len(m.ids) == 1 and m.ids[0] >= self.text_size]
         for code in self.codes:
-            new += [(code.start + i, code.text.format(i)) for i in range(code.size)] if code.text else []
+            new += [(code.start + i, code.text_of(i)) for i in range(code.size)] if code.text else []
         new.sort()
         require(
             [index for index, _ in new] == list(range(self.text_size, self.text_size + len(new))),
@@ -212,17 +277,13 @@ class VisualVocabulary:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "VisualVocabulary":
         """Read visual_vocab.json."""
+        settle(directory)
         path = Path(directory) / FILE
         require(path.is_file(), "directory", f"a directory with {FILE}", str(directory))
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            fail(str(path), "valid JSON", str(error))
-        require(
-            isinstance(data, dict) and data.pop("format", None) == FORMAT, str(path), f"format {FORMAT}", "another one"
-        )
+        data = read_json(path)
+        require(data.pop("format", None) == FORMAT, str(path), f"format {FORMAT}", "another one")
         data.pop("library", None)
-        return from_mapping(cls, data, FILE)
+        return from_mapping(cls, data, str(path))
 
     def _size(self, height: int, width: int) -> ImageSize:
         for size in self.sizes:
@@ -262,7 +323,7 @@ def spell_sizes(sizes: tuple[ImageSize, ...], pattern: str, text_tokenizer: Any)
     spelled = []
     for size in sizes:
         rows, columns = size.grids[0][-1]
-        text = pattern.format(height=size.height, width=size.width, rows=rows, columns=columns)
+        text = fill_size_text(pattern, height=size.height, width=size.width, rows=rows, columns=columns)
         ids = text_tokenizer(text, add_special_tokens=False)["input_ids"]
         spelled.append(replace(size, text_ids=tuple(ids)))
     return tuple(spelled)

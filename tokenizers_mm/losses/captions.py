@@ -3,12 +3,14 @@
 import re
 import zlib
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from tokenizers_mm.config import Depth, Heads, Length, Range, Width, checked
 from tokenizers_mm.functional.alignment import contrastive
-from tokenizers_mm.layers.attention import Block
+from tokenizers_mm.layers.attention import Block, check_block
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,17 @@ class CaptionConfig:
     caption, one word swapped, are added to what an image must tell its caption from (arXiv 2210.01936, section 4).
     """
 
-    width: int = 128
-    depth: int = 2
-    heads: int = 4
-    buckets: int = 4096
-    max_words: int = 40
-    swaps: tuple[tuple[str, ...], ...] = ()
-    hard_negatives: int = 0
+    width: Width = 128
+    depth: Depth = 2
+    heads: Heads = 4
+    buckets: Annotated[int, Range(1, 1 << 24)] = 4096
+    max_words: Annotated[int, Range(1, 1 << 12)] = 40
+    swaps: tuple[Annotated[tuple[str, ...], Length(2)], ...] = ()
+    hard_negatives: Annotated[int, Range(0, 1024)] = 0
+
+    def check(self) -> None:
+        """Refuse sizes that no block has."""
+        check_block(self.width, self.heads)
 
 
 class CaptionContrast(nn.Module):
@@ -36,7 +42,7 @@ class CaptionContrast(nn.Module):
 
     def __init__(self, semantic_dim: int, config: CaptionConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         self.embed = nn.Embedding(config.buckets, config.width)
         self.positions = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))

@@ -1,9 +1,11 @@
 """Discriminators for adversarial training."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor, nn
+
+from tokenizers_mm.config import Range
 
 
 @dataclass(frozen=True)
@@ -11,8 +13,8 @@ class PatchGANConfig:
     """channels of the first layer, `num_layers` stride-2 layers. norm "batch" is the published one; "none" is exact
     under gradient accumulation."""
 
-    channels: int = 64
-    num_layers: int = 3
+    channels: Annotated[int, Range(1, 1 << 12)] = 64
+    num_layers: Annotated[int, Range(1, 16)] = 3
     norm: Literal["batch", "none"] = "batch"
 
 

@@ -1,5 +1,6 @@
 """LPIPS (arXiv 1801.03924) as a training term, through the `lpips` package and a local file of VGG16 weights."""
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def load_lpips(weights: str | Path | None = None) -> LPIPS:
     if not path.is_file():
         fail("perceptual weights", f"the VGG16 weights {VGG_FILE} of torchvision", f"no file {path}")
     model = LPIPS()
-    state = torch.load(path, weights_only=True)
-    slices = {name: state[f"features.{name.split('.')[1]}.{name.split('.')[2]}"] for name in model.net.net.state_dict()}
-    model.net.net.load_state_dict(slices)
+    try:
+        state = torch.load(path, weights_only=True)
+        names = {name: f"features.{name.split('.')[1]}.{name.split('.')[2]}" for name in model.net.net.state_dict()}
+        model.net.net.load_state_dict({name: state[theirs] for name, theirs in names.items()})
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
+        fail("perceptual weights", f"the VGG16 weights {VGG_FILE} of torchvision", f"{path} ({type(error).__name__})")
     return model

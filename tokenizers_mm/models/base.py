@@ -2,8 +2,10 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast, overload
+from functools import wraps
+from typing import Any, ClassVar, Generic, cast, overload
 
 import torch
 from PIL import Image
@@ -16,20 +18,23 @@ from tokenizers_mm._images import (
     fit_image,
     fit_multiple,
     image_to_tensor,
-    open_images,
+    name_images,
+    open_image,
     tensor_to_images,
 )
+from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
-from tokenizers_mm.types import ImageCodes, ImageLatents, Stream
-
-Codes = TypeVar("Codes", ImageCodes, ImageLatents)
-"""What a family encodes to: ids in grids, or continuous latents."""
+from tokenizers_mm.quantizers.base import Quantizer
+from tokenizers_mm.types import UNDISTURBED, Codes, Disturbance, ImageCodes, Reconstruction, Stream, join_codes
 
 ImageInput = Any
 """A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
 
 BATCH_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 21}
-"""Of a batch that `encode_each` forms, by kind of device: a CPU's caches end sooner than a GPU's hunger."""
+"""Target pixels per batch by device type, at least one image. Larger batches are not faster."""
+
+WAITING_BATCHES = 8
+"""Limit of the images that wait for others of their size, in batches."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,26 @@ class Provenance:
     notice: str = ""
 
 
+def within_memory(build: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Decorate a `from_config`: check the configuration, and that its weights fit into memory, before any is taken.
+
+    The size is that of the model on the meta device, where tensors have shapes and no values.
+    """
+
+    @wraps(build)
+    def run(cls: Any, config: Any) -> Any:
+        config = checked(config)
+        if torch.get_default_device().type != "meta":
+            with torch.device("meta"):
+                tensors = [*(model := build(cls, config)).parameters(), *model.buffers()]
+            needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            require(needed <= memory, "config", f"weights within the {memory:,} bytes of this machine", f"{needed:,}")
+        return build(cls, config)
+
+    return run
+
+
 class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     """An image tokenizer: images to ids (or latents) and back.
 
@@ -50,6 +75,9 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
 
     family: ClassVar[str]
     Config: ClassVar[type]
+    DISTURBANCES: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `Disturbance` that `reconstruct` honours; it refuses the others."""
+
     config: Any
     provenance: Provenance = Provenance()
 
@@ -88,6 +116,28 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     def features(self, images_or_codes: Any) -> Tensor:
         """[B, T, C]: what a language model reads for understanding."""
 
+    @abstractmethod
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        """Encode, quantize and decode x [B, 3, H, W] in one differentiable pass: the forward pass of training."""
+
+    @abstractmethod
+    def quantizers(self) -> Mapping[str, Quantizer]:
+        """Quantizers by the name of their stream, as in `Reconstruction.quantized`; empty for a continuous model."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the last layer before the image, where gradient norms of loss terms are compared."""
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        """Names of the loss terms that a `Reconstruction` of this model supports.
+
+        "pixel" always; "semantic" with a semantic decoder, "target" with a frozen tower; "codebook", "commitment" and
+        "entropy" where a quantizer computes them.
+        """
+        return frozenset(["pixel"])
+
     @overload
     def encode(self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse") -> Codes: ...
 
@@ -98,46 +148,65 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes | list[Codes]:
         """Images to codes (latents for a continuous tokenizer).
 
-        images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s). Those of one size come back as one batch;
-        pictures of several sizes, where the tokenizer takes them, as the list that `encode_each` returns.
+        images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s), which are opened a few at a time. Those
+        of one size come back as one batch; images of several sizes, where the tokenizer takes them, as the list that
+        `encode_each` returns.
         fit: for PIL images and paths of another size than the tokenizer takes: "refuse" (an error), "crop", "pad" or
         "resize" (see `fit_picture`).
         """
         if isinstance(images, Tensor):
             return self.encode_tensor(self.prepare(images))
-        pictures = [self.fit_picture(picture, fit) for picture in open_images(images)]
-        if len({picture.size for picture in pictures}) == 1:
-            return self.encode_tensor(self.prepare(pictures))
-        return self.encode_each(pictures)
+        parts = list(self.encode_batches(images, fit))
+        if len({(codes.height, codes.width) for _, codes in parts}) == 1:
+            return cast(Codes, join_codes([cast(Any, codes) for _, codes in parts]))
+        return _in_order(parts)
+
+    def encode_each(self, images: ImageInput, fit: Fit = "refuse") -> list[Codes]:
+        """Codes of every image by itself, in order; images of one size go through the networks together."""
+        return _in_order(self.encode_batches(images, fit))
+
+    def encode_batches(
+        self, images: ImageInput, fit: Fit = "refuse", refused: Callable[[int, ValueError], None] | None = None
+    ) -> Iterator[tuple[list[int], Codes]]:
+        """Batches of images of one size, as (positions in `images`, codes), with few images in memory at a time.
+
+        A batch holds up to `BATCH_PIXELS` pixels. refused: called with the position and the error of an image that
+        cannot be read or is of a wrong size; by default the error is raised.
+        """
+        limit = BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cuda"])
+        waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
+        for index, (name, item) in enumerate(name_images(images)):
+            try:
+                image = self.fit_picture(open_image(item, name), fit)
+                self.check_size(image.height, image.width, name)
+            except ValueError as error:
+                if refused is None:
+                    raise
+                refused(index, error)
+                continue
+            waiting.setdefault(image.size, []).append((index, image))
+            area = {size: size[0] * size[1] * len(members) for size, members in waiting.items()}
+            if area[image.size] + image.width * image.height > limit:
+                yield self._encode_waiting(waiting.pop(image.size))
+            elif sum(area.values()) > WAITING_BATCHES * limit:
+                yield self._encode_waiting(waiting.pop(max(area, key=lambda size: area[size])))
+        for members in waiting.values():
+            yield self._encode_waiting(members)
 
     @torch.no_grad()
-    def encode_each(self, images: ImageInput, fit: Fit = "refuse") -> list[Codes]:
-        """Codes of every picture by itself, in order; pictures of one size go through the networks together.
-
-        A batch holds up to `BATCH_PIXELS` pixels, which is where larger batches stop being faster.
-        """
-        pictures = [self.fit_picture(picture, fit) for picture in open_images(images)]
-        members: dict[tuple[int, int], list[int]] = {}
-        for index, picture in enumerate(pictures):
-            members.setdefault(picture.size, []).append(index)
-        found: dict[int, Codes] = {}
-        limit = BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cuda"])
-        for (width, height), indices in members.items():
-            count = max(1, limit // (width * height))
-            for part in (indices[start : start + count] for start in range(0, len(indices), count)):
-                batch: Any = self.encode_tensor(self.prepare([pictures[index] for index in part]))
-                found.update(zip(part, batch.unbind(), strict=True))
-        return [found[index] for index in range(len(pictures))]
+    def _encode_waiting(self, members: list[tuple[int, Image.Image]]) -> tuple[list[int], Codes]:
+        return [index for index, _ in members], self.encode_tensor(self.prepare([image for _, image in members]))
 
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
         """Images of one size as a checked float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device."""
         if not isinstance(images, Tensor):
-            pictures = [self.fit_picture(picture, fit) for picture in open_images(images)]
+            pictures = [self.fit_picture(open_image(item, name), fit) for name, item in name_images(images)]
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
         check_images(images)
-        self.check_size(*images.shape[-2:])
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
         return images.to(self.device, self.dtype)
 
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
@@ -152,16 +221,19 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
             return fit_image(picture, *self.image_size, fit)
         return fit_multiple(picture, self.size_multiple, fit)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Refuse a size that `encode` does not take."""
+    def check_size(self, height: int, width: int, name: str = "images") -> None:
+        """Refuse a size that `encode` does not take, with an error that begins with `name`."""
         if self.image_size is not None and (height, width) != self.image_size:
-            fail("images", f"{self.image_size[0]} x {self.image_size[1]} pixels", f"{height} x {width}")
+            fail(name, f"{self.image_size[0]} x {self.image_size[1]} pixels", f"{height} x {width}")
         multiple = self.size_multiple
         if height < multiple or width < multiple or height % multiple or width % multiple:
-            fail("images", f"height and width that are multiples of {multiple}", f"{height} x {width}")
+            fail(name, f"height and width that are multiples of {multiple}", f"{height} x {width}")
 
-    def decode_ids(self, ids: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        """Images from plain ids, int64 [B, L]; height and width may be left out where the tokenizer takes one size."""
+    def decode_ids(self, ids: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """Images from plain ids [B, L], integers of any kind (a tensor, a numpy array, lists).
+
+        height and width may be left out where the tokenizer takes one size.
+        """
         if height is None or width is None:
             require(self.image_size is not None, "height and width", "the size of the image", "None")
             height, width = self.image_size  # type: ignore[misc]
@@ -191,3 +263,9 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Upload the files of `save` through huggingface_hub; returns the address of the commit."""
         return saving.push(self, repo_id, private)
+
+
+def _in_order(parts: Iterable[tuple[list[int], Codes]]) -> list[Codes]:
+    """Codes of one image each, by position."""
+    found = {index: codes for indices, batch in parts for index, codes in zip(indices, batch.unbind(), strict=True)}
+    return cast("list[Codes]", [found[index] for index in sorted(found)])

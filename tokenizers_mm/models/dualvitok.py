@@ -5,7 +5,6 @@ features on a finer one; one SimVQ codebook for each. The semantic codes, enlarg
 pixel codes, make the image; alone they give back the tower's features.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm._images import Fit, fit_image
+from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanticEncoder
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.multiscale import bicubic_up
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
-from tokenizers_mm.models.base import ImageInput, ImageTokenizer
+from tokenizers_mm.models.base import ImageInput, ImageTokenizer, within_memory
 from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
 from tokenizers_mm.resolutions import Resolutions
-from tokenizers_mm.types import ImageCodes, Quantized, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,23 @@ class DualViTokConfig:
     pixel_decoder: PixelDecoderConfig
     resolutions: Resolutions = field(default_factory=Resolutions)
 
+    def check(self) -> None:
+        """Refuse parts that do not go together."""
+        cells = (self.pixel_encoder.factor, self.semantic_encoder.tower.cell)
+        stated = (self.resolutions.pixel_cell, self.resolutions.semantic_cell)
+        require(stated == cells, "resolutions", f"cells of {cells[0]} and {cells[1]} pixels", stated)
+        factor = self.pixel_decoder.factor
+        require(factor == cells[0], "pixel_decoder", f"the encoder's factor of {cells[0]}", f"a factor of {factor}")
+        dim, context = self.semantic_quantizer.dim + self.pixel_quantizer.dim, self.pixel_decoder.context_channels
+        require(context == dim, "pixel_decoder.context_channels", f"{dim}, as in both codebooks", context)
+
 
 class DualViTok(ImageTokenizer[ImageCodes]):
     """The composed tokenizer; `from_config` builds the parts."""
 
     family = "dualvitok"
     Config = DualViTokConfig
+    DISTURBANCES = frozenset(["perturb"])
 
     def __init__(
         self,
@@ -59,6 +70,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         pixel_decoder: PixelDecoder,
     ) -> None:
         super().__init__()
+        config = checked(config)
         self.config, self.resolutions = config, config.resolutions
         self.semantic_encoder, self.pixel_encoder = semantic_encoder, pixel_encoder
         self.semantic_quantizer, self.pixel_quantizer = semantic_quantizer, pixel_quantizer
@@ -68,13 +80,9 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         dim = semantic_quantizer.dim + pixel_quantizer.dim
         self.pixel_head = nn.Linear(config.pixel_encoder.out_channels, pixel_quantizer.dim)
         self.pixel_embed = nn.Linear(dim, config.pixel_decoder.in_channels)
-        cells = (pixel_encoder.factor, semantic_encoder.tower.cell)
-        stated = (self.resolutions.pixel_cell, self.resolutions.semantic_cell)
-        require(stated == cells, "resolutions", f"cells of {cells[0]} and {cells[1]} pixels", stated)
-        context = config.pixel_decoder.context_channels
-        require(context == dim, "pixel_decoder.context_channels", f"{dim}, as in both codebooks", context)
 
     @classmethod
+    @within_memory
     def from_config(cls, config: DualViTokConfig) -> "DualViTok":
         semantic_dim, target_dim = config.semantic_quantizer.dim, config.semantic_encoder.tower.out_dim
         return cls(
@@ -131,8 +139,23 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         """Features [B, h' * w', C] in the tower's space from semantic vectors [B, h', w', D]."""
         return self.semantic_decoder(vectors.to(self.dtype)).flatten(1, 2)
 
-    def forward(self, x: Tensor, perturb: Callable[[Tensor], Tensor] | None = None) -> Reconstruction:
-        """Reconstruct x [B, 3, H, W]; `perturb` may disturb the pixel vectors [B, h, w, E] before they are joined."""
+    def quantizers(self) -> dict[str, SimVQ]:
+        return {"semantic": self.semantic_quantizer, "pixel": self.pixel_quantizer}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.pixel_decoder.last_layer
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        return frozenset(["pixel", "semantic", "target", "codebook", "commitment"])
+
+    def forward(self, x: Tensor) -> Reconstruction:
+        return self.reconstruct(x)
+
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        require(disturbance.keep is None, "disturbance.keep", "None (DualViTok has one scale)", disturbance.keep)
+        perturb = disturbance.perturb
         semantic, pixel, target = self.encode_features(x)
         quantized = self.quantize(semantic, pixel)
         semantic, pixel = quantized["semantic"].vectors, quantized["pixel"].vectors

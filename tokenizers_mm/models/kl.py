@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
+from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.gaussian import DiagonalGaussian
@@ -17,15 +18,21 @@ class KLConfig:
     encoder: PixelEncoderConfig = field(default_factory=lambda: PixelEncoderConfig(out_channels=32))
     decoder: PixelDecoderConfig = field(default_factory=lambda: PixelDecoderConfig(in_channels=16, attention_levels=()))
 
+    def check(self) -> None:
+        """Refuse two networks that do not go together."""
+        moments, dim = self.encoder.out_channels, self.decoder.in_channels
+        require(moments == 2 * dim, "encoder.out_channels", f"2 * decoder.in_channels = {2 * dim}", moments)
+        factor = self.encoder.factor
+        require(self.decoder.factor == factor, "decoder", f"the encoder's factor of {factor}", self.decoder.factor)
+
 
 class KLAutoencoder(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] to a Gaussian over latents [B, D, h, w], and latents back to images."""
 
     def __init__(self, config: KLConfig) -> None:
         super().__init__()
+        self.config = config = checked(config)
         moments, dim = config.encoder.out_channels, config.decoder.in_channels
-        require(moments == 2 * dim, "encoder.out_channels", f"2 * decoder.in_channels = {2 * dim}", moments)
-        self.config = config
         self.encoder = PixelEncoder(config.encoder)
         self.quant = nn.Conv2d(moments, moments, 1)
         self.post_quant = nn.Conv2d(dim, dim, 1)

@@ -1,6 +1,7 @@
 """Reading a directory that `ImageTokenizer.save` wrote, and tensors into modules; strict, and no code is executed."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,40 +10,108 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenizers_mm._check import fail
-from tokenizers_mm.config import from_mapping
+from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm._files import regular_file, settle
+from tokenizers_mm._summary import CONFIG, SAVE_ID, WEIGHTS
+from tokenizers_mm.config import MAX_BYTES, check_plain, from_mapping
 from tokenizers_mm.models import MODELS, ImageTokenizer, Provenance
-from tokenizers_mm.models.saving import CONFIG, FORMAT, WEIGHTS
+from tokenizers_mm.models.saving import FORMAT
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Kinds of numbers that weights may have; 8-bit ones mean nothing without a scale, which a checkpoint does not say."""
+
+MAX_COMPUTED = 1 << 28
+"""Limit of the values in buffers that no checkpoint holds, which are computed from a configuration alone."""
 
 
 def load_directory(directory: Path) -> ImageTokenizer[Any]:
     """The tokenizer of a directory, in evaluation mode: every tensor must be there with its shape, and no other."""
-    data = read_config(directory / CONFIG)
+    data, tensors = _read_pair(directory)
     family = data.get("family")
-    if family not in MODELS:
+    if not isinstance(family, str) or family not in MODELS:
         fail(f"{directory / CONFIG}: family", f"one of {sorted(MODELS)}", repr(family))
-    model = MODELS[family]
-    config = from_mapping(model.Config, data.get("config", {}), f"{CONFIG}.config")
-    tokenizer = build(model, config)
-    fill(tokenizer, read_safetensors(directory / WEIGHTS), str(directory / WEIGHTS))
-    tokenizer.provenance = from_mapping(Provenance, data.get("provenance", {}), f"{CONFIG}.provenance")
+    model, where = MODELS[family], str(directory / CONFIG)
+    config = from_mapping(model.Config, data.get("config", {}), f"{where}.config")
+    provenance = from_mapping(Provenance, data.get("provenance", {}), f"{where}.provenance")
+    try:
+        tokenizer = build(model, config)
+    except ValueError as error:
+        raise ValueError(f"{where}.config: {error}") from None
+    fill(tokenizer, tensors, str(directory / WEIGHTS))
+    tokenizer.provenance = provenance
     return tokenizer.eval()
 
 
+def _read_pair(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the weights of one save, also while another process replaces them.
+
+    Files without the mark of `saving`, of older versions or written by hand, are taken as they are.
+    """
+    for _ in range(10):
+        settle(directory)
+        data = read_config(directory / CONFIG)
+        tensors, metadata = read_safetensors_with_metadata(directory / WEIGHTS)
+        marks = {data.get(SAVE_ID), metadata.get(SAVE_ID)} - {None}
+        if len(marks) < 2:
+            return data, tensors
+        time.sleep(0.02)
+    fail(
+        str(directory),
+        f"{CONFIG} and {WEIGHTS} of one save",
+        "files of two (a copy or a save was interrupted: copy or save the tokenizer again)",
+    )
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device by name, tried with an allocation; ValueError where torch has no such device here."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        here = f"cpu{f' or cuda:0 to cuda:{count - 1}' if count else ' (torch finds no CUDA device here)'}"
+        fail("device", here, f"{str(device)!r} ({shorten(str(error), 80)})")
+    return found
+
+
 def build(model: type[ImageTokenizer[Any]], config: Any) -> ImageTokenizer[Any]:
-    """A tokenizer ready to be filled: without memory for its weights where that is possible."""
+    """A tokenizer without memory for its weights, ready for `fill`."""
     with torch.device("meta"):
-        tokenizer = model.from_config(config)
-    persistent = set(tokenizer.state_dict())
-    if any(name not in persistent for name, _ in tokenizer.named_buffers()):
-        return model.from_config(config)  # buffers that no checkpoint holds must be computed
-    return tokenizer
+        return model.from_config(config)
 
 
-def fill(tokenizer: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Give a model its tensors; names and shapes must match exactly, else one error names the first offenders."""
-    account({name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}, tensors, where)
-    tokenizer.load_state_dict(tensors, strict=True, assign=True)
+def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Give a module its tensors. Names and shapes must match exactly, else one error names the first offenders.
+
+    Floating-point weights of one dtype keep it; those of several dtypes all become float32. Anything but float32,
+    bfloat16, float16 and float64 is refused, and so are whole numbers of another dtype than the module's.
+    """
+    state = module.state_dict()
+    account({name: tuple(tensor.shape) for name, tensor in state.items()}, tensors, where)
+    for name, tensor in tensors.items():
+        known = FLOATS if state[name].is_floating_point() else (state[name].dtype,)
+        if tensor.dtype not in known:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            fail(f"{where}: {name}", names, tensor)
+    floats = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(floats) > 1:
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    module.load_state_dict(tensors, strict=True, assign=True)
+    _compute_buffers(module)
+
+
+def _compute_buffers(module: torch.nn.Module) -> None:
+    """Give a module built by `build` the buffers that no checkpoint holds: they follow from its configuration."""
+    missing = {name: buffer for name, buffer in module.named_buffers() if buffer.is_meta}
+    if not missing:
+        return
+    total = sum(buffer.numel() for buffer in missing.values())
+    require(total <= MAX_COMPUTED, "config", f"at most {MAX_COMPUTED} values in computed buffers", f"{total}")
+    whole: Any = type(module).from_config(module.config)  # type: ignore[attr-defined]
+    for name, buffer in whole.named_buffers():
+        if name in missing:
+            path, _, last = name.rpartition(".")
+            setattr(module.get_submodule(path), last, buffer)
 
 
 def account(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -56,16 +125,21 @@ def account(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tenso
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     found = [f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names]
     if found:
-        fail(where, "exactly the tensors of the model", "; ".join(found))
+        fail(where, "exactly the tensors of the model", "; ".join(found), limit=1000)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; one error for a file that is missing, truncated or something else."""
-    if not path.is_file():
-        fail(str(path), "a safetensors file", "no such file")
+    return read_safetensors_with_metadata(path)[0]
+
+
+def read_safetensors_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, and the texts beside the tensors."""
+    regular_file(path, "a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         fail(str(path), "a whole safetensors file", f"{type(error).__name__}: {error}")
 
@@ -82,17 +156,24 @@ def read_config(path: Path) -> dict[str, Any]:
     data = read_json(path)
     if data.get("library") != "tokenizers_mm":
         fail(str(path), "a config.json written by tokenizers_mm", "another file")
-    if data.get("format") != FORMAT:
+    if type(data.get("format")) is not int or data["format"] != FORMAT:
         fail(f"{path}: format", str(FORMAT), repr(data.get("format")))
+    if not isinstance(data.get(SAVE_ID, ""), str):
+        fail(f"{path}: {SAVE_ID}", "text", data[SAVE_ID])
     return data
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping of a JSON file; one error for a file that is missing or holds something else."""
-    if not path.is_file():
-        fail(str(path), f"a {path.name}", "no such file")
+    """The mapping of a JSON file, with limits; one error for a file that is missing or holds something else."""
+    size = regular_file(path, f"a {path.name}").stat().st_size
+    require(size <= MAX_BYTES, str(path), f"at most {MAX_BYTES} bytes", f"{size}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of too many digits
         fail(str(path), "valid JSON", str(error))
-    return data if isinstance(data, dict) else fail(str(path), "a JSON mapping", "another value")
+    except OSError as error:
+        fail(str(path), "a file that can be read", str(error))
+    if not isinstance(data, dict):
+        fail(str(path), "a JSON mapping", "another value")
+    check_plain(data, str(path))
+    return data

@@ -6,20 +6,22 @@ reads. The path back: tokens from `mar_sampling` (or any latents) -> KL decoder.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from tokenizers_mm._check import require, require_finite
+from tokenizers_mm.config import Range, checked
 from tokenizers_mm.decoders.diffusion import TokenDenoiser, TokenDenoiserConfig
 from tokenizers_mm.decoders.mar import MARDecoder, MARDecoderConfig
 from tokenizers_mm.encoders.mar import MAREncoder, MAREncoderConfig
 from tokenizers_mm.functional.diffusion import TRAIN_STEPS, add_noise, diffusion_terms, schedule
 from tokenizers_mm.functional.masking import masked_mean, random_mask
-from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.base import ImageTokenizer, within_memory
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
-from tokenizers_mm.types import ImageLatents, Stream
+from tokenizers_mm.quantizers.base import Quantizer
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageLatents, Reconstruction, Stream
 
 Grid = tuple[int, int]
 
@@ -39,8 +41,17 @@ class MARConfig:
     encoder: MAREncoderConfig = field(default_factory=MAREncoderConfig)
     decoder: MARDecoderConfig = field(default_factory=MARDecoderConfig)
     denoiser: TokenDenoiserConfig = field(default_factory=TokenDenoiserConfig)
-    latent_scale: float = 0.2325
-    noise_repeats: int = 4
+    latent_scale: Annotated[float, Range(0, 1e6, low_open=True)] = 0.2325
+    noise_repeats: Annotated[int, Range(1, 1024)] = 4
+
+    def check(self) -> None:
+        """Refuse parts that do not go together."""
+        first, second = self.encoder, self.decoder
+        _same("token_dim", self.autoencoder.decoder.in_channels, first.token_dim, self.denoiser.token_dim)
+        _same("grid", first.grid, second.grid)
+        _same("num_buffers", first.num_buffers, second.num_buffers)
+        _same("encoder_width", first.width, second.encoder_width)
+        _same("condition_dim", second.width, self.denoiser.condition_dim)
 
 
 @dataclass(frozen=True)
@@ -82,16 +93,11 @@ class MAR(ImageTokenizer[ImageLatents]):
         denoiser: TokenDenoiser,
     ) -> None:
         super().__init__()
-        first, second = config.encoder, config.decoder
-        _same("token_dim", config.autoencoder.decoder.in_channels, first.token_dim, config.denoiser.token_dim)
-        _same("grid", first.grid, second.grid)
-        _same("num_buffers", first.num_buffers, second.num_buffers)
-        _same("encoder_width", first.width, second.encoder_width)
-        _same("condition_dim", second.width, config.denoiser.condition_dim)
-        self.config = config
+        self.config = checked(config)
         self.autoencoder, self.encoder, self.decoder, self.denoiser = autoencoder, encoder, decoder, denoiser
 
     @classmethod
+    @within_memory
     def from_config(cls, config: MARConfig) -> "MAR":
         return cls(
             config,
@@ -158,6 +164,19 @@ class MAR(ImageTokenizer[ImageLatents]):
         """
         codes = images_or_codes if isinstance(images_or_codes, ImageLatents) else self.encode(images_or_codes)
         return buffers_last(self.encoder(codes.values, codes.grid), self.num_buffers)
+
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        """The autoencoder alone: the image decoded from the mean of the posterior."""
+        require(disturbance == UNDISTURBED, "disturbance", "none (MAR has no codes)", disturbance)
+        latents = self.encode_tensor(x)
+        return Reconstruction(self.decode(latents), None, None, {}, self.vectors(latents))
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        return {}
+
+    @property
+    def last_layer(self) -> torch.nn.Parameter:
+        return self.autoencoder.decoder.last_layer
 
     def forward(self, tokens: Tensor, grid: Grid, draws: MARDraws, condition: Tensor | None = None) -> MARTerms:
         """The terms of MAR's loss for tokens [B, h * w, D]; `condition` as the encoder takes it."""
@@ -234,4 +253,4 @@ def decay_groups(model: torch.nn.Module, weight_decay: float, prefix: str = "") 
 
 
 def _same(name: str, *values: object) -> None:
-    require(len(set(values)) == 1, f"config: {name}", "one value in all parts", " and ".join(map(str, values)))
+    require(len(set(values)) == 1, name, "one value in all parts", " and ".join(map(str, values)))

@@ -6,13 +6,14 @@ is passed in, so that a class-conditional model and a language model (Harmon) sh
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from tokenizers_mm._check import require
-from tokenizers_mm.functional.diffusion import ancestral_sample, guide, schedule
+from tokenizers_mm.config import Pattern, Range
+from tokenizers_mm.functional.diffusion import ancestral_sample, guide, kept_timesteps, schedule
 from tokenizers_mm.functional.masking import mask_first, masked_counts, positions_where, put, random_orders, take
 from tokenizers_mm.models.mar import MAR, Grid
 
@@ -38,11 +39,15 @@ class SamplingConfig:
     tokens. temperature: of the noise inside the diffusion.
     """
 
-    steps: int = 64
-    diffusion: str = "100"
-    guidance: float = 1.0
+    steps: Annotated[int, Range(1, 1 << 16)] = 64
+    diffusion: Annotated[str, Pattern(r"(ddim)?[0-9]{1,4}", "'N' or 'ddimN'")] = "100"
+    guidance: Annotated[float, Range(0, 1000)] = 1.0
     guidance_schedule: Literal["constant", "linear"] = "constant"
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0, 1000)] = 1.0
+
+    def check(self) -> None:
+        """Refuse a number of diffusion steps that cannot be kept."""
+        kept_timesteps(self.diffusion)
 
 
 @dataclass(frozen=True)

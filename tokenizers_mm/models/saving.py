@@ -1,9 +1,9 @@
 """Our format on disk: config.json, model.safetensors, preprocessor_config.json and a model card.
 
-Reading it back is `models.loading.load_directory`.
+config.json and the metadata of model.safetensors carry the same `save_id` (see `_summary`), so that files of two saves
+are never taken for one tokenizer. Reading it back is `models.loading.load_directory`.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenizers_mm._files import atomic_directory, atomic_path
+from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
+from tokenizers_mm._summary import CONFIG, SAVE_ID, SUMMARY, WEIGHTS, save_id, tensors_id
 from tokenizers_mm.config import to_mapping
 
 if TYPE_CHECKING:
@@ -23,23 +24,29 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of config.json; raised when a file of an older library could no longer be read as it is."""
 
-CONFIG, WEIGHTS, PREPROCESSOR, CARD = "config.json", "model.safetensors", "preprocessor_config.json", "README.md"
+PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
 
 
 def write(tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str]) -> None:
-    """Write the four files; the directory is whole or unchanged."""
+    """Write the four files, which replace those of an earlier save as a set."""
+    state = tokenizer.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    config = _config(tokenizer) | {SUMMARY: summarize(tokenizer) | {"tensors": tensors_id(shapes)}}
+    mark = {SAVE_ID: save_id(config)}
     with atomic_directory(directory) as folder:
-        (folder / CONFIG).write_text(_json(_config(tokenizer)), encoding="utf-8")
-        (folder / PREPROCESSOR).write_text(_json(_preprocessor(tokenizer)), encoding="utf-8")
-        (folder / CARD).write_text(_card(tokenizer), encoding="utf-8")
-        save_tensors(tokenizer.state_dict(), folder / WEIGHTS)
+        write_json(folder / CONFIG, config | mark)
+        write_json(folder / PREPROCESSOR, _preprocessor(tokenizer))
+        write_text(folder / CARD, _card(tokenizer))
+        save_tensors(state, folder / WEIGHTS, mark)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all."""
     with atomic_path(path) as temporary:
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(ready, temporary, metadata={"format": "pt"})
+        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def push(tokenizer: "ImageTokenizer[Any]", repo_id: str, private: bool) -> str:
@@ -62,6 +69,17 @@ def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
         "family": tokenizer.family,
         "config": to_mapping(tokenizer.config),
         "provenance": to_mapping(tokenizer.provenance),
+    }
+
+
+def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
+    """Plain values that describe a tokenizer: what `tokenizers-mm info` prints."""
+    size = tokenizer.image_size
+    return {
+        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        "image_size": None if size is None else list(size),
+        "size_multiple": tokenizer.size_multiple,
+        "streams": to_mapping(tokenizer.streams(*size)) if size else [],
     }
 
 
@@ -102,7 +120,3 @@ def _card(tokenizer: "ImageTokenizer[Any]") -> str:
     lines += ["", "```python", "import tokenizers_mm as tmm", "", "tok = tmm.load('this directory')"]
     lines += ["codes = tok.encode('picture.png', fit='crop')", "image = tok.to_pil(tok.decode(codes))[0]", "```", ""]
     return "\n".join(lines)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -4,22 +4,23 @@ The path of an image: both encoders -> features [B, h, w, D] (semantic channels 
 ids [B, L] and vectors [B, h, w, D] -> both decoders.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
+from tokenizers_mm.config import Cells, Length, Pixels, checked
 from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.decoders.semantic import SemanticDecoder, SemanticDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
-from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.base import ImageTokenizer, within_memory
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
-from tokenizers_mm.types import ImageCodes, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,27 @@ class TokenFlowConfig:
     it differs from image_size (resized bicubically both ways).
     """
 
-    image_size: tuple[int, int]
-    scales: tuple[tuple[int, int], ...]
+    image_size: tuple[Pixels, Pixels]
+    scales: Annotated[tuple[tuple[Cells, Cells], ...], Length(1, 256)]
     quantizer: SharedIndexConfig
     semantic_encoder: SemanticEncoderConfig
     pixel_encoder: PixelEncoderConfig
     semantic_decoder: SemanticDecoderConfig
     pixel_decoder: PixelDecoderConfig
-    pixel_size: tuple[int, int] | None = None
+    pixel_size: tuple[Pixels, Pixels] | None = None
+
+    def check(self) -> None:
+        """Refuse parts that do not go together."""
+        dims, grid = self.quantizer.dims, self.scales[-1]
+        require(len(dims) == 2, "quantizer.dims", "semantic and pixel channels", dims)
+        fits = all(rows <= grid[0] and columns <= grid[1] for rows, columns in self.scales)
+        require(fits, "scales", "grids no larger than the last one", self.scales)
+        decoder_grid = self.semantic_decoder.grid
+        require(decoder_grid == grid, "semantic_decoder.grid", f"{grid}, the last scale", decoder_grid)
+        size = self.pixel_size or self.image_size
+        for name, part in (("pixel_encoder", self.pixel_encoder), ("pixel_decoder", self.pixel_decoder)):
+            sides = (grid[0] * part.factor, grid[1] * part.factor)
+            require(sides == size, name, f"a factor that makes the last scale of {size} pixels", f"one for {sides}")
 
 
 class TokenFlow(ImageTokenizer[ImageCodes]):
@@ -46,6 +60,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
 
     family = "tokenflow"
     Config = TokenFlowConfig
+    DISTURBANCES = frozenset(["keep"])
 
     def __init__(
         self,
@@ -57,7 +72,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         pixel_decoder: PixelDecoder,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         self.semantic_encoder, self.pixel_encoder = semantic_encoder, pixel_encoder
         self.quantizer = quantizer
         quantizer.name_queries("semantic_head", "pixel_head")
@@ -69,8 +84,8 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         self.pixel_embed = nn.Linear(pixel_dim, config.pixel_decoder.in_channels)
 
     @classmethod
+    @within_memory
     def from_config(cls, config: TokenFlowConfig) -> "TokenFlow":
-        require(len(config.quantizer.dims) == 2, "quantizer.dims", "semantic and pixel channels", config.quantizer.dims)
         return cls(
             config,
             SemanticEncoder(config.semantic_encoder),
@@ -115,9 +130,24 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         """Features [B, h * w, C] in the teacher's space from vectors [B, h, w, D]."""
         return self.semantic_decoder(vectors[..., : self.dims[0]])
 
-    def forward(self, x: Tensor, keep: Sequence[int] | None = None) -> Reconstruction:
-        """Reconstruct x [B, 3, H, W]; `keep` lists the scales to use (all by default)."""
-        quantized = self.quantizer.quantize(self.encode_features(x), keep)
+    def quantizers(self) -> dict[str, MultiScaleQuantizer]:
+        return {"shared": self.quantizer}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.pixel_decoder.last_layer
+
+    @property
+    def loss_terms(self) -> frozenset[str]:
+        entropy = [] if self.config.quantizer.entropy_temperature is None else ["entropy"]
+        return frozenset(["pixel", "semantic", "codebook", "commitment", *entropy])
+
+    def forward(self, x: Tensor) -> Reconstruction:
+        return self.reconstruct(x)
+
+    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+        require(disturbance.perturb is None, "disturbance.perturb", "None (no pixel stream here)", "a function")
+        quantized = self.quantizer.quantize(self.encode_features(x), disturbance.keep)
         image, semantic = self.decode_pixels(quantized.vectors), self.decode_semantic(quantized.vectors)
         return Reconstruction(image, semantic, None, {"shared": quantized}, quantized.vectors)
 

@@ -26,6 +26,11 @@ class Quantizer(nn.Module, ABC):
     query_names: tuple[str, ...] = ("z",)
     """What errors call the features, one name for each part of their channels."""
 
+    @property
+    def revivable(self) -> bool:
+        """Whether `set_codes` can move single codes."""
+        return True
+
     @abstractmethod
     def quantize(self, z: Tensor) -> Quantized:
         """Nearest codes of z [..., D]; the terms are computed in training mode only."""

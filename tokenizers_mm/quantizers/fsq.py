@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
+from tokenizers_mm.config import Length, Range, Width, checked
 from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids, round_to_levels
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized, VQTerms
@@ -18,8 +20,13 @@ class FSQConfig:
     """levels of each channel that is rounded (their product is the number of codes); dim channels in and out, with
     linear maps between the two."""
 
-    levels: tuple[int, ...]
-    dim: int
+    levels: Annotated[tuple[Annotated[int, Range(2, 1 << 16)], ...], Length(1, 64)]
+    dim: Width
+
+    def check(self) -> None:
+        """Refuse more codes than ids can count."""
+        count = math.prod(self.levels)
+        require(count < 1 << 62, "levels", "numbers with a product below 2^62", self.levels)
 
 
 class FSQ(Quantizer):
@@ -27,8 +34,7 @@ class FSQ(Quantizer):
 
     def __init__(self, config: FSQConfig) -> None:
         super().__init__()
-        require(len(config.levels) > 0 and min(config.levels) > 1, "levels", "numbers above 1", config.levels)
-        self.config = config
+        self.config = config = checked(config)
         self.codebook_size, self.dim = math.prod(config.levels), config.dim
         self.project_in = nn.Linear(config.dim, len(config.levels))
         self.project_out = nn.Linear(len(config.levels), config.dim)
@@ -44,6 +50,10 @@ class FSQ(Quantizer):
 
     def look_up(self, ids: Tensor) -> Tensor:
         return self._expand(ids_to_levels(ids, self.config.levels))
+
+    @property
+    def revivable(self) -> bool:
+        return False
 
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         raise ValueError("FSQ: expected no revival of codes (it has no codebook), got a request for it")

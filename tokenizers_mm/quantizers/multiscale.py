@@ -60,5 +60,9 @@ class MultiScaleQuantizer(Quantizer):
         ]
         return reduce(add, (bicubic_up(part, last) for part in scales))
 
+    @property
+    def revivable(self) -> bool:
+        return self.quantizer.revivable
+
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         self.quantizer.set_codes(ids, vectors)

@@ -43,5 +43,9 @@ class ResidualQuantizer(Quantizer):
         vectors = [stage.look_up(part) for stage, part in zip(self.stages, ids.unbind(-1), strict=True)]  # type: ignore[operator]
         return torch.stack(vectors).sum(0)
 
+    @property
+    def revivable(self) -> bool:
+        return False
+
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         raise ValueError("stages: expected one quantizer to revive codes of (residual.stages[i]), got all of them")

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
+from tokenizers_mm.config import Codes, Length, Range, Width, checked
 from tokenizers_mm.functional.shared_index import normalize_parts
 from tokenizers_mm.functional.vq import codebook_entropy, look_up, straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
@@ -23,11 +25,16 @@ class SharedIndexConfig:
     entropy_temperature: of the entropy term in training; None leaves the term out (zero).
     """
 
-    codebook_size: int
-    dims: tuple[int, ...] = (32, 8)
-    weights: tuple[float, ...] = (1.0, 1.0)
+    codebook_size: Codes
+    dims: Annotated[tuple[Width, ...], Length(1, 64)] = (32, 8)
+    weights: Annotated[tuple[Annotated[float, Range(0, 1e6)], ...], Length(1, 64)] = (1.0, 1.0)
     normalize: bool = True
-    entropy_temperature: float | None = None
+    entropy_temperature: Annotated[float, Range(0, 1e6, low_open=True)] | None = None
+
+    def check(self) -> None:
+        """Refuse weights that do not belong to the parts."""
+        require(len(self.dims) == len(self.weights), "weights", f"{len(self.dims)} numbers", self.weights)
+        require(any(self.weights), "weights", "one above 0", self.weights)
 
 
 class SharedIndexQuantizer(Quantizer):
@@ -35,8 +42,7 @@ class SharedIndexQuantizer(Quantizer):
 
     def __init__(self, config: SharedIndexConfig) -> None:
         super().__init__()
-        require(len(config.dims) == len(config.weights), "weights", f"{len(config.dims)} numbers", config.weights)
-        self.config = config
+        self.config = config = checked(config)
         self.codebook_size, self.dim = config.codebook_size, sum(config.dims)
         bound = 1.0 / config.codebook_size
         parts = [torch.empty(config.codebook_size, dim).uniform_(-bound, bound) for dim in config.dims]

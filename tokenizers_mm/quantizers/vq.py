@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm import kernels
+from tokenizers_mm.config import Codes, Width, checked
 from tokenizers_mm.functional.vq import look_up, rotate_to, straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
@@ -42,9 +43,9 @@ class SimVQConfig:
     rotation: pass the gradient to the encoder by the rotation trick, not straight through.
     """
 
-    codebook_size: int
-    dim: int
-    frozen_dim: int | None = None
+    codebook_size: Codes
+    dim: Width
+    frozen_dim: Width | None = None
     rotation: bool = False
 
 
@@ -53,7 +54,7 @@ class SimVQ(Quantizer):
 
     def __init__(self, config: SimVQConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = checked(config)
         self.codebook_size, self.dim = config.codebook_size, config.dim
         frozen_dim = config.frozen_dim or config.dim
         self.register_buffer("frozen", torch.randn(config.codebook_size, frozen_dim) * frozen_dim**-0.5)
@@ -69,6 +70,10 @@ class SimVQ(Quantizer):
 
     def look_up(self, ids: Tensor) -> Tensor:
         return look_up(self.frozen.float(), ids) @ self.transform.weight.float().T  # type: ignore[operator]
+
+    @property
+    def revivable(self) -> bool:
+        return False
 
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         raise ValueError("SimVQ: expected no revival of codes (its codebook is frozen by design), got a request for it")

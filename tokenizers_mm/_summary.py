@@ -1,0 +1,73 @@
+"""What config.json says of a saved tokenizer beside its configuration, read without torch.
+
+`save_id` is a hash of all else in config.json. It stands in the metadata of model.safetensors too, which binds the two
+files. `summary` answers `tokenizers-mm info`, and is believed only where both files are whole and of one save.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from tokenizers_mm._files import settle
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+SAVE_ID, SUMMARY = "save_id", "summary"
+
+LARGEST = 4 << 20
+"""Limit of config.json in bytes."""
+
+
+def save_id(config: Mapping[str, Any]) -> str:
+    """A hash of all entries of config.json but itself."""
+    return _hash({name: value for name, value in config.items() if name != SAVE_ID})
+
+
+def tensors_id(shapes: Mapping[str, Sequence[int]]) -> str:
+    """A hash of the names and shapes of tensors."""
+    return _hash({name: list(shape) for name, shape in shapes.items()})
+
+
+def read_lines(directory: Path) -> list[str] | None:
+    """The lines of `describe` from the files alone; None where only loading can tell.
+
+    That is so for files of older versions, for what was edited since, and for what is broken.
+    """
+    path = directory / CONFIG
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST or not (directory / WEIGHTS).is_file():
+            return None
+        settle(directory)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config[SAVE_ID] != save_id(config):
+            return None
+        with safe_open(directory / WEIGHTS, framework="np") as file:
+            names = file.keys()
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+            mark = (file.metadata() or {}).get(SAVE_ID)
+        if mark != config[SAVE_ID] or tensors_id(shapes) != config[SUMMARY]["tensors"]:
+            return None
+        return describe(config["family"], config[SUMMARY], config["provenance"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return None
+
+
+def describe(family: str, summary: Mapping[str, Any], provenance: Mapping[str, str]) -> list[str]:
+    """Lines for a person: family, parameters, image size, streams, and where the weights come from."""
+    size = summary["image_size"]
+    shown = f"{size[0]} x {size[1]}" if size else f"any multiple of {summary['size_multiple']}"
+    lines = [f"family       {family}", f"parameters   {summary['parameters']:,}", f"image size   {shown}"]
+    for stream in summary["streams"]:
+        count = sum(rows * columns for rows, columns in stream["grids"])
+        grids = " ".join(f"{rows}x{columns}" for rows, columns in stream["grids"])
+        lines.append(f"stream       {stream['name']}: {count} ids, {stream['codebook_size']} codes, grids {grids}")
+    names = ("source", "license", "sha256", "notice")
+    return lines + [f"{name:<12} {provenance[name]}" for name in names if provenance[name]]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,113 @@
+"""Images and captions inside tar files (the layout of webdataset), read at any place without unpacking.
+
+Members that share a name up to the first dot of their file name are one sample: an image, and a caption in `.txt`.
+"""
+
+import tarfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import atomic_path
+from tokenizers_mm._images import decode_image
+from tokenizers_mm.data.files import EXTENSIONS, FileList
+
+INDEX = ".tokenizers_mm_index.safetensors"
+"""File beside the shards with the places of all samples, written where the folder permits; without it every start reads
+all headers again. It is renewed when a shard has another name, size or time."""
+
+MAX_MEMBER = 1 << 30
+"""Bytes of an image or caption."""
+
+
+class Shards:
+    """Samples of all tar files below a folder, in the order of their names.
+
+    places: int64 [N, 5]: number of the shard, start and size of the image, start and size of the caption (0: none).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.files = FileList.below(folder, (".tar",))
+        index = Path(folder) / INDEX
+        marks = _marks(self.files)
+        found = _read_index(index, marks)
+        if found is None:
+            found = torch.cat([_scan(path, number) for number, path in enumerate(self.files)])
+            _write_index(index, marks, found)
+        self.places = found
+        require(len(found) > 0, "data.sources.path", f"tar files with images ({', '.join(EXTENSIONS)})", str(folder))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str, list[str]]:
+        """Image, caption ("" for none), and captions that could not be read; ValueError for an unreadable image."""
+        number, start, size, text_start, text_size = self.places[index].tolist()
+        path = self.files[number]
+        name = f"image {path} at byte {start}"
+        require(0 < size <= MAX_MEMBER and text_size <= MAX_MEMBER, name, f"1 to {MAX_MEMBER} bytes", size)
+        try:
+            with open(path, "rb") as file:
+                file.seek(start)
+                data = file.read(size)
+                file.seek(text_start)
+                text = file.read(text_size)
+        except OSError as error:
+            fail(name, "a tar file that can be read", error.strerror)
+        image = decode_image(data, name)
+        try:
+            return image, text.decode("utf-8").strip(), []
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+            return image, "", [f"caption {path} at byte {text_start}: expected UTF-8, got {byte}"]
+
+
+def _scan(path: Path, number: int) -> Tensor:
+    """Places of the samples of one tar file."""
+    found: dict[str, list[int]] = {}
+    try:
+        with tarfile.open(path, "r:") as file:
+            for member in file:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                kind = "." + kind.lower().rpartition(".")[2]
+                if not member.isreg() or (kind not in EXTENSIONS and kind != ".txt"):
+                    continue
+                places = found.setdefault(f"{folder}/{stem}", [number, 0, 0, 0, 0])
+                at = 3 if kind == ".txt" else 1
+                places[at : at + 2] = member.offset_data, member.size
+    except (tarfile.TarError, OSError) as error:
+        fail(f"shard {path}", "an uncompressed tar file", f"{type(error).__name__}: {error}")
+    samples = [places for places in found.values() if places[2]]
+    return torch.tensor(samples, dtype=torch.int64).view(-1, 5)
+
+
+def _marks(files: FileList) -> str:
+    """Names, sizes and times of the shards."""
+    stats = [(path.relative_to(files.root), path.stat()) for path in files]
+    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+
+
+def _read_index(path: Path, marks: str) -> Tensor | None:
+    """Places from the index file, None where it is missing or of other shards."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            places = file.get_tensor("places") if (file.metadata() or {}).get("marks") == marks else None
+    except (OSError, SafetensorError):
+        return None
+    if places is None or places.ndim != 2 or places.shape[1] != 5 or places.dtype != torch.int64:
+        return None
+    return places if bool((places >= 0).all()) else None
+
+
+def _write_index(path: Path, marks: str, places: Tensor) -> None:
+    try:
+        with atomic_path(path) as temporary:
+            save_file({"places": places}, temporary, metadata={"marks": marks})
+    except OSError:  # a folder that is read-only: the next start reads the headers again
+        return

@@ -1,0 +1,67 @@
+"""Two tasks in one call each: a text about an image, and an image from a text."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from tokenizers_mm._check import fail
+from tokenizers_mm.llm.batch import Segment
+from tokenizers_mm.llm.generate import GenerationSettings, Sampling, generate
+from tokenizers_mm.llm.grammar import Grammar
+from tokenizers_mm.llm.processor import MultimodalProcessor
+from tokenizers_mm.llm.projector import FeatureProjector
+from tokenizers_mm.llm.transformers_api import end_tokens
+
+LIKELIEST = GenerationSettings(max_new_tokens=128, sampling=Sampling(temperature=0))
+"""Text that takes the most likely token each time."""
+
+
+def describe(
+    model: Any,
+    processor: MultimodalProcessor,
+    image: object,
+    question: str = "",
+    *,
+    projector: FeatureProjector | None = None,
+    settings: GenerationSettings = LIKELIEST,
+) -> str:
+    """What the model says after an image and a question.
+
+    image: as in a `Segment`. question: written after the image as it is, chat frames included. projector: shows the
+    image as features; without one it is shown as ids.
+    """
+    shown = Segment(image, learn=False, as_features=projector is not None)
+    prompts = processor([[shown, question] if question else [shown]], end=False, side="left")
+    grammar = Grammar(processor.vocabulary, "text", _ends(model, processor))
+    ids = generate(model, prompts, grammar, settings, projector=projector)
+    return "".join(processor.decode(ids, prompts=prompts)[0]).strip()
+
+
+def draw(
+    model: Any,
+    processor: MultimodalProcessor,
+    caption: str,
+    size: tuple[int, int] | None = None,
+    *,
+    settings: GenerationSettings | None = None,
+    generator: torch.Generator | None = None,
+) -> Image.Image:
+    """An image that the model draws from a caption.
+
+    caption: written before the image as it is, chat frames included. size: (height, width) in pixels; None lets the
+    model choose among the vocabulary's. settings: with guidance, the unconditional rows are an image without caption.
+    """
+    opening = processor.opening(*size) if size is not None else processor.opening()
+    prompts, empty = (processor([row], end=False, side="left") for row in ([caption, opening], ["", opening]))
+    ends = _ends(model, processor)
+    if not ends:
+        fail("processor", "a text tokenizer with an end token, or a model that names one", "neither")
+    grammar = Grammar(processor.vocabulary, "image", ends)
+    ids = generate(model, prompts, grammar, settings, unconditional=empty, generator=generator)
+    return next(part for part in processor.decode(ids, prompts=prompts)[0] if isinstance(part, Image.Image))
+
+
+def _ends(model: Any, processor: MultimodalProcessor) -> list[int]:
+    """The end token of the text tokenizer; those that the model names where it has none."""
+    return list(end_tokens(model)) if processor.eos is None else [processor.eos]

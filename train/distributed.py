@@ -1,0 +1,52 @@
+"""Data-parallel collectives for numbers that engines do not handle. No-ops in a single process."""
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from tokenizers_mm._check import require
+
+
+def make_accelerator(precision: str, device: str) -> Accelerator:
+    """Accelerator of this process, on the device of the configuration, which must exist; "auto" is CUDA or the CPU."""
+    kind = "" if device == "auto" else device.partition(":")[0]
+    require(kind in ("", "cpu", "cuda"), "config.device", "auto, cpu or cuda", device)
+    engine = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    accelerator = Accelerator(
+        cpu=kind == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[engine],
+    )
+    here = accelerator.device.type
+    require(kind in ("", here), "config.device", f"a device of this machine, such as {here}", device)
+    return accelerator
+
+
+def several() -> bool:
+    """Whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum over the ranks, in place."""
+    if several():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share_from_first(tensor: Tensor) -> Tensor:
+    """Value of rank 0 on all ranks, in place."""
+    if several():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def agree(seconds: float, signal: int, device: torch.device) -> tuple[float, int]:
+    """Time of rank 0 and the highest signal number that any rank received, so that all ranks end together."""
+    if not several():
+        return seconds, signal
+    found = torch.tensor([seconds if dist.get_rank() == 0 else 0.0, signal], dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found[0]), int(found[1])

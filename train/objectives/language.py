@@ -1,0 +1,305 @@
+"""Training of a language model on rows of text and images: next-token prediction or masked diffusion."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tokenizers_mm import load
+from tokenizers_mm._check import require
+from tokenizers_mm._files import atomic_directory
+from tokenizers_mm._images import Fit
+from tokenizers_mm.config import Range, to_mapping
+from tokenizers_mm.data.sources import Positions
+from tokenizers_mm.llm import (
+    Batch,
+    FeatureProjector,
+    MultimodalProcessor,
+    OnlyNewRows,
+    ProjectorConfig,
+    VisualVocabulary,
+    extend,
+)
+from tokenizers_mm.llm.batch import IGNORED, Row, pad_rows
+from tokenizers_mm.llm.diffuse import diffusion_loss
+from tokenizers_mm.llm.loss import next_token_loss, num_predicted
+from tokenizers_mm.llm.model import add_lora
+from tokenizers_mm.llm.packing import pack_rows
+from tokenizers_mm.llm.projector import embed
+from tokenizers_mm.llm.records import RecordMixture, Records
+from tokenizers_mm.llm.transformers_api import (
+    embeddings,
+    load_language_model,
+    load_text_tokenizer,
+    new_language_model,
+    num_parameters,
+)
+
+from ..config import RunConfig
+from ..optim import Learner, OptimizerConfig
+from .base import Moment, Objective, Player, Terms
+from .start import saved_size
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """source: a directory or hub id of a causal language model; or, without one, `kind` and `config` of a new one.
+
+    text_tokenizer: a directory or hub id; by default that of the source. sizes: (height, width) of the images that the
+    vocabulary covers; by default those of `VisualVocabulary.for_tokenizer`. Weights are float32 whatever they are on
+    disk.
+    """
+
+    source: str = ""
+    text_tokenizer: str = ""
+    kind: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """A file of interleaved records (see `tokenizers_mm.llm.records`) and its share of the rows.
+
+    outside: whether its images may lie outside of its folder.
+    """
+
+    path: str
+    weight: Annotated[float, Range(0)] = 1.0
+    outside: bool = False
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """tokenizer: directory or hub id of the image tokenizer, which stays as it is. method: next-token prediction, or
+    masked diffusion with `mask_token` of the text tokenizer. learns: all weights, only the visual rows, or low-rank
+    adapters (of `lora_rank`) and the visual rows.
+
+    fit: for images of a size that the vocabulary lacks. projector: activation of the projector of features, where
+    records show images as features. features: the tokenizer's own, or those of its streams as parts (DualViTok).
+    pack: tokens per packed sequence, 0 to pad instead.
+    """
+
+    tokenizer: str
+    language_model: LanguageModelConfig
+    records: tuple[RecordConfig, ...]
+    kind: Literal["language"] = "language"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    method: Literal["next_token", "masked_diffusion"] = "next_token"
+    mask_token: str = ""
+    learns: Literal["all", "new_rows", "lora"] = "all"
+    lora_rank: Annotated[int, Range(1, 4096)] = 16
+    fit: Literal["refuse", "crop", "pad", "resize"] = "refuse"
+    projector: Literal["none", "gelu", "silu"] = "none"
+    features: Literal["tokenizer", "streams"] = "tokenizer"
+    pack: Annotated[int, Range(0)] = 0
+
+
+class Learning:
+    """Weights that learn, by name: a checkpoint holds these and not the frozen ones."""
+
+    def __init__(self, networks: dict[str, nn.Module]) -> None:
+        named = [(f"{name}.{key}", p) for name, module in networks.items() for key, p in module.named_parameters()]
+        self.parameters = {key: p for key, p in named if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore them; names and shapes must be these."""
+        shapes = [{name: tuple(t.shape) for name, t in group.items()} for group in (self.parameters, tensors)]
+        other = sorted(
+            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        )
+        if other:
+            raise ValueError(f"another {other[0]}")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+
+class Language(Objective):
+    """Networks: the language model (with adapters where they learn) and the projector of features."""
+
+    kind = "language"
+    Config = LanguageConfig
+    FIXED = ("tokenizer", "language_model", "records", "method", "mask_token", "learns", "lora_rank", "fit",
+             "projector", "features", "pack")  # fmt: skip
+    config: LanguageConfig
+
+    @classmethod
+    def check_config(cls, run: RunConfig) -> None:
+        config, where = run.objective, "config.objective"
+        decay = config.optimizer.weight_decay
+        require(
+            config.learns != "new_rows" or not decay, f"{where}.optimizer.weight_decay", "0 for learns: new_rows", decay
+        )
+        diffusion = config.method == "masked_diffusion"
+        require(not diffusion or config.projector == "none", f"{where}.projector", "none for masked diffusion",
+                config.projector)  # fmt: skip
+        require(diffusion == bool(config.mask_token), f"{where}.mask_token",
+                "a token of the text tokenizer, for masked_diffusion", config.mask_token or "nothing")  # fmt: skip
+        rank = LanguageConfig.lora_rank
+        fitting = config.learns == "lora" or config.lora_rank == rank
+        require(fitting, f"{where}.lora_rank", "nothing where learns is not lora", config.lora_rank)
+        shown = config.projector != "none" or config.features == "tokenizer"
+        require(shown, f"{where}.features", "tokenizer where there is no projector", config.features)
+
+    @classmethod
+    def sizes(cls, run: RunConfig) -> dict[str, int | str]:
+        config = run.objective
+        return {"tokenizer (frozen)": saved_size(config.tokenizer), "language model": model_size(config.language_model)}
+
+    def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
+        super().__init__(run, accelerator)
+        config, device = self.config, accelerator.device
+        tokenizer: Any = load(config.tokenizer).to(device)
+        features = getattr(tokenizer, "stream_features", None) if config.features == "streams" else None
+        by_stream = config.features == "tokenizer" or features is not None
+        require(by_stream, "config.objective.features", "tokenizer (no streams here)", "streams")
+        model, self.processor = build_language_model(config.language_model, tokenizer, config.fit, features)
+        self.mask_id = _mask_id(self.processor.text_tokenizer, config.mask_token)
+        if config.learns == "lora":
+            model = add_lora(model, self.processor.vocabulary, config.lora_rank)
+        elif config.learns == "new_rows":
+            OnlyNewRows(model, self.processor.vocabulary)
+        self.model = model.to(device)
+        self.networks: dict[str, nn.Module] = {"model": self.model}
+        self.projector: FeatureProjector | None = None
+        if config.projector != "none":
+            width = embeddings(model).weight.shape[1]
+            shape = ProjectorConfig(self.processor.feature_dims(), width, config.projector)
+            self.projector = FeatureProjector(shape).to(device)
+            self.networks["projector"] = self.projector
+        self.learning = Learning(self.networks)
+
+    def enter(self, stage: int) -> None:
+        self.model.train()
+
+    def saved(self) -> dict[str, Any]:
+        return {"learning": self.learning}
+
+    def learners(self, stage: int) -> dict[str, Learner]:
+        return {"model": Learner(self.config.optimizer, list(self.learning.parameters.values()))}
+
+    def players(self, moment: Moment) -> Sequence[Player]:
+        return (Player("model", tuple(self.networks), ("model",)),)
+
+    def weights(self, player: str, moment: Moment) -> dict[str, float]:
+        return {self.config.method: 1.0}
+
+    def batches(self, stage: int, start: int) -> Iterator[Batch]:
+        config = self.config
+        causal = config.method == "next_token"
+        return record_batches(self, config.records, self.processor, start, config.pack, causal)
+
+    def counts(self, player: str, batch: Batch) -> dict[str, int]:
+        """Predicted labels; for masked diffusion, which weighs sequences alike, sequences."""
+        count = num_predicted(batch.labels) if self.mask_id is None else len(batch)
+        return {self.config.method: count, "labels": int((batch.labels != IGNORED).sum())}
+
+    def check_labels(self, totals: Mapping[str, int], step: int) -> None:
+        some = totals["labels"] > 0
+        require(some, "records", "rows with something to learn (parts without learn: false)", f"none in step {step}")
+
+    def losses(self, player: str, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
+        batch = batch.to(self.accelerator.device)
+        if self.mask_id is not None:
+            loss = diffusion_loss(self.model, batch, self.mask_id, moment.rows(len(batch)))
+        elif self.projector is None:
+            loss = next_token_loss(self.model, batch.model_inputs())
+        else:
+            loss = next_token_loss(self.model, embed(self.model, batch, self.projector))
+        return {self.config.method: loss}, {}
+
+    def save(self, averaged: nn.Module | None, folder: Path) -> None:
+        """Model (adapters merged), text tokenizer, visual_vocab.json and projector, in the run's folder itself."""
+        model: Any = self.model
+        save_language_model(
+            model.merge_and_unload() if self.config.learns == "lora" else model, self.processor, self.projector, folder
+        )
+
+
+def save_language_model(
+    model: Any, processor: MultimodalProcessor, projector: FeatureProjector | None, folder: Path
+) -> None:
+    """Files that `AutoModelForCausalLM`, `AutoTokenizer`, `VisualVocabulary.load` and `FeatureProjector.load` read."""
+    with atomic_directory(folder) as temporary:
+        model.eval().save_pretrained(temporary)
+        processor.save(temporary)
+        if projector is not None:
+            projector.save(temporary)
+
+
+def model_size(config: LanguageModelConfig) -> int | str:
+    """Number of parameters before rows for images are added, where it is known without a download."""
+    if not config.kind and not Path(config.source).is_dir():
+        return f"{config.source}, which is not on this machine"
+    return num_parameters(config.kind, config.source, config.config, "config.objective.language_model")
+
+
+def build_language_model(
+    config: LanguageModelConfig,
+    tokenizer: Any,
+    fit: Fit = "refuse",
+    features: Callable[[Any], Any] | None = None,
+) -> tuple[Any, MultimodalProcessor]:
+    """Model with room for images, and processor (with its `fit` and `features`).
+
+    A vocabulary that lies beside the text tokenizer is kept.
+    """
+    where = "config.objective.language_model"
+    require(bool(config.source) != bool(config.kind), where, "either source or kind", to_mapping(config))
+    named = config.text_tokenizer or config.source
+    require(bool(named), f"{where}.text_tokenizer", "a directory or hub id", "nothing")
+    text = load_text_tokenizer(named, f"{where}.text_tokenizer")
+    if config.source:
+        model = load_language_model(config.source, where, dtype=torch.float32)
+    else:
+        model = new_language_model(config.kind, where, {"vocab_size": len(text), **config.config})
+    kept = (Path(named) / "visual_vocab.json").is_file()
+    if kept:
+        vocabulary = VisualVocabulary.load(named)
+    else:
+        vocabulary = VisualVocabulary.for_tokenizer(tokenizer, text, sizes=config.sizes or None)
+    processor = MultimodalProcessor(tokenizer, text, vocabulary, fit, features=features)
+    return extend(model, vocabulary), processor
+
+
+def record_batches(
+    objective: Objective,
+    records: Sequence[RecordConfig],
+    processor: MultimodalProcessor,
+    start: int,
+    pack: int = 0,
+    causal: bool = True,
+) -> Iterator[Batch]:
+    """Micro-batches of this process from row `start` of the mixture on, without end; a row's position decides it."""
+    run, (rank, world) = objective.run, objective.rank()
+    sources = [(Records(source.path, processor.tokenizer, source.outside), source.weight) for source in records]
+    mixture = RecordMixture(sources, run.seed)
+
+    def endless() -> Iterator[Batch]:
+        for positions in Positions(run.batch_size, start, rank, world):
+            rows: list[Row] = processor.rows([mixture[position] for position in positions])
+            if pack:
+                yield pack_rows(rows, pack, processor.pad, causal=causal)
+            else:
+                yield pad_rows(rows, processor.pad)
+
+    return endless()
+
+
+def _mask_id(text: Any, mask_token: str) -> int | None:
+    """Token id of masked diffusion, None without one."""
+    if not mask_token:
+        return None
+    mask_id = text.convert_tokens_to_ids(mask_token)
+    known = mask_id is not None and mask_id != text.unk_token_id
+    require(known, "config.objective.mask_token", "a token of the text tokenizer", mask_token)
+    return mask_id

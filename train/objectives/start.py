@@ -1,0 +1,108 @@
+"""Weights at the start of a run: random, timm's published towers, or a saved tokenizer, wholly or in part."""
+
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizers_mm import load
+from tokenizers_mm._check import require
+from tokenizers_mm.config import from_mapping
+from tokenizers_mm.encoders.semantic import SemanticEncoder, load_pretrained
+from tokenizers_mm.functional.positions import resize_positions
+from tokenizers_mm.models import MODELS, ImageTokenizer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The tokenizer: its family and the family's own configuration, or a saved tokenizer to continue from.
+
+    With both, the configuration says what is built and the saved tokenizer gives the weights, but for parameters whose
+    names begin with one of `fresh`, which start anew (another decoder on frozen codes).
+    """
+
+    family: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    start_from: str = ""
+    fresh: tuple[str, ...] = ()
+
+
+def parse_model(model: ModelConfig) -> Any:
+    """The family's own configuration, checked; None without one."""
+    if not model.config:
+        return None
+    return from_mapping(MODELS[model.family].Config, model.config, "config.objective.model.config")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse an unknown family, and values that do not go together."""
+    where = "config.objective.model"
+    if model.config or not model.start_from:
+        require(model.family in MODELS, f"{where}.family", f"one of {sorted(MODELS)}", repr(model.family))
+        from_mapping(MODELS[model.family].Config, model.config, f"{where}.config")
+    else:
+        require(not model.family, f"{where}.family", "nothing without a config (start_from says it)", model.family)
+    both = bool(model.config and model.start_from)
+    require(both or not model.fresh, f"{where}.fresh", "a config and a start_from beside it", "one of them alone")
+
+
+def model_size(model: ModelConfig) -> int | str:
+    """Number of parameters, without memory for them; or where they are, if that is not on this machine."""
+    if model.config or not model.start_from:
+        family = MODELS[model.family]
+        with torch.device("meta"):
+            tokenizer = family.from_config(from_mapping(family.Config, model.config, "config.objective.model.config"))
+        return sum(p.numel() for p in tokenizer.parameters())
+    return saved_size(model.start_from)
+
+
+def saved_size(source: str) -> int | str:
+    """Number of parameters of a saved tokenizer, where it is on this machine."""
+    if not Path(source).is_dir():
+        return f"the tokenizer {source}, which is not on this machine"
+    return sum(p.numel() for p in load(source).parameters())
+
+
+def build_tokenizer(model: ModelConfig) -> ImageTokenizer[Any]:
+    """Tokenizer with the weights of the start of a run."""
+    if model.start_from and not model.config:
+        return load(model.start_from)
+    family = MODELS[model.family]
+    tokenizer = family.from_config(from_mapping(family.Config, model.config, "config.objective.model.config"))
+    if model.start_from:
+        copy_weights(load(model.start_from), tokenizer, model.fresh)
+    for module in tokenizer.modules():
+        if isinstance(module, SemanticEncoder) and module.config.pretrained and not model.start_from:
+            load_pretrained(module)
+    return tokenizer
+
+
+def copy_weights(source: ImageTokenizer[Any], target: ImageTokenizer[Any], fresh: tuple[str, ...]) -> None:
+    """Give `target` the weights of `source`, but for names that begin with one of `fresh`, which keep their own.
+
+    Learned positions of a square grid are resized to the square grid of the target. Any other difference is an error.
+    """
+    theirs = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(fresh)}
+    state = target.state_dict()
+    ours = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
+    for name in theirs.keys() & ours.keys():
+        if theirs[name].shape != ours[name].shape and name.endswith(("pos_embed", "positions")):
+            theirs[name] = _resized(theirs[name], ours[name].shape[1])
+    wrong = sorted(theirs.keys() ^ ours.keys())
+    wrong += [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape]
+    if wrong:
+        raise ValueError(
+            f"config.objective.model.start_from: expected equal tensors but for those in fresh {list(fresh)}, "
+            f"got a difference in {len(wrong)}: {', '.join(wrong[:3])}"
+        )
+    target.load_state_dict({**state, **theirs})
+
+
+def _resized(table: Tensor, count: int) -> Tensor:
+    """A table [1, n, d] of a square grid, with or without a row for the class token, for `count` rows."""
+    extra = table.shape[1] - isqrt(table.shape[1]) ** 2
+    trained, grid = isqrt(table.shape[1] - extra), isqrt(count - extra)
+    return resize_positions(table, (trained, trained), (grid, grid))

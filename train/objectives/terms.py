@@ -1,0 +1,207 @@
+"""The image terms of a tokenizer's loss: pixels, perception, semantics, quantizer terms and the adversarial term."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_mm._check import require
+from tokenizers_mm.config import Range
+from tokenizers_mm.data.sources import Batch
+from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
+from tokenizers_mm.eval.image import psnr
+from tokenizers_mm.functional.alignment import cosine_distance
+from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
+from tokenizers_mm.losses.discriminators import PatchGANConfig
+from tokenizers_mm.losses.perceptual import LPIPS, load_lpips
+from tokenizers_mm.models import ImageTokenizer
+from tokenizers_mm.types import Reconstruction
+
+from .adversarial import Adversary
+from .base import Terms
+
+Weight = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Weight of each term, by the term's name; a term with weight 0 is not computed.
+
+    The discriminator's loss has the weight of `generator`.
+    """
+
+    pixel: Weight = 1.0
+    perceptual: Weight = 0.0
+    semantic: Weight = 0.0
+    codebook: Weight = 1.0
+    commitment: Weight = 0.25
+    entropy: Weight = 0.0
+    generator: Weight = 0.0
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen timm tower whose tokens the semantic decoder learns to predict.
+
+    name, options, mean, std, features: as in the tokenizer's own semantic encoder. pretrained: False takes random
+    weights, which is of use in tests only. package: Python package that carries the weights, in place of timm's hub.
+    image_size: (height, width) that images are resized to (bilinear) for the tower; None leaves them as they are.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    features: Literal["norm", "last", "projected"] = "norm"
+    pretrained: bool = True
+    package: str = ""
+    image_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Terms and their weights.
+
+    pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same from the tokenizer's own frozen
+    tower) or "captions" (contrast). gan: the losses of generator and discriminator. gan_start: step of the stage from
+    which both act. adaptive: scale the generator's term by gradient norms. lecam, r1: weights of two regularisers of
+    the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
+    """
+
+    weights: TermWeights = field(default_factory=TermWeights)
+    pixel: Literal["l1", "l2"] = "l2"
+    semantic: Literal["none", "teacher", "target", "captions"] = "none"
+    teacher: TeacherConfig | None = None
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    gan: Literal["hinge", "non_saturating"] = "hinge"
+    gan_start: Annotated[int, Range(0)] = 0
+    adaptive: bool = False
+    discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
+    lecam: Weight = 0.0
+    r1: Weight = 0.0
+    lpips_weights: str = ""
+
+
+def check_loss(loss: LossConfig) -> None:
+    """Refuse a weight without a term, a term without a weight, and options of a term that is off."""
+    weights, where = loss.weights, "config.objective.loss"
+    require((loss.semantic == "teacher") == (loss.teacher is not None), f"{where}.teacher",
+            "a teacher for semantic: teacher only", "nothing" if loss.teacher is None else loss.semantic)  # fmt: skip
+    both = bool(weights.semantic) == (loss.semantic != "none")
+    require(both, f"{where}.weights.semantic", "above 0 where semantic is not none, and only there", weights.semantic)
+    plain = LossConfig()
+    for term, keys in (
+        ("generator", ("adaptive", "gan_start", "discriminator", "gan", "lecam", "r1")),
+        ("perceptual", ("lpips_weights",)),
+        ("pixel", ("pixel",)),
+    ):
+        for key in keys:
+            idle = not getattr(weights, term) and getattr(loss, key) != getattr(plain, key)
+            require(not idle, f"{where}.{key}", f"nothing where weights.{term} is 0", getattr(loss, key))
+    require(loss.semantic == "captions" or loss.captions == plain.captions, f"{where}.captions",
+            "nothing where semantic is not captions", "some values")  # fmt: skip
+    require(any(asdict(weights).values()), f"{where}.weights", "a weight above 0", "none")
+
+
+def check_terms(loss: LossConfig, tokenizer: ImageTokenizer[Any]) -> None:
+    """Refuse weights whose term this tokenizer does not compute."""
+    wanted = [name for name in ("semantic", "codebook", "commitment", "entropy") if getattr(loss.weights, name)]
+    wanted += ["target"] if loss.semantic == "target" else []
+    for name in wanted:
+        place = "semantic" if name == "target" else f"weights.{name}"
+        hint = " (its quantizer has no entropy_temperature)" if name == "entropy" else ""
+        have = name in tokenizer.loss_terms
+        require(have, f"config.objective.loss.{place}", f"a term of this {tokenizer.family} model{hint}", name)
+
+
+class ImageTerms:
+    """Terms of a tokenizer's forward pass, and the networks that they need besides the tokenizer.
+
+    learning: networks that learn with the tokenizer, by name. adversary: the discriminator and its losses, if any.
+    """
+
+    def __init__(self, loss: LossConfig, tokenizer: ImageTokenizer[Any], size: tuple[int, int]) -> None:
+        """size: (height, width) of an image that the tokenizer takes."""
+        check_terms(loss, tokenizer)
+        self.config, device = loss, tokenizer.device
+        self.learning: dict[str, nn.Module] = {}
+        self.perceptual: LPIPS | None = None
+        self.teacher: SemanticEncoder | None = None
+        self.captions: CaptionContrast | None = None
+        if loss.weights.perceptual:
+            self.perceptual = load_lpips(loss.lpips_weights or None).to(device)
+        if loss.teacher is not None:
+            self.teacher = _teacher(loss.teacher).to(device)
+        if loss.semantic == "captions":
+            with torch.no_grad():
+                semantic = tokenizer.reconstruct(torch.zeros(1, 3, *size, device=device)).semantic
+            assert semantic is not None
+            self.captions = CaptionContrast(semantic.shape[-1], loss.captions).to(device)
+            self.learning["captions"] = self.captions
+        self.adversary = Adversary(loss, device) if loss.weights.generator else None
+
+    def after_step(self) -> None:
+        """Work after a step."""
+        if self.adversary is not None:
+            self.adversary.after_step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Values that change beside the networks."""
+        return {} if self.adversary is None else self.adversary.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them."""
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state)
+
+    def weights(self, adversarial: bool) -> dict[str, float]:
+        """Weights of the terms of a step, by name."""
+        found = {name: weight for name, weight in asdict(self.config.weights).items() if weight}
+        return found if adversarial else {name: weight for name, weight in found.items() if name != "generator"}
+
+    def __call__(
+        self, x: Tensor, output: Reconstruction, batch: Batch, last_layer: nn.Parameter, adversarial: bool
+    ) -> tuple[Terms, Terms]:
+        """Terms, each a scalar in float32, and PSNR."""
+        weights, image = self.config.weights, output.image.float()
+        terms: Terms = {}
+        if weights.pixel:
+            terms["pixel"] = F.l1_loss(image, x) if self.config.pixel == "l1" else F.mse_loss(image, x)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x, image).mean()
+        if weights.semantic:
+            terms["semantic"] = self._semantic(x, output, batch)
+        quantized = [q.terms for q in output.quantized.values() if q.terms is not None]
+        for name in ("codebook", "commitment", "entropy"):
+            if getattr(weights, name):
+                terms[name] = torch.stack([getattr(t, name) for t in quantized]).sum()
+        if adversarial and self.adversary is not None:
+            visible = [getattr(weights, name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
+            terms["generator"] = self.adversary.generator_term(x, output.image, visible, last_layer)
+        return terms, {"psnr": psnr(image.detach(), x).mean()}
+
+    def _semantic(self, x: Tensor, output: Reconstruction, batch: Batch) -> Tensor:
+        assert output.semantic is not None
+        semantic = output.semantic.float()
+        if self.captions is not None:
+            return self.captions(semantic, batch.captions)
+        if self.teacher is None:
+            assert output.target is not None
+            return cosine_distance(semantic, output.target.float())
+        assert self.config.teacher is not None
+        size = self.config.teacher.image_size
+        with torch.no_grad():
+            seen = x if size is None else F.interpolate(x, size, mode="bilinear")
+            target = self.teacher(seen).flatten(1, 2)
+        return cosine_distance(semantic, target.float())
+
+
+def _teacher(config: TeacherConfig) -> SemanticEncoder:
+    options = {"name": config.name, "options": config.options, "mean": config.mean, "std": config.std}
+    teacher = SemanticEncoder(SemanticEncoderConfig(**options, features=config.features, pretrained=config.pretrained))  # type: ignore[arg-type]
+    if config.pretrained:
+        load_pretrained(teacher, config.package)
+    return teacher.requires_grad_(False).eval()
