@@ -36,6 +36,7 @@ from tokenizers_mm.models.saving import save_tensors
 from tokenizers_mm.types import ImageCodes
 
 from ..optim import OptimizerConfig, descend, learning_rate
+from .muon import Muon
 from .tokenizer import image_size
 
 WIDTH, DEPTH, HEADS = 128, 4, 4
@@ -123,7 +124,7 @@ def teach(
     matrices = [p for p in bridge.model.transformer.h.parameters() if p.ndim == 2]
     others = [p for p in bridge.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = (
-        (MATRICES, torch.optim.Muon(matrices, lr=MATRICES.lr, weight_decay=MATRICES.weight_decay)),
+        (MATRICES, Muon(matrices, MATRICES.lr, MATRICES.weight_decay)),
         (OTHERS, torch.optim.AdamW(others, OTHERS.lr, OTHERS.betas, weight_decay=OTHERS.weight_decay)),
     )
     rng, turns, started = random.Random(0), itertools.cycle(TURNS), time.perf_counter()
@@ -184,6 +185,7 @@ def make_model(processor: MultimodalProcessor, codes: Tensor, positions: int) ->
         n_embd=WIDTH,
         n_layer=DEPTH,
         n_head=HEADS,
+        activation_function="gelu_pytorch_tanh",  # one fused operation
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
