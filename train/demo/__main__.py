@@ -40,9 +40,9 @@ class Work:
 
 FULL, QUICK = Work(1200, 4000, 8000), Work(150, 500, 2000)
 
-WARM_START, PROBING, DRAWING = 40, 60, 200
-"""Work besides the steps, in units of them: before the tokenizer's training and after it, in its steps; after the
-language model's training, in its steps."""
+WARM_START, PROBING, LESSON, DRAWING = 25, 100, 0.015, 200
+"""Work besides the steps, in units of them: before the tokenizer's training and after it, in its steps; for each scene
+before the language model's training and after it, in its steps."""
 
 
 def demo(out: Path, quick: bool = False) -> dict[str, Any]:
@@ -93,7 +93,10 @@ def predict(config: RunConfig, work: Work, speaks: bool) -> dict[str, float]:
             count = 3 * len(TURNS)
             teach(state.averaged.eval(), Path(folder), count, 64, lambda _: times.append(time.perf_counter()))
             turn = (times[-1] - times[len(TURNS)]) / (2 * len(TURNS))
-            expected |= {LANGUAGE_MODEL: work.language_steps * turn, DRAWINGS: DRAWING * turn}
+            expected |= {
+                LANGUAGE_MODEL: (work.language_steps + LESSON * work.language_scenes) * turn,
+                DRAWINGS: DRAWING * turn,
+            }
     return expected
 
 
