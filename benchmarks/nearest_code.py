@@ -9,7 +9,6 @@ call; "ours, packed" finds it in the cache.
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -224,8 +223,10 @@ def main() -> None:
     about = harness.machine(options.device)
     print(about, kernels.describe())
     for case in options.grid:
-        for kind, rows, threads in itertools.product(kinds, options.rows, options.threads):
-            harness.record("nearest_code", measure(case, kind, rows, threads, options), about)
+        for kind in kinds:
+            for rows in options.rows:
+                for threads in options.threads:
+                    harness.record("nearest_code", measure(case, kind, rows, threads, options), about)
 
 
 if __name__ == "__main__":

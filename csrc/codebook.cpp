@@ -122,18 +122,25 @@ void Codebook::summarise(const Rows& codes, int threads, Summary* out) const {
 
 void Pack::reorder(const float* x, float* out) const {
   float* rest = narrow(out);
-  std::fill(out, rest + narrow_padded(), 0.0f);
-  for (int64_t i = 0; i < wide; ++i) out[i] = x[order[i]];
-  for (int64_t i = wide; i < static_cast<int64_t>(order.size()); ++i) rest[i - wide] = x[order[i]];
+  std::fill(out + wide, rest, 0.0f);
+  int64_t from = 0;
+  for (int64_t i = 0; i < wide; ++i) {  // both kinds are in the order of the dimensions
+    out[i] = x[order[i]];
+    rest = std::copy(x + from, x + order[i], rest);
+    from = order[i] + 1;
+  }
+  rest = std::copy(x + from, x + order.size(), rest);
+  std::fill(rest, narrow(out) + narrow_padded(), 0.0f);
 }
 
-float Pack::mixed_scale(const Isa& isa, float* ordered, bool code) const {
-  float wide_top = 0, top = 0;
-  for (int64_t i = 0; i < wide; ++i) wide_top = std::max(wide_top, std::fabs(ordered[i]));
+float Pack::mixed_scale(const Isa& isa, float* ordered) const {
+  float top = 0;
+  for (int64_t i = 0; i < wide; ++i) top = std::max(top, std::fabs(ordered[i]));
   const float* rest = narrow(ordered);
-  if (!code) return std::max(isa.token_scale(rest, narrow_padded()), wide_top / kWideLevels);
-  for (int64_t i = 0; i < narrow_padded(); ++i) top = std::max(top, std::fabs(rest[i]));
-  return std::max(top / isa.code_levels, wide_top / kWideLevels);
+  float narrow_top = 0;
+  for (int64_t i = 0; i < narrow_padded(); ++i) narrow_top = std::max(narrow_top, std::fabs(rest[i]));
+  const float least = std::max(narrow_top / kTokenLevels, top / kWideLevels);
+  return isa.run_scale ? std::max(least, isa.run_scale(rest, narrow_padded())) : least;
 }
 
 QuantStats Pack::quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const {
@@ -179,20 +186,20 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
   const uint32_t levels = static_cast<uint32_t>(isa->code_levels), flip = 0x01010101u * (levels + 1), bits = 0x01010101u * (2 * levels + 1);
   std::mutex merge;
   if (wide) {
-    float top = 1e-30f;
+    std::vector<float> top(d, 1e-30f);
     for_chunks(k, 256, threads, [&](int64_t first, int64_t last) {
-      Buffer<float> row(padded), ordered(made->words(padded));
-      float mine = 0;
+      Buffer<float> row(padded);
+      std::vector<float> mine(d, 0.0f);
       for (int64_t code = first; code < last; ++code) {
         if (std::isinf(known.bias[code])) continue;
         centre(known, codes, code, which, row.get());
-        made->reorder(row.get(), ordered.get());
-        mine = std::max(mine, made->mixed_scale(*isa, ordered.get(), true));
+        for (int64_t j = 0; j < d; ++j) mine[j] = std::max(mine[j], std::fabs(row[j]));
       }
       std::lock_guard<std::mutex> lock(merge);
-      top = std::max(top, mine);
+      for (int64_t j = 0; j < d; ++j) top[j] = std::max(top[j], mine[j]);
     });
-    made->scale = top;
+    made->scale = 0;
+    for (int64_t i = 0; i < d; ++i) made->scale = std::max(made->scale, top[made->order[i]] / (i < wide ? kWideLevels : isa->code_levels));
   }
   if (which == kInt16) made->scale = static_cast<float>(std::max(known.radius, 1e-30) / (kInt16Norm - std::sqrt(d)));
   made->codes.reset(panels * panel * steps);

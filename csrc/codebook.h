@@ -118,8 +118,8 @@ struct Pack {
   float* narrow(float* ordered) const { return ordered + (wide + 15) / 16 * 16; }
   int64_t narrow_padded() const { return (static_cast<int64_t>(order.size()) - wide + 15) / 16 * 16; }
   QuantStats quantise_mixed(const Isa& isa, float* ordered, float scale, int32_t* words) const;
-  // The smallest s for reordered values of a code or a token; |q| <= kWideLevels in the wide dimensions.
-  float mixed_scale(const Isa& isa, float* ordered, bool code) const;
+  // The smallest s for reordered values of a token; |q| <= kWideLevels in the wide dimensions.
+  float mixed_scale(const Isa& isa, float* ordered) const;
 };
 
 struct Tree {

@@ -9,6 +9,7 @@ namespace tmm {
 
 constexpr int kTileRows = 6;      // tokens in a register tile
 constexpr int kBlockRows = 96;    // tokens that share one pass over the packed codebook
+constexpr float kTokenLevels = 127.0f;  // largest |q| of a token in the int8 rung
 constexpr int kMaxTreeDim = 12;
 constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in a super box
 constexpr int kTreeBatch = 32;       // tokens searched together in a grid tree
@@ -114,10 +115,10 @@ struct Isa {
   int tile;  // vectors in a pass; it divides `vectors`
   bool has[kRungs];
   void (*scan[kRungs])(const ScanArgs&);
-  // int8 rung: the largest |q| of a code, which is stored as q + code_levels + 1, without a sign; and the smallest scale with
-  // which it takes a token of `padded` values (a multiple of 16): at least max |x| / 127.
+  // int8 rung: the largest |q| of a code, which is stored as q + code_levels + 1, without a sign. The scale of a token is at least
+  // max |x| / kTokenLevels and, where the rung has runs of steps, at least this, of `padded` values (a multiple of 16); else null.
   float code_levels;
-  float (*token_scale)(const float* x, int64_t padded);
+  float (*run_scale)(const float* x, int64_t padded);
   // out = (row - mean) * scale, zero-padded to a multiple of 16.
   RowStats (*centre_f32)(const float* row, const float* mean, float scale, int64_t d, float* out);
   RowStats (*centre_f64)(const double* row, const float* mean, float scale, int64_t d, float* out);

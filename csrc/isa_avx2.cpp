@@ -35,13 +35,13 @@ inline __attribute__((always_inline)) void add_differences(__m256i& sum, __m256i
 
 // Codes are u = q_c + 64 in [1, 127], so |q_c| <= 63; tokens are signed. vpmaddubsw adds two products u q_x into 16 bits, with
 // saturation, and up to kRun of those are added in 16 bits, without: a lane then holds the sum over 2 kRun = 8 dimensions. It is
-// exact, at every partial sum, because token_scale keeps the sum of |q_x| over those dimensions at 257 or less:
+// exact, at every partial sum, because run_scale keeps the sum of |q_x| over those dimensions at 257 or less:
 //
 //   |sum u q_x| <= 127 sum |q_x| <= 127 * 257 = 32639 < 2^15.
 //
 // Then two lanes are added into 32 bits.
 constexpr int kRun = 4;
-constexpr float kCodeLevels = 63.0f, kTokenLevels = 127.0f;
+constexpr float kCodeLevels = 63.0f;
 constexpr float kRunLevels = 253.0f;  // of sum |x| / scale: rounding adds at most 1/2 in each of the 8 dimensions, hence 257
 
 struct SevenBits : IntegerTop {
@@ -167,16 +167,14 @@ QuantStats quantise(const float* x, int64_t padded, float scale, void* out) {
   return {sum_lanes(residual2), _mm_cvtsi128_si32(pair) + _mm_extract_epi32(pair, 1)};
 }
 
-float token_scale(const float* x, int64_t padded) {
-  __m256 largest = _mm256_setzero_ps(), run = largest;
+float run_scale(const float* x, int64_t padded) {
+  __m256 run = _mm256_setzero_ps();
   for (int64_t i = 0; i < padded; i += 16) {  // the dimensions of a run of 4 steps: in a step, two go to either 16-bit lane
-    const __m256 a = absolute(_mm256_loadu_ps(x + i)), b = absolute(_mm256_loadu_ps(x + i + 8)), sum = _mm256_add_ps(a, b);
-    largest = _mm256_max_ps(largest, _mm256_max_ps(a, b));
+    const __m256 sum = _mm256_add_ps(absolute(_mm256_loadu_ps(x + i)), absolute(_mm256_loadu_ps(x + i + 8)));
     const __m256 pairs = _mm256_hadd_ps(sum, sum);
     run = _mm256_max_ps(run, _mm256_add_ps(pairs, _mm256_permute2f128_ps(pairs, pairs, 1)));
   }
-  const float by_value = largest_lane(largest) / kTokenLevels, by_run = largest_lane(run) / kRunLevels;
-  return by_value > by_run ? by_value : by_run;
+  return largest_lane(run) / kRunLevels;
 }
 
 int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 8, as everywhere here
@@ -302,7 +300,7 @@ const Isa kIsa = {"avx2",
                   {true, true, true, true},
                   {scan<SevenBits>, scan<Plain<IntegerTop, add_words>>, scan<Plain<FloatTop, add_products>>, scan<Plain<FloatTop, add_differences>>},
                   kCodeLevels,
-                  token_scale,
+                  run_scale,
                   centre_f32,
                   centre_f64,
                   {quantise<true>, quantise<false>},

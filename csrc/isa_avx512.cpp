@@ -168,12 +168,6 @@ QuantStats quantise(const float* x, int64_t padded, float scale, void* out) {
   return {_mm512_reduce_add_ps(residual2), kBytes ? _mm512_reduce_add_epi32(sum) : 0};
 }
 
-float token_scale(const float* x, int64_t padded) {
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < padded; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  return _mm512_reduce_max_ps(largest) / 127.0f;
-}
-
 int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 16, as everywhere here
   __m512i a = _mm512_loadu_si512(values), b = a;
   int64_t i = 16;
@@ -260,7 +254,7 @@ const Isa kIsa = {"avx512_vnni",
                   {true, true, true, true},
                   {scan<uint8_t>, scan<int16_t>, scan<float>, scan<Gap>},
                   127.0f,
-                  token_scale,
+                  nullptr,
                   centre_f32,
                   centre_f64,
                   {quantise<true>, quantise<false>},

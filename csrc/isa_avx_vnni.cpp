@@ -23,15 +23,6 @@ struct EightBits : IntegerTop {
   }
 };
 
-float token_scale(const float* x, int64_t padded) {
-  __m256 largest = _mm256_setzero_ps();
-  for (int64_t i = 0; i < padded; i += 8) largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(x + i)));
-  float lanes[kLanes], top = 0;
-  _mm256_storeu_ps(lanes, largest);
-  for (float lane : lanes) top = lane > top ? lane : top;
-  return top / 127.0f;
-}
-
 }  // namespace
 
 const Isa* avx_vnni_isa() {
@@ -41,7 +32,7 @@ const Isa* avx_vnni_isa() {
     table.scan[kInt8] = scan<EightBits>;
     table.scan[kInt16] = scan<Plain<IntegerTop, add_words>>;
     table.code_levels = 127.0f;
-    table.token_scale = token_scale;
+    table.run_scale = nullptr;
     table.choice.cycles[kInt8] = 0.0144f;
     table.choice.cycles[kInt16] = 0.024f;
     return table;

@@ -100,9 +100,11 @@ class BlockSearch {
       state.bound = (static_cast<double>(book_.d) + 10) * 0x1p-24 * 1.01 * rounding;
     } else {
       if (pack_.wide) pack_.reorder(x_.get(), ordered_.get());
-      const double least = rung_ == kInt16 ? norm * inverse_norm_
-                           : pack_.wide    ? pack_.mixed_scale(isa_, ordered_.get(), false)
-                                           : isa_.token_scale(x_.get(), book_.padded);
+      double least = norm * inverse_norm_;
+      if (rung_ == kInt8) {
+        least = pack_.wide ? pack_.mixed_scale(isa_, ordered_.get()) : stats.largest / kTokenLevels;
+        if (!pack_.wide && isa_.run_scale) least = std::max<double>(least, isa_.run_scale(x_.get(), book_.padded));
+      }
       const float scale = row_scale(least, r);
       const QuantStats quantised = pack_.wide ? pack_.quantise_mixed(isa_, ordered_.get(), scale, words_.get())
                                               : isa_.quantise[rung_](x_.get(), book_.padded, scale, words_.get());

@@ -20,7 +20,7 @@ def folder_of_images(path: Path, count: int) -> Path:
 
 
 def take(config: DataConfig, start: int, count: int, size: tuple[int, int] = (32, 32)) -> list:
-    batches = iter(make_loader(Mixture(config, size, seed=3), Positions(4, 4 * start)))
+    batches = iter(make_loader(Mixture(config, size, seed=3), Positions(4, start)))
     return [next(batches) for _ in range(count)]
 
 

@@ -169,7 +169,7 @@ def test_shared_index(weights: tuple[float, float], normalize: bool, path: str) 
     ]
     parts = parts if normalize else [(a.double(), b.double()) for a, b in zip(zs, codebooks, strict=True)]
     joint = [torch.cat([part[i] * w**0.5 for part, w in zip(parts, weights, strict=True)], 1) for i in (0, 1)]
-    table = torch.cdist(*joint, compute_mode="donot_use_mm_for_euclid_dist")
+    table = torch.cdist(joint[0], joint[1], compute_mode="donot_use_mm_for_euclid_dist")
     same = (c[:, None] == c[None]).all(-1)[ids]
     least = table.gather(1, ids[:, None])[:, 0]
     expected = torch.where(same, torch.inf, table).min(1).values - least

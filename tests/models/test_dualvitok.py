@@ -90,6 +90,8 @@ def test_disturbed_pixel_codes_reach_the_image_only(tokenizer: DualViTok) -> Non
     with torch.no_grad():
         plain, disturbed = tokenizer(x), tokenizer.reconstruct(x, Disturbance(perturb=torch.zeros_like))
     assert not torch.allclose(plain.image, disturbed.image)
+    assert plain.semantic is not None
+    assert disturbed.semantic is not None
     assert torch.equal(plain.semantic, disturbed.semantic)
     assert torch.equal(plain.quantized["pixel"].vectors, disturbed.quantized["pixel"].vectors)
 

@@ -170,7 +170,8 @@ OTHER: dict[str, Any] = {
     "objective.loss.captions.swaps": [["circle", "square", "triangle", "cross"]],
     "objective.optimizer.betas": [0.5, 0.6],
     "objective.optimizer.schedule": "constant",
-    "objective.scale_drop": 1.0,
+    "objective.scale_drop": 0.0,
+    "objective.warm_start": {},
     "objective.optimizer.clip": 0.01,
     "objective.discriminator_optimizer": {"lr": 0.5},
     "objective.revival.until": 0.1,
@@ -208,7 +209,7 @@ def another(key: str, value: Any) -> Any:
 def test_every_key_makes_a_difference_or_an_error(tmp_path: Path) -> None:
     base: Any = {
         "steps": 4,
-        "batch_size": 2,
+        "batch_size": 4,  # two of four have captions
         "objective.loss.gan_start": 1,
         "objective.revival": {"every": 2, "until": 0.9},
     }

@@ -27,7 +27,8 @@ def hide(maskable: Bool[Tensor, "b l"], ratio: Float[Tensor, "b"], generator: Ge
     """Of the maskable tokens of each row a random share of `ratio`, rounded, but at least one where there is one."""
     count = maskable.sum(1)
     wanted = torch.minimum((ratio * count).round().long().clamp_min(1), count)
-    noise = uniform(*maskable.shape, generator).to(maskable.device)
+    rows, columns = maskable.shape
+    noise = uniform(rows, columns, generator).to(maskable.device)
     rank = noise.masked_fill(~maskable, torch.inf).argsort(1).argsort(1)
     return (rank < wanted[:, None]) & maskable
 
