@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -87,8 +88,10 @@ class Log:
                 self._bar.write(message, file=sys.stderr)
 
     def _append(self, line: dict[str, Any]) -> None:
+        """One line of strict JSON: a value that is not finite is null."""
         with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            stream.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def show(self, state: State) -> None:
         """Sample images of the present step."""
@@ -109,9 +112,9 @@ def _cause(sentence: str) -> str:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """Lines of a log."""
+    """Lines of a log; a value that was not finite is NaN."""
     with open(path, encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+        return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in stream]
 
 
 def _forget_after(path: Path, step: int) -> None:
