@@ -104,7 +104,12 @@ def test_nothing_is_left_of_a_write_that_failed(state: State, tmp_path: Path, mo
 
 def test_tensors_that_share_memory_and_all_kinds_of_values_come_back(state: State, tmp_path: Path) -> None:
     weight = torch.arange(6.0).view(2, 3)
-    values = {"a": weight, "b": weight.T, 3: [1, 2.5, None, True, "x", {"deep": torch.tensor(7)}], "many": list(range(200_000))}
+    values = {
+        "a": weight,
+        "b": weight.T,
+        3: [1, 2.5, None, True, "x", {"deep": torch.tensor(7)}],
+        "many": list(range(200_000)),
+    }
     state.objective.state_dict = lambda: values  # type: ignore[method-assign]
     save_checkpoint(state)
     found = final(tmp_path)["objective"]
