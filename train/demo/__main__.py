@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import deterministic
 
 from tokenizers_mm._files import write_json
 
@@ -51,7 +52,7 @@ def demo(out: Path, quick: bool = False) -> dict[str, Any]:
     quick: an eighth of the steps, for a first look. Without `transformers` it ends with the tokenizer.
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no value that is read depends on it
+    setattr(deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (torch makes it a property of the module)
     work, speaks = QUICK if quick else FULL, find_spec("transformers") is not None
     steps = [f"out={out / 'training'}", f"steps={work.tokenizer_steps}"]
     config = read_config(str(CONFIGS / "demo.yaml"), steps)

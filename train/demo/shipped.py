@@ -64,7 +64,7 @@ def publish(tokenizer: ImageTokenizer[Any], out: Path, folder: Path = FOLDER) ->
     return numbers
 
 
-def card_image(tokenizer: ImageTokenizer[Any]) -> Tensor:
+def card_image(tokenizer: ImageTokenizer[Any]) -> Image.Image:
     """Originals over reconstructions of text, faces and landscapes."""
     side = tokenizer.image_size[0] if tokenizer.image_size else 64
     trained, heldout = photographs("train"), photographs("heldout")
