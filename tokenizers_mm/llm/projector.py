@@ -8,14 +8,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, settle, write_json
-from tokenizers_mm.config import from_mapping, to_mapping
+from tokenizers_mm.config import Length, Width, from_mapping, to_mapping
 from tokenizers_mm.llm.batch import Batch
 from tokenizers_mm.llm.transformers_api import embeddings
 from tokenizers_mm.models.loading import fill, read_json, read_safetensors
@@ -26,8 +26,8 @@ from tokenizers_mm.models.saving import save_tensors
 class ProjectorConfig:
     """dims: channels of each part of the features. width: of the language model's embeddings."""
 
-    dims: tuple[int, ...]
-    width: int
+    dims: Annotated[tuple[Width, ...], Length(1, 64)]
+    width: Width
     activation: Literal["gelu", "silu"] = "gelu"
 
 

