@@ -29,7 +29,7 @@ CANDIDATES = 4
 HELDOUT = 1 << 31
 """Held-out scenes from here on, apart from those that the probes of the first half use."""
 
-SAMPLING = ScaleSampling(steps=((0, 0.8),), guidance=2.0)
+SAMPLING = ScaleSampling(steps=((0, 0.5),), guidance=2.0)
 
 
 @dataclass(frozen=True)
