@@ -112,9 +112,9 @@ def _cause(sentence: str) -> str:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """Lines of a log; a value that was not finite is NaN."""
+    """Lines of a log; None stands for a value that was not finite."""
     with open(path, encoding="utf-8") as stream:
-        return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in stream]
+        return [json.loads(line) for line in stream]
 
 
 def _forget_after(path: Path, step: int) -> None:
