@@ -69,7 +69,7 @@ class SkippedError(Exception):
 
 @dataclass
 class Run:
-    """What the stages share."""
+    """State that the stages share."""
 
     dry: bool
     out: Path
@@ -241,7 +241,7 @@ def missing(modules: dict[str, str]) -> list[str]:
 
 
 def probe() -> dict:
-    """What torch says of the GPU."""
+    """Properties of the GPU as torch reports them."""
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {"available": False}
 

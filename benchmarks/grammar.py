@@ -1,4 +1,4 @@
-"""What the grammar costs in a decoding step: python -m benchmarks.grammar [--record].
+"""Cost of the grammar in a decoding step: python -m benchmarks.grammar [--record].
 
 A step at batch 8 in the middle of an image of 16 x 16 codes: the model's forward pass for one token on its cache, the
 grammar's mask over the logits, the choice, the grammar's advance. The model is a Qwen2 of 4 layers and width 256, far

@@ -1,4 +1,4 @@
-"""What every benchmark needs: interleaved timing, peak memory, a description of the machine, a log of results."""
+"""Parts of every benchmark: interleaved timing, peak memory, a description of the machine, a log of results."""
 
 import ctypes
 import datetime

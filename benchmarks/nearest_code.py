@@ -92,7 +92,7 @@ def ours_float32(z: Tensor, c: Tensor) -> Tensor:
 
 
 def ours_layer(z: Tensor, c: Tensor) -> Tensor:
-    """What a quantizer's forward does: search, look up, commitment loss."""
+    """Forward pass of a quantizer: search, look up, commitment loss."""
     quantized = F.embedding(ours(z, c), c)
     F.mse_loss(quantized, z)
     return quantized

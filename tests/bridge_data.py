@@ -40,7 +40,7 @@ def make_folder(place: Path, tokenizer: ImageTokenizer[Any], side: int = 32) -> 
 
 
 def arguments(folder: Path, out: Path, records: str = "ids", config: str = DEBUG, **options: Any) -> list[str]:
-    """Of the program, for the records of a folder."""
+    """Arguments of the program for the records of a folder."""
     given = [
         config,
         f"out={out}",
