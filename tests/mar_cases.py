@@ -18,7 +18,7 @@ from tokenizers_mm.models import MAR, MARConfig
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 
 NETWORK, GENERATION, GRADIENT = 1e-5, 2e-4, 1e-5
-"""Of max|x|: the tolerances that come with the cases; the original against itself differs by up to 3e-6."""
+"""Fractions of max|x|: the tolerances that come with the cases; the original against itself differs by up to 3e-6."""
 
 
 def tiny_config() -> MARConfig:

@@ -75,7 +75,7 @@ def test_imports_flow_downhill(path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    """All that `load` needs: no native library, transformers or timm; under twice the time of torch (best of three)."""
+    """Imports of `load`: no native library, transformers or timm; under twice the time of torch (best of three)."""
     code = (
         "import sys, tokenizers_mm; tokenizers_mm.load;"
         "heavy = {'transformers', 'timm', 'xformers', 'matplotlib', 'sklearn', 'skimage'} & set(sys.modules);"

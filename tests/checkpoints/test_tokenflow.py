@@ -119,7 +119,7 @@ def test_every_kind_of_file_gives_the_same_tokenizer(how: str, tensors: dict[str
 
 
 class Evil:
-    """What a pickle must not be able to do."""
+    """Effect of a pickle that must never happen."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("evil"),))

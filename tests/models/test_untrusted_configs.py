@@ -106,7 +106,7 @@ def text(value: Any) -> str:
 
 
 def outcome(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What reading a folder ends in, twice: "loads" or "refused". Anything else is an error of the test."""
+    """Outcome of reading a folder, twice: "loads" or "refused". Anything else is an error of the test."""
     begin = time.process_time()  # a busy machine must not change the result
     refusal: ValueError | None = None
     try:
@@ -167,7 +167,7 @@ def test_two_thousand_changed_configs_load_or_are_refused(
 
 
 class Harm:
-    """What unpickling must not do: it makes a file."""
+    """Effect of unpickling that must never happen: it makes a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
