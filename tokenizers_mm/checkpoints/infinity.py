@@ -4,6 +4,7 @@ A file does not say for which size of image it is read; `image_size` chooses it,
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,11 @@ SOURCE = Provenance(source="FoundationVision/Infinity on the Hugging Face hub", 
 SIDES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
 """Sides of the square grids, coarse to fine; an image takes those up to its own."""
 
-IMAGE_SIZES = (256, 512, 640, 1024)
-"""Sides of the square images that the published models generate, and 640 in steps of the schedule."""
+FACTOR = 16
+"""Pixels per cell and side."""
+
+MASKS = ("quantize.lfq.mask", "quantizer.lfq.mask")
+"""Published buffers with the powers of two, one tensor under two names."""
 
 
 def rules_of(levels: int, infix: bool = True) -> list[Rule]:
@@ -32,3 +36,40 @@ def rules_of(levels: int, infix: bool = True) -> list[Rule]:
         (r"\.(norm\w*)\.(weight|bias)$", r".\1.norm.\2"),
     ]
     return [*taming_rules(levels), *(wrapped if infix else [])]
+
+
+def grids_of(image_size: int) -> list[tuple[int, int]]:
+    """Square grids of a square image."""
+    side = image_size // FACTOR
+    require(image_size % FACTOR == 0 and side in SIDES, "image_size", f"one of {[FACTOR * n for n in SIDES]}", image_size)
+    return [(n, n) for n in SIDES if n <= side]
+
+
+def convert(
+    tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None, *, image_size: int = 1024
+) -> VQGAN:
+    """A tokenizer from tensors with the published names.
+
+    image_size: side of the images; the published models draw 256, 512 and 1024. `config` may give any scales
+    ("scale_schedule", entries (1, rows, columns) from coarse to fine) in their place.
+    """
+    infix = "encoder.conv_in.conv.weight" in tensors
+    dim = shape_of(tensors, f"encoder.conv_out{'.conv' if infix else ''}.weight", where)[0]
+    with description_errors():
+        schedule = (config or {}).get("scale_schedule")
+        scales = grids_of(image_size) if schedule is None else [(rows, columns) for _, rows, columns in schedule]
+    unused = {name: (dim,) for name in MASKS if name in tensors}
+    rules = partial(rules_of, infix=infix)
+    tokenizer = read_vqgan(tensors, where, rules, BSQConfig(dim), scales=scales, unused=unused)
+    encoder, decoder = tokenizer.config.encoder, tokenizer.config.decoder
+    check_description(
+        config,
+        {
+            "base_ch": encoder.channels,
+            "encoder_ch_mult": encoder.multipliers,
+            "decoder_ch_mult": decoder.multipliers,
+            "codebook_dim": dim,
+        },
+    )
+    tokenizer.provenance = SOURCE
+    return tokenizer

@@ -6,12 +6,19 @@ from tokenizers_mm.models.base import ImageTokenizer, Provenance
 from tokenizers_mm.models.dualvitok import DualViTok, DualViTokConfig
 from tokenizers_mm.models.mar import MAR, MARConfig
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
+from tokenizers_mm.models.vqgan import VQGAN, VQGANConfig
 
-MODELS: dict[str, type[ImageTokenizer[Any]]] = {"dualvitok": DualViTok, "mar": MAR, "tokenflow": TokenFlow}
+MODELS: dict[str, type[ImageTokenizer[Any]]] = {
+    "dualvitok": DualViTok,
+    "mar": MAR,
+    "tokenflow": TokenFlow,
+    "vqgan": VQGAN,
+}
 
 __all__ = [
     "MAR",
     "MODELS",
+    "VQGAN",
     "DualViTok",
     "DualViTokConfig",
     "ImageTokenizer",
@@ -19,4 +26,5 @@ __all__ = [
     "Provenance",
     "TokenFlow",
     "TokenFlowConfig",
+    "VQGANConfig",
 ]
