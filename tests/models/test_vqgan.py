@@ -12,7 +12,14 @@ from tokenizers_mm.models import VQGAN, VQGANConfig
 from tokenizers_mm.quantizers import QUANTIZERS
 from tokenizers_mm.types import Disturbance
 
-ENCODER = {"out_channels": 8, "channels": 8, "multipliers": [1, 2], "num_blocks": 1, "attention_levels": [1], "num_groups": 4}
+ENCODER = {
+    "out_channels": 8,
+    "channels": 8,
+    "multipliers": [1, 2],
+    "num_blocks": 1,
+    "attention_levels": [1],
+    "num_groups": 4,
+}
 DECODER = {"in_channels": 8, **{key: value for key, value in ENCODER.items() if key != "out_channels"}}
 VQ = {"kind": "vq", "codebook_size": 32, "dim": 6}
 
@@ -27,7 +34,10 @@ def tiny(**changes: Any) -> VQGAN:
 
 
 TRANSFORMER = {"grid": [4, 4], "width": 16, "depth": 1, "heads": 2}
-TEACHER = {"name": "vit_tiny_patch16_224", "options": {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2}}
+TEACHER = {
+    "name": "vit_tiny_patch16_224",
+    "options": {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "single": {},
     "scales": {"scales": [[1, 1], [2, 2], [4, 4]], "kernel": 3},
@@ -36,8 +46,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "decoder": {"kind": "vit", "transformer": TRANSFORMER, "patch": 2, "hidden": 8},
     },
     "magvit": {
-        "encoder": {**ENCODER, "resampling": "shuffle", "bias": False, "middle_attention": False, "out_kernel": 1, "middle_blocks": 3},
-        "decoder": {**DECODER, "resampling": "shuffle", "bias": False, "middle_attention": False, "level_norms": True, "num_blocks": [0, 1]},
+        "encoder": {
+            **ENCODER,
+            "resampling": "shuffle",
+            "bias": False,
+            "middle_attention": False,
+            "out_kernel": 1,
+            "middle_blocks": 3,
+        },
+        "decoder": {
+            **DECODER,
+            "resampling": "shuffle",
+            "bias": False,
+            "middle_attention": False,
+            "level_norms": True,
+            "num_blocks": [0, 1],
+        },
     },
     "groups": {"quantizer": {"kind": "residual", "stage": VQ, "depth": 2}},
     "teacher": {"teacher": TEACHER, "semantic_decoder": {"width": 16, "depth": 1, "heads": 2}},

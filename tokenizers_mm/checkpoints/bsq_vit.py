@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import require
 from tokenizers_mm.checkpoints.cnn import shape_of, shapes_of
-from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
+from tokenizers_mm.checkpoints.family import Checkpoint, Family
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
 from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.patch import PatchDecoderConfig
@@ -51,7 +51,9 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
             tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
     schema = read_config(tensors, where, config)
     tokenizer = build(VQGAN, checked(schema))
-    fill(tokenizer, take(links_of(shapes_of(tokenizer.state_dict())), tensors, where), where)
+    group = shape_of(tensors, "quantize.group_basis", where)
+    unused = {"quantize.basis": (schema.quantizer.dim,), "quantize.group_basis": group}  # powers of two
+    fill(tokenizer, take(links_of(shapes_of(tokenizer.state_dict())), tensors, where, unused), where)
     tokenizer.provenance = SOURCE
     return tokenizer.eval()  # type: ignore[return-value]
 
@@ -62,9 +64,7 @@ def links_of(shapes: Mapping[str, Shape]) -> list[Link]:
     return link(shapes, _RULES, flat)
 
 
-def read_config(
-    tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None
-) -> VQGANConfig:
+def read_config(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> VQGANConfig:
     """Our configuration, from shapes."""
     bits = shape_of(tensors, "quant_embed.weight", where)[0]
     encoder, decoder = (_transformer(tensors, network, where, config) for network in ("encoder", "decoder"))
@@ -85,4 +85,22 @@ def _transformer(
     depth = 1 + max((int(match[1]) for match in found if match), default=-1)
     hidden = shape_of(tensors, f"{network}.transformer.resblocks.0.mlp.c_fc.weight", where)[0] if depth else 4 * width
     heads = get(config, "vitconfig.heads") if config else width // HEAD_WIDTH
-    return PatchTransformerConfig((side, side), width, depth, heads, hidden / width, f"{network}.ln_pre.weight" in tensors)
+    return PatchTransformerConfig(
+        (side, side), width, depth, heads, hidden / width, f"{network}.ln_pre.weight" in tensors
+    )
+
+
+FAMILY = Family(
+    convert,
+    tuple(
+        Checkpoint(
+            f"the repository's page of models: BSQ-ViT, {bits} bits",
+            (256, 256),
+            ((1024, 1 << bits),),
+            "MIT",
+            "the original code at a small size: ids, vectors and pixels; names and shapes of the full size",
+        )
+        for bits in (18, 36)
+    ),
+    wrappers=("ema_state_dict", "state_dict"),
+)

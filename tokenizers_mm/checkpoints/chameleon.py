@@ -33,3 +33,17 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
     check_description(config, {"n_embed": codes, "embed_dim": dim, **cnn_facts(tokenizer)})
     tokenizer.provenance = SOURCE
     return tokenizer
+
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "facebook/chameleon-7b: tokenizer/vqgan.ckpt",
+            (512, 512),
+            ((1024, 1 << 13),),
+            "Chameleon Research License",
+            "transformers' class at a small size: ids (it has no decoder; the decoder is IBQ's, shown there)",
+        ),
+    ),
+)

@@ -21,6 +21,7 @@ from tokenizers_mm.encoders.pixel import PixelEncoderConfig
 from tokenizers_mm.layers.conv import Resampling
 from tokenizers_mm.models.loading import account, build, fill
 from tokenizers_mm.models.vqgan import VQGAN, VQGANConfig
+from tokenizers_mm.quantizers import ScalesConfig
 
 RulesOf = Callable[[int], list[Rule]]
 """Rules from our names to the published ones, for a number of levels."""
@@ -144,17 +145,19 @@ def read_vqgan(
     *,
     resampling: Resampling = "conv",
     scales: Sequence[tuple[int, int]] | None = None,
+    multiscale: ScalesConfig | None = None,
     unused: Mapping[str, Shape] | None = None,
     adjust: Callable[[Link], Link] = lambda item: item,
 ) -> VQGAN:
     """A tokenizer with the sizes and weights of a file.
 
-    quantizer: its configuration. scales: of a multi-scale tokenizer. unused: published tensors that are not kept.
+    quantizer: its configuration. scales, multiscale: grids of a multi-scale tokenizer, and how they are joined. unused: published tensors that are not kept.
     adjust: see `links_of`.
     """
     encoder, decoder, kernel = read_networks(shapes_of(tensors), rules_of, where, resampling)
     scales = None if scales is None else tuple(scales)
-    tokenizer = build(VQGAN, checked(VQGANConfig(encoder, quantizer, decoder, kernel, scales)))
+    schema = VQGANConfig(encoder, quantizer, decoder, kernel, scales, multiscale or ScalesConfig())
+    tokenizer = build(VQGAN, checked(schema))
     shapes, rules = shapes_of(tokenizer.state_dict()), rules_of(len(encoder.multipliers))
     fill(tokenizer, take(links_of(shapes, rules, adjust), tensors, where, unused), where)
     return tokenizer.eval()  # type: ignore[return-value]

@@ -1,5 +1,6 @@
 """A published family of checkpoints: what reads it, and which files were described, in one table row each."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,26 @@ Converter = Callable[..., ImageTokenizer[Any]]
 class Checkpoint:
     """A published file.
 
-    source: hub repository and file, or an address. image: (height, width) the counts are for. ids: per image of this
-    size. bits: of all of them together. license: of the weights, as its publisher states it. shown: what is compared
-    with what, and where.
+    source: hub repository and file. image: (height, width) of the images that `streams` is for. streams: ids of an
+    image and codes of one id, for each stream; none where latents are continuous. license: of the weights, as their
+    publisher states it. shown: what the tests compare with what.
     """
 
     source: str
     image: tuple[int, int]
-    ids: int
-    bits: float
+    streams: tuple[tuple[int, int], ...]
     license: str
     shown: str
+
+    @property
+    def ids(self) -> int:
+        """Ids per image."""
+        return sum(count for count, _ in self.streams)
+
+    @property
+    def bits(self) -> float:
+        """Bits per image."""
+        return sum(count * math.log2(codes) for count, codes in self.streams)
 
 
 @dataclass(frozen=True)

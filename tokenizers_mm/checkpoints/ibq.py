@@ -40,18 +40,22 @@ def read_ibq(
     return tokenizer
 
 
-_CASE = "fixtures/ibq/ibq_tokenizer_small: ids, vectors and pixels of the original code at a small size"
+_SHOWN = "the original code at a small size: ids, vectors and pixels; names and shapes of the full size"
 
-IBQ = Family(
+IBQ_FAMILY = Family(
     partial(read_ibq, SEED_VOKEN),
     tuple(
         Checkpoint(
-            f"TencentARC/IBQ-Tokenizer-{1 << bits}: imagenet256_{1 << bits}.ckpt", (256, 256), 256, 256 * bits, "Apache-2.0", _CASE
+            f"TencentARC/IBQ-Tokenizer-{1 << bits}: imagenet256_{1 << bits}.ckpt",
+            (256, 256),
+            ((256, 1 << bits),),
+            "Apache-2.0",
+            _SHOWN,
         )
         for bits in (10, 13, 14, 18)
     ),
 )
-EMU3_5 = Family(
+EMU35_FAMILY = Family(
     partial(read_ibq, EMU35),
-    (Checkpoint("BAAI/Emu3.5-VisionTokenizer: model.ckpt", (256, 256), 256, 256 * 17, "Apache-2.0", _CASE),),
+    (Checkpoint("BAAI/Emu3.5-VisionTokenizer: model.ckpt", (256, 256), ((256, 1 << 17),), "Apache-2.0", _SHOWN),),
 )

@@ -13,9 +13,11 @@ from tokenizers_mm._check import require
 from tokenizers_mm.checkpoints.cnn import read_vqgan, shape_of, taming_rules
 from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
 from tokenizers_mm.checkpoints.upstream import Rule, description_errors
+from tokenizers_mm.functional.bits import MAX_BITS
 from tokenizers_mm.models import Provenance
 from tokenizers_mm.models.vqgan import VQGAN
 from tokenizers_mm.quantizers import BSQConfig
+from tokenizers_mm.quantizers.multiscale import INFINITY_SCALES
 
 SOURCE = Provenance(source="FoundationVision/Infinity on the Hugging Face hub", license="MIT")
 
@@ -41,7 +43,9 @@ def rules_of(levels: int, infix: bool = True) -> list[Rule]:
 def grids_of(image_size: int) -> list[tuple[int, int]]:
     """Square grids of a square image."""
     side = image_size // FACTOR
-    require(image_size % FACTOR == 0 and side in SIDES, "image_size", f"one of {[FACTOR * n for n in SIDES]}", image_size)
+    require(
+        image_size % FACTOR == 0 and side in SIDES, "image_size", f"one of {[FACTOR * n for n in SIDES]}", image_size
+    )
     return [(n, n) for n in SIDES if n <= side]
 
 
@@ -59,8 +63,9 @@ def convert(
         schedule = (config or {}).get("scale_schedule")
         scales = grids_of(image_size) if schedule is None else [(rows, columns) for _, rows, columns in schedule]
     unused = {name: (dim,) for name in MASKS if name in tensors}
+    quantizer = BSQConfig(dim, 1 if dim <= MAX_BITS else 2, scale_gradient=False)
     rules = partial(rules_of, infix=infix)
-    tokenizer = read_vqgan(tensors, where, rules, BSQConfig(dim), scales=scales, unused=unused)
+    tokenizer = read_vqgan(tensors, where, rules, quantizer, scales=scales, multiscale=INFINITY_SCALES, unused=unused)
     encoder, decoder = tokenizer.config.encoder, tokenizer.config.decoder
     check_description(
         config,
@@ -73,3 +78,19 @@ def convert(
     )
     tokenizer.provenance = SOURCE
     return tokenizer
+
+
+FAMILY = Family(
+    convert,
+    tuple(
+        Checkpoint(
+            f"FoundationVision/Infinity: infinity_vae_{name}.pth",
+            (1024, 1024),
+            ((groups * sum(n * n for n in SIDES), 1 << (bits // groups)),),
+            "MIT",
+            "the original code at a small size: bits, vectors and pixels; names and shapes of the full size (d32)",
+        )
+        for name, bits, groups in (("d16", 16, 1), ("d24", 24, 1), ("d32", 32, 1), ("d32reg", 32, 1), ("d64", 64, 2))
+    ),
+    wrappers=("vae", "ema"),
+)

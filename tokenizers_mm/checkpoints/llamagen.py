@@ -1,7 +1,6 @@
 """LlamaGen's VQ tokenizers (arXiv 2406.06525), and the one of Janus and Janus-Pro, which has the same form."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +52,7 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
     """LlamaGen's tokenizer from tensors with the published names."""
     codes, dim = shape_of(tensors, CODES, where)
     unused = {name: (USAGE_WINDOW,) for name in ("quantize.codebook_used",) if name in tensors}
-    tokenizer = read_vqgan(tensors, where, rules_of, VQConfig(codes, dim, normalize=True), unused=unused)
+    tokenizer = read_vqgan(tensors, where, rules_of, VQConfig(codes, dim, distance="unit"), unused=unused)
     check_description(config, {"codebook_size": codes, "codebook_embed_dim": dim, **cnn_facts(tokenizer)})
     tokenizer.provenance = LLAMAGEN
     return tokenizer
@@ -68,7 +67,45 @@ def convert_janus(tensors: Mapping[str, Tensor], where: str, config: Mapping[str
     codes, dim = shape_of(tensors, CODES, where)
     unused = {name: (USAGE_WINDOW,) for name in ("quantize.codebook_used",) if name in tensors}
     rules = rules_of if published else transformers_rules_of
-    tokenizer = read_vqgan(tensors, where, rules, VQConfig(codes, dim, normalize=True), unused=unused)
+    tokenizer = read_vqgan(tensors, where, rules, VQConfig(codes, dim, distance="unit"), unused=unused)
     check_description(config, {"num_embeddings": codes, "embed_dim": dim})
     tokenizer.provenance = JANUS
     return tokenizer
+
+
+_SHOWN = "the original code at a small size: ids and pixels; names and shapes of the full size"
+_JANUS = "transformers' class at a small size: ids and pixels; names of the original, which are LlamaGen's"
+
+LLAMAGEN_FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "FoundationVision/LlamaGen: vq_ds16_c2i.pt", (256, 256), ((256, 1 << 14),), LLAMAGEN.license, _SHOWN
+        ),
+        Checkpoint(
+            "FoundationVision/LlamaGen: vq_ds16_t2i.pt", (512, 512), ((1024, 1 << 14),), LLAMAGEN.license, _SHOWN
+        ),
+        Checkpoint(
+            "FoundationVision/LlamaGen: vq_ds8_c2i.pt", (256, 256), ((1024, 1 << 14),), LLAMAGEN.license, _SHOWN
+        ),
+    ),
+)
+JANUS_FAMILY = Family(
+    convert_janus,
+    (
+        Checkpoint(
+            "deepseek-ai/Janus-Pro-1B: pytorch_model.bin",
+            (384, 384),
+            ((576, 1 << 14),),
+            "DeepSeek Model License",
+            _JANUS,
+        ),
+        Checkpoint(
+            "deepseek-community/Janus-Pro-1B: model.safetensors",
+            (384, 384),
+            ((576, 1 << 14),),
+            "DeepSeek Model License",
+            _JANUS,
+        ),
+    ),
+)

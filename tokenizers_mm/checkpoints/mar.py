@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints import upstream
+from tokenizers_mm.checkpoints.family import Checkpoint, Family
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
 from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.diffusion import TokenDenoiserConfig
@@ -240,3 +241,16 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
     """One more than the largest index in the names that match."""
     found = (re.match(pattern, name) for name in shapes)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+_SHOWN = "the original code at small sizes: latents, images, losses and gradients"
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "https://github.com/LTH14/mar: mar_base.pth, mar_large.pth, mar_huge.pth", (256, 256), (), "MIT", _SHOWN
+        ),
+        Checkpoint("wusize/harmon: harmon_0.5b.pth, harmon_1.5b.pth", (256, 256), (), "NTU S-Lab License 1.0", _SHOWN),
+    ),
+)

@@ -28,7 +28,27 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
     """A tokenizer from tensors with the published names."""
     bits = shape_of(tensors, "encoder.quant_conv.weight", where)[0]
     table = {"quantize.embedding": (1 << bits, bits), "quantize.power_vals": (bits,)}  # follow from the bits
-    tokenizer = read_vqgan(tensors, where, rules_of, LFQConfig(bits, order="msb"), unused=table)
+    tokenizer = read_vqgan(
+        tensors,
+        where,
+        rules_of,
+        LFQConfig(bits, order="msb_first", entropy_bits=1, temperature=1.0, eps=1e-8, codebook_term=True),
+        unused=table,
+    )
     check_description(config, {"codebook_dim": bits, **cnn_facts(tokenizer, "encoder.")})
     tokenizer.provenance = SOURCE
     return tokenizer
+
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "showlab/magvitv2: pytorch_model.bin",
+            (256, 256),
+            ((256, 1 << 13),),
+            "Apache-2.0",
+            "the original code at a small size: ids, vectors and pixels",
+        ),
+    ),
+)

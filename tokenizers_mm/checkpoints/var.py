@@ -11,6 +11,7 @@ from tokenizers_mm.checkpoints.upstream import Rule, description_errors
 from tokenizers_mm.models import Provenance
 from tokenizers_mm.models.vqgan import VQGAN
 from tokenizers_mm.quantizers import VQConfig
+from tokenizers_mm.quantizers.multiscale import VAR_SCALES
 
 SOURCE = Provenance(source="FoundationVision/var on the Hugging Face hub", license="MIT")
 CODES = "quantize.embedding.weight"
@@ -22,7 +23,7 @@ def rules_of(levels: int) -> list[Rule]:
     """Rules from our names to the published ones."""
     return [
         (r"^quantizer\.quantizer\.codes$", CODES),
-        (r"^quantizer\.phis\.", "quantize.quant_resi.qresi_ls."),
+        (r"^quantizer\.smoothing\.convolutions\.", "quantize.quant_resi.qresi_ls."),
         *taming_rules(levels),
     ]
 
@@ -34,8 +35,29 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
         scales = [(side, side) for side in (config or {}).get("patch_nums", SIDES)]
     unused = {"quantize.ema_vocab_hit_SV": (len(scales), codes)}  # statistics
     tokenizer = read_vqgan(
-        tensors, where, rules_of, VQConfig(codes, dim), scales=scales, unused=unused, adjust=joined_attention
+        tensors,
+        where,
+        rules_of,
+        VQConfig(codes, dim),
+        scales=scales,
+        multiscale=VAR_SCALES,
+        unused=unused,
+        adjust=joined_attention,
     )
     check_description(config, {"vocab": codes, "Cvae": dim})
     tokenizer.provenance = SOURCE
     return tokenizer
+
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "FoundationVision/var: vae_ch160v4096z32.pth",
+            (256, 256),
+            ((sum(n * n for n in SIDES), 1 << 12),),
+            "MIT",
+            "the original code at a small size: ids, vectors and pixels; names and shapes of the full size",
+        ),
+    ),
+)

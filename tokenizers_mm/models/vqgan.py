@@ -21,7 +21,7 @@ from tokenizers_mm.encoders.pixel import PixelEncoder
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
 from tokenizers_mm.models.base import ImageTokenizer, within_memory
-from tokenizers_mm.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, build_quantizer
+from tokenizers_mm.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, ScalesConfig, build_quantizer
 from tokenizers_mm.quantizers.base import join_groups, make_streams, split_groups
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
@@ -39,7 +39,7 @@ class VQGANConfig:
     """All that defines a VQGAN.
 
     kernel: of the convolutions `head` and `embed` around the quantizer; 0 for none. scales: grids from coarse to fine
-    for residual quantization over scales, None for one grid of any size. teacher: a frozen tower on the grid of the
+    for residual quantization over scales, None for one grid of any size. multiscale: how they are joined. teacher: a frozen tower on the grid of the
     codes, whose features `semantic_decoder` predicts from the codes; both or neither.
     """
 
@@ -48,6 +48,7 @@ class VQGANConfig:
     decoder: Annotated[Any, Choice(DECODERS, "cnn")]
     kernel: Literal[0, 1, 3] = 1
     scales: Scales | None = None
+    multiscale: ScalesConfig = ScalesConfig()
     teacher: SemanticEncoderConfig | None = None
     semantic_decoder: RotaryTransformerConfig | None = None
 
@@ -61,16 +62,18 @@ class VQGANConfig:
 
     def check(self) -> None:
         """Refuse parts that do not go together."""
-        grid, factor, dim = self.grid, self.encoder.factor, self.quantizer.dim
+        factor, dim = self.encoder.factor, self.quantizer.dim
         require(self.decoder.factor == factor, "decoder", f"the encoder's factor of {factor}", self.decoder.factor)
         if self.kernel == 0:
             ends = (self.encoder.out_channels, self.decoder.in_channels)
             require(set(ends) == {dim}, "kernel", f"1 or 3, or networks with the quantizer's {dim} channels", ends)
         context = getattr(self.decoder, "context_channels", None)
         require(context in (None, dim), "decoder.context_channels", f"{dim} or none, as in the quantizer", context)
-        if self.scales is not None:
-            fits = all(rows <= self.scales[-1][0] and columns <= self.scales[-1][1] for rows, columns in self.scales)
-            require(fits and grid is not None, "scales", "grids no larger than the last one", self.scales)
+        if (grid := self.grid) is not None and self.scales is not None:
+            fits = all(rows <= grid[0] and columns <= grid[1] for rows, columns in self.scales)
+            require(fits, "scales", "grids no larger than the last one", self.scales)
+        idle = self.scales is None and self.multiscale != ScalesConfig()
+        require(not idle, "multiscale", "nothing without scales", "options")
         both = (self.teacher is None) == (self.semantic_decoder is None)
         require(both, "teacher and semantic_decoder", "both or neither", (self.teacher, self.semantic_decoder))
 
@@ -105,7 +108,7 @@ class VQGAN(ImageTokenizer[ImageCodes]):
     def from_config(cls, config: VQGANConfig) -> "VQGAN":
         quantizer, teacher, head = build_quantizer(config.quantizer), None, None
         if config.scales is not None:
-            quantizer = MultiScaleQuantizer(quantizer, config.scales)
+            quantizer = MultiScaleQuantizer(quantizer, config.scales, config.multiscale)
         if config.teacher is not None and config.semantic_decoder is not None:
             teacher = SemanticEncoder(config.teacher)
             head = RotaryTransformer(quantizer.dim, teacher.dim, config.semantic_decoder)
@@ -173,7 +176,7 @@ class VQGAN(ImageTokenizer[ImageCodes]):
 
     def encode_tensor(self, x: Tensor) -> ImageCodes:
         height, width = x.shape[-2:]
-        ids, grids = self.quantizer.quantize(self.encode_features(x)).ids, self.grids(height, width)
+        ids = self.quantizer.quantize(self.encode_features(x)).ids
         ids = ids if self.config.scales else ids.flatten(1, 2)
         return ImageCodes(join_groups(ids, self.quantizer.groups), height, width, self.streams(height, width))
 

@@ -1,0 +1,173 @@
+"""Published checkpoints of the VQGAN family: ids, vectors and pixels of the original code, names, strictness."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tokenizers_mm as tmm
+from tests.cases import Case, case
+from tests.weights_by_rule import rule_tensor
+from tokenizers_mm.checkpoints import bsq_vit, ibq, infinity, llamagen, showo, var
+from tokenizers_mm.checkpoints.cnn import AVERAGE, joined_attention, links_of, magvit_rules, shapes_of
+from tokenizers_mm.checkpoints.convert import FAMILIES, convert
+from tokenizers_mm.checkpoints.upstream import Link, give
+from tokenizers_mm.functional.bits import bits_to_ids
+from tokenizers_mm.models import VQGAN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference case of a family: names of its outputs, and the way back to its names."""
+
+    family: str
+    name: str
+    links: Any
+    image: str = "reconstruction"
+    vectors: str | None = "zq"
+
+
+def _cnn_links(rules_of: Any, model: VQGAN, **options: Any) -> list[Link]:
+    return links_of(shapes_of(model.state_dict()), rules_of(len(model.config.encoder.multipliers)), **options)
+
+
+REFERENCES = [
+    Reference("ibq", "ibq/ibq_tokenizer_small", partial(_cnn_links, ibq.rules_of)),
+    Reference("emu3.5", "published/emu35_small", partial(_cnn_links, ibq.rules_of), image="decode_code"),
+    Reference("open_magvit2", "lfq/open_magvit2_tokenizer_small", partial(_cnn_links, magvit_rules)),
+    Reference("bitdance", "published/bitdance_small", partial(_cnn_links, magvit_rules)),
+    Reference("showo", "lfq/showo_magvitv2_small", partial(_cnn_links, showo.rules_of), image="decode_code"),
+    Reference("infinity", "bsq/infinity_vae_small", partial(_cnn_links, infinity.rules_of)),
+    Reference("infinity", "published/infinity_small", partial(_cnn_links, infinity.rules_of), image="decode_code"),
+    Reference("llamagen", "published/llamagen_small", partial(_cnn_links, llamagen.rules_of), "decode_code", None),
+    Reference(
+        "var", "published/var_small", partial(_cnn_links, var.rules_of, adjust=joined_attention), vectors="f_hat"
+    ),
+    Reference("bsq_vit", "published/bsqvit_small", lambda model: bsq_vit.links_of(shapes_of(model.state_dict()))),
+]
+
+FULL_SIZES = {
+    "llamagen_vq16": "llamagen",
+    "llamagen_vq8": "llamagen",
+    "ibq_262144": "ibq",
+    "emu35": "emu3.5",
+    "open_magvit2": "open_magvit2",
+    "var": "var",
+    "bsq_vit_18": "bsq_vit",
+    "infinity_d32": "infinity",
+}
+"""Key lists of models of the published sizes, built by the original code."""
+
+
+def weights(reference: Case) -> dict[str, Tensor]:
+    """The case's state dict: stored, or made by the rule of its names."""
+    if (reference.folder / "state_dict.safetensors").exists():
+        return reference.tensors("state_dict")
+    keys, seed = json.loads((reference.folder / "state_keys.json").read_text()), reference.config["weights"]["seed"]
+    return {
+        name: rule_tensor(name, spec, seed) if "float" in spec["dtype"] else torch.zeros(spec["shape"]).long()
+        for name, spec in keys.items()
+    }
+
+
+def ids_of(outputs: Mapping[str, Tensor], model: VQGAN) -> Tensor:
+    """The case's ids [B, L], made of its bits where it has no ids."""
+    if "indices" in outputs:
+        return outputs["indices"].flatten(1)
+    bits = [outputs["bits"]] if "bits" in outputs else None
+    if bits is None and "bits_0" in outputs:
+        bits = [outputs[f"bits_{scale}"].flatten(1, -2) for scale in range(len(model.config.scales or ()))]
+    if bits is None:  # BitDance: signs [B, C, h, w]
+        signs = outputs["zq"].permute(0, 2, 3, 1).flatten(1, 2) > 0
+        ids = bits_to_ids(signs.unflatten(-1, (model.quantizer.groups, -1)), "lsb_first")
+        return ids.transpose(1, 2).flatten(1)
+    return bits_to_ids(torch.cat(bits, dim=1) > 0, "msb_first")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A reference case, its weights by published names, and the tokenizer read back from our format."""
+
+    reference: Reference
+    case: Case
+    weights: dict[str, Tensor]
+    model: VQGAN
+
+
+@pytest.fixture(scope="module", params=REFERENCES, ids=lambda item: item.name)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    reference, folder = request.param, tmp_path_factory.mktemp("published")
+    found = case(reference.name)
+    theirs = weights(found)
+    save_file(theirs, folder / "model.safetensors")
+    model = tmm.load(convert(reference.family, folder / "model.safetensors", folder / "out", found.config))
+    assert isinstance(model, VQGAN)
+    return Converted(reference, found, theirs, model)
+
+
+@torch.no_grad()
+def test_ids_vectors_and_pixels_of_the_original(converted: Converted) -> None:
+    reference, model = converted.reference, converted.model
+    x, outputs = converted.case.inputs["pixel_values"], converted.case.outputs
+    ids, expected = ids_of(outputs, model), outputs[reference.image]
+    codes = model.encode(x)
+    assert torch.equal(codes.ids, ids)
+    if reference.vectors is not None:
+        vectors = outputs[reference.vectors]
+        vectors = vectors.permute(0, 2, 3, 1) if vectors.ndim == 4 else vectors.unflatten(1, (model.config.grid))
+        assert (model.vectors(codes) - vectors).abs().max() <= 1e-5 * vectors.abs().max()
+    limit = float(expected.abs().max())  # some cases hold clamped images
+    for image in (model.decode_ids(ids, *x.shape[-2:]), model.reconstruct(x).image):
+        assert (image.clamp(-limit, limit) - expected).abs().max() <= 1e-5 * limit
+
+
+def test_weights_come_back_under_their_names(converted: Converted) -> None:
+    reference, theirs, model = converted.reference, converted.weights, converted.model
+    back = give(reference.links(model), model.state_dict())
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
+    assert all("mask" in name or "quantize" in name for name in theirs.keys() - back.keys())
+    assert model.provenance.license == FAMILIES[reference.family].checkpoints[0].license
+    assert len(model.provenance.sha256) == 64
+
+
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
+    """Every tensor of a model that the original code builds, and no other; ids per image as the table says."""
+    keys = json.loads((case("published").folder / f"{name}_keys.json").read_text())
+    with torch.device("meta"):
+        tensors = {key: torch.empty(shape) for key, shape in keys.items()}
+    family = FAMILIES[FULL_SIZES[name]]
+    model = family.convert(tensors, name)
+    counted = [count(model, row.image) for row in family.checkpoints if model.image_size in (None, row.image)]
+    assert any(ids == row.streams for ids, row in zip(counted, family.checkpoints, strict=True))
+
+
+def count(model: VQGAN, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Ids of an image in all groups, and codes of one id, as the table of checkpoints has them."""
+    streams = model.streams(*size)
+    return ((sum(stream.num_ids for stream in streams), streams[0].codebook_size),)
+
+
+def test_wrong_files_get_one_sentence(converted: Converted) -> None:
+    theirs, config = converted.weights, converted.case.config
+    name = next(key for key in reversed(theirs) if key.startswith("decoder.") and key.endswith("weight"))
+    family = FAMILIES[converted.reference.family]
+    for change, message in [
+        ({name: None}, f"1 missing: {name}|a tensor {name}"),
+        ({"extra.weight": torch.zeros(1)}, "1 unknown: extra.weight"),
+        ({name: torch.zeros(3, 5, 7)}, f"{name}|of another shape"),
+    ]:
+        changed = {key: value for key, value in {**theirs, **change}.items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            family.convert(changed, "the file", config)
+    with pytest.raises(ValueError, match="a tensor"):
+        family.convert({"a": torch.zeros(1)}, "the file")
