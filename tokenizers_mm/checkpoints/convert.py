@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints import (
+    apertus,
     bsq_vit,
     chameleon,
     dualvitok,
@@ -35,6 +36,7 @@ from tokenizers_mm.checkpoints.family import Converter, Family
 from tokenizers_mm.config import check_plain
 
 FAMILIES: dict[str, Family] = {
+    "apertus1p5": apertus.FAMILY,
     "bitdance": open_magvit2.BITDANCE_FAMILY,
     "bsq_vit": bsq_vit.FAMILY,
     "chameleon": chameleon.FAMILY,
