@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import tokenizers_mm as tmm
 from tests.cases import Case, case
 from tests.weights_by_rule import rule_tensor
 from tokenizers_mm.checkpoints import bsq_vit, ibq, infinity, llamagen, showo, var
-from tokenizers_mm.checkpoints.cnn import AVERAGE, joined_attention, links_of, magvit_rules, shapes_of
+from tokenizers_mm.checkpoints.cnn import joined_attention, links_of, magvit_rules, shapes_of
 from tokenizers_mm.checkpoints.convert import FAMILIES, convert
 from tokenizers_mm.checkpoints.upstream import Link, give
 from tokenizers_mm.functional.bits import bits_to_ids

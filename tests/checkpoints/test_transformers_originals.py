@@ -49,7 +49,9 @@ def with_decoder(original: nn.Module, seed: int) -> dict[str, Tensor]:
     count = len(SMALL["channel_multiplier"])
     names = {name: name for name in decoder.state_dict()}
     for index in range(count):  # Janus counts the levels from coarse to fine
-        names |= {n: n.replace(f"up.{index}.", f"up.{count - 1 - index}.", 1) for n in names if n.startswith(f"up.{index}.")}
+        names |= {
+            n: n.replace(f"up.{index}.", f"up.{count - 1 - index}.", 1) for n in names if n.startswith(f"up.{index}.")
+        }
     shapes = {f"decoder.{names[n]}": list(t.shape) for n, t in decoder.state_dict().items()}
     return {**original.state_dict(), **{n: rule_tensor(n, {"shape": shape}, seed) for n, shape in shapes.items()}}
 
@@ -65,7 +67,9 @@ def test_janus(tmp_path: Path) -> None:
     original.quantize.embedding.weight.copy_(F.normalize(original.quantize.embedding.weight, dim=-1))
     x = images(2, 24, 24)
     ids = original.encode(x).image_tokens.view(2, -1)
-    whole = {f"model.vqmodel.{name}": t for name, t in original.state_dict().items()} | {"lm_head.weight": torch.zeros(2)}
+    whole = {f"model.vqmodel.{name}": t for name, t in original.state_dict().items()} | {
+        "lm_head.weight": torch.zeros(2)
+    }
     model = converted("janus", whole, tmp_path)
     assert torch.equal(model.encode(x).ids, ids)
     assert close(model.decode_ids(ids, 24, 24), original.decode(ids))

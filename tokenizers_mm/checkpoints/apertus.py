@@ -21,7 +21,8 @@ from tokenizers_mm.models.vqgan import VQGAN
 from tokenizers_mm.quantizers import IBQConfig
 
 SOURCE = Provenance(
-    source="swiss-ai/Apertus-v1.5-8B on the Hugging Face hub; decoder: BAAI/Emu3.5-VisionTokenizer", license="Apache-2.0"
+    source="swiss-ai/Apertus-v1.5-8B on the Hugging Face hub; decoder: BAAI/Emu3.5-VisionTokenizer",
+    license="Apache-2.0",
 )
 PREFIXES = ("model.vision_tokenizer.", "vision_tokenizer.")
 """Where a file of the whole language model holds the tokenizer."""
@@ -50,7 +51,12 @@ def convert(
     require(bool(decoder), "decoder", "the path of Emu3.5's model.ckpt (the file itself holds no decoder)", "nothing")
     other = averaged(upstream.read(decoder), decoder, ema=True)
     codes, dim = shape_of(tensors, CODES, where)
-    require(shape_of(other, CODES, decoder) == (codes, dim), "decoder", f"codes [{codes}, {dim}]", shape_of(other, CODES, decoder))
+    require(
+        shape_of(other, CODES, decoder) == (codes, dim),
+        "decoder",
+        f"codes [{codes}, {dim}]",
+        shape_of(other, CODES, decoder),
+    )
     ours, theirs = tensors[CODES].float(), other[CODES].float()
     near = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
     require(near, "decoder", f"the codebook of {where}", "another one")

@@ -151,8 +151,8 @@ def read_vqgan(
 ) -> VQGAN:
     """A tokenizer with the sizes and weights of a file.
 
-    quantizer: its configuration. scales, multiscale: grids of a multi-scale tokenizer, and how they are joined. unused: published tensors that are not kept.
-    adjust: see `links_of`.
+    quantizer: its configuration. scales, multiscale: grids of a multi-scale tokenizer, and how they are joined.
+    unused: published tensors that are not kept. adjust: see `links_of`.
     """
     encoder, decoder, kernel = read_networks(shapes_of(tensors), rules_of, where, resampling)
     scales = None if scales is None else tuple(scales)

@@ -79,6 +79,36 @@ def convert(
     return out
 
 
+COLUMNS = ("family", "checkpoint", "image", "ids", "bits", "licence", "shown by tests")
+
+
+def rows() -> list[tuple[str, ...]]:
+    """The published files that were described, one row of `COLUMNS` each."""
+    return [
+        (
+            family,
+            item.source,
+            "x".join(map(str, item.image)),
+            f"{item.ids:,}" if item.streams else "continuous",
+            f"{round(item.bits):,}" if item.streams else "-",
+            item.license,
+            item.shown,
+        )
+        for family, found in FAMILIES.items()
+        for item in found.checkpoints
+    ]
+
+
+def table(markdown: bool = False) -> list[str]:
+    """Lines of `rows` under their columns, for a terminal or as a table of Markdown."""
+    cells = [COLUMNS, *rows()]
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        return [lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
 def _checked(converter: Converter, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options a converter knows, text turned into the type of its default."""
     parameters = inspect.signature(converter).parameters.values()

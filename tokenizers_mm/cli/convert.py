@@ -10,15 +10,26 @@ SUMMARY = "A published checkpoint into our format."
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    command.add_argument("family", metavar="FAMILY", help="tokenflow, dualvitok or mar")
-    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=".pt, .pth, .bin, .ckpt or .safetensors")
+    command.add_argument("family", nargs="?", metavar="FAMILY", help="a name of --list")
+    command.add_argument(
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help=".pt, .pth, .bin, .ckpt or .safetensors"
+    )
     command.add_argument("options", nargs="*", metavar="key=value", help="what the file cannot say, see the family")
-    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--out", type=Path)
+    command.add_argument("--list", action="store_true", help="the families, their files and licences, and end")
     command.add_argument("--config", type=Path, help="JSON: the dimensions of an unpublished size")
 
 
 def run(options: argparse.Namespace) -> None:
     """Convert a checkpoint and print a summary."""
+    if options.list:
+        from tokenizers_mm.checkpoints.convert import table
+
+        print("\n".join(table()))
+        return
+    for name in ("family", "checkpoint", "out"):
+        if getattr(options, name) is None:
+            fail("--out" if name == "out" else name.upper(), "a value (or --list)", "nothing")
     from tokenizers_mm.checkpoints.convert import convert
     from tokenizers_mm.models.loading import read_json
 

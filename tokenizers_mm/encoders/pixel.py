@@ -1,5 +1,5 @@
-"""Convolutional pixel encoder, image to features: VQGAN's, TokenFlow's, DualViTok's (MoVQ), the KL-16 autoencoder's, and
-those of the MAGVIT-v2 reimplementations and of Infinity."""
+"""Convolutional pixel encoder, image to features: VQGAN's, TokenFlow's, DualViTok's (MoVQ), the KL-16 autoencoder's,
+and those of the MAGVIT-v2 reimplementations and of Infinity."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -5,12 +5,14 @@ from typing import Any
 from tokenizers_mm.models.base import ImageTokenizer, Provenance
 from tokenizers_mm.models.dualvitok import DualViTok, DualViTokConfig
 from tokenizers_mm.models.mar import MAR, MARConfig
+from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 from tokenizers_mm.models.vqgan import VQGAN, VQGANConfig
 
 MODELS: dict[str, type[ImageTokenizer[Any]]] = {
     "dualvitok": DualViTok,
     "mar": MAR,
+    "semantic": SemanticTokenizer,
     "tokenflow": TokenFlow,
     "vqgan": VQGAN,
 }
@@ -24,6 +26,8 @@ __all__ = [
     "ImageTokenizer",
     "MARConfig",
     "Provenance",
+    "SemanticConfig",
+    "SemanticTokenizer",
     "TokenFlow",
     "TokenFlowConfig",
     "VQGANConfig",

@@ -1,12 +1,12 @@
 """VQGAN (Esser et al., arXiv 2012.09841) with any quantizer, and optionally a frozen teacher's features to predict.
 
 The path of an image: encoder -> head -> features [B, h, w, D] -> quantizer -> ids and vectors [B, h, w, D] -> embed ->
-decoder. The published tokenizers of this shape differ in the quantizer and in options of the two networks: IBQ, LlamaGen,
-Chameleon, Emu3.5, Janus, VAR, Infinity, Open-MAGVIT2, Show-o, BSQ-ViT.
+decoder. The published tokenizers of this shape differ in the quantizer and in options of the two networks: IBQ,
+LlamaGen, Chameleon, Emu3.5, Janus, VAR, Infinity, Open-MAGVIT2, Show-o, BSQ-ViT.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -39,8 +39,8 @@ class VQGANConfig:
     """All that defines a VQGAN.
 
     kernel: of the convolutions `head` and `embed` around the quantizer; 0 for none. scales: grids from coarse to fine
-    for residual quantization over scales, None for one grid of any size. multiscale: how they are joined. teacher: a frozen tower on the grid of the
-    codes, whose features `semantic_decoder` predicts from the codes; both or neither.
+    for residual quantization over scales, None for one grid of any size. multiscale: how they are joined. teacher: a
+    frozen tower on the grid of the codes, whose features `semantic_decoder` predicts from the codes; both or neither.
     """
 
     encoder: Annotated[Any, Choice(ENCODERS, "cnn")]
@@ -48,7 +48,7 @@ class VQGANConfig:
     decoder: Annotated[Any, Choice(DECODERS, "cnn")]
     kernel: Literal[0, 1, 3] = 1
     scales: Scales | None = None
-    multiscale: ScalesConfig = ScalesConfig()
+    multiscale: ScalesConfig = field(default_factory=ScalesConfig)
     teacher: SemanticEncoderConfig | None = None
     semantic_decoder: RotaryTransformerConfig | None = None
 
@@ -102,6 +102,13 @@ class VQGAN(ImageTokenizer[ImageCodes]):
         self.embed = _conv(quantizer.dim, config.decoder.in_channels, config.kernel)
         self.teacher = None if teacher is None else teacher.requires_grad_(False)
         self.semantic_decoder = semantic_decoder
+
+    def train(self, mode: bool = True) -> "VQGAN":
+        """Training mode, but for the teacher, whose statistics must not move."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     @classmethod
     @within_memory

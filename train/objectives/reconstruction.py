@@ -84,7 +84,10 @@ class Reconstruction(Objective):
         check_loss(config.loss)
         if config.model.config:
             with torch.device("meta"):
-                check_terms(config.loss, MODELS[config.model.family].from_config(parse_model(config.model)))
+                tokenizer = MODELS[config.model.family].from_config(parse_model(config.model))
+            check_terms(config.loss, tokenizer)
+            seen = "pixel" in tokenizer.loss_terms or not run.validate_every
+            require(seen, "config.validate_every", "0 for a tokenizer without pixels", run.validate_every)
         own = config.discriminator_optimizer
         require(own is None or bool(config.loss.weight("generator")), "config.objective.discriminator_optimizer",
                 "nothing where loss.weights.generator is 0", "one")  # fmt: skip
@@ -215,7 +218,7 @@ class Reconstruction(Objective):
         return batch.skipped
 
     def show(self, averaged: nn.Module | None, path: Path) -> None:
-        if self._shown is not None:
+        if self._shown is not None and "pixel" in self.tokenizer.loss_terms:
             show_reconstructions(averaged, self._shown, path)
 
     def save(self, averaged: Any, folder: Path) -> None:
