@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import tokenizers_mm as tmm
 from tests.weights_by_rule import rule_tensor
 from tokenizers_mm.checkpoints.convert import convert
-from tokenizers_mm.models import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +30,7 @@ def images(batch: int, height: int, width: int) -> Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def converted(family: str, tensors: dict[str, Tensor], folder: Path, **options: Any) -> ImageTokenizer[Any]:
+def converted(family: str, tensors: dict[str, Tensor], folder: Path, **options: Any) -> Any:
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
     return tmm.load(convert(family, folder / "model.safetensors", folder / "out", **options))
 
@@ -121,3 +120,36 @@ def test_apertus(tmp_path: Path) -> None:
     torch.save({"state_dict": {**emu, "quantize.embedding.weight": torch.rand(96, 16)}}, tmp_path / "emu.ckpt")
     with pytest.raises(ValueError, match="decoder: expected the codebook of"):
         converted("apertus1p5", whole, tmp_path, decoder=str(tmp_path / "emu.ckpt"))
+
+
+@torch.no_grad()
+def test_glm_image(tmp_path: Path) -> None:
+    """Features on two sizes (positions are interpolated), ids, vectors; pixels are refused."""
+    from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
+    from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
+
+    sizes = {"depth": 2, "hidden_size": 32, "num_heads": 2, "image_size": 16, "patch_size": 4, "intermediate_size": 64}
+    tower = filled(GlmImageVisionModel(GlmImageVisionConfig(**sizes)), 4)
+    vqmodel = filled(GlmImageVQVAE(GlmImageVQVAEConfig(embed_dim=16, num_embeddings=64, latent_channels=32)), 4)
+    whole = {f"model.visual.{name}": t for name, t in tower.state_dict().items()}
+    whole |= {f"model.vqmodel.{name}": t for name, t in vqmodel.state_dict().items()} | {
+        "lm_head.weight": torch.ones(1)
+    }
+    given = {"num_heads": 2, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "num_embeddings": 64}
+    model = converted("glm_image", whole, tmp_path, config=given)
+    for height, width in ((16, 16), (12, 20)):
+        x, rows, columns = images(1, height, width), height // 4, width // 4
+        patches = F.unfold(x, 4, stride=4).transpose(1, 2).flatten(0, 1)
+        features = tower(patches, torch.tensor([[1, rows, columns]])).last_hidden_state
+        assert close(model.tower_features(x).flatten(0, 2), features)
+        encoded = vqmodel.encode(features.T.reshape(1, 32, rows, columns))
+        codes = model.encode(x)
+        assert torch.equal(codes.ids.flatten(), encoded.image_tokens)
+        vectors = encoded.quantized_last_hidden_state.permute(0, 2, 3, 1)
+        assert close(model.reconstruct(x).vectors, vectors)
+        expected = vqmodel.post_quant_conv(
+            vqmodel.quantize.embedding(encoded.image_tokens).T.reshape(1, 16, rows, columns)
+        )
+        assert close(model.features(codes), expected.flatten(2).transpose(1, 2))
+    with pytest.raises(ValueError, match="codes: expected a tokenizer with a pixel decoder"):
+        model.decode(model.encode(images(1, 16, 16)))
