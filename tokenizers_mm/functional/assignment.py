@@ -36,7 +36,8 @@ def largest_logit(
     z: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None
 ) -> Int[Tensor, "n"]:
     """argmax_k of z . keys[k] + bias[k], exactly that of float64, the lowest index on ties; int64 [N]."""
-    return torch.ops.tokenizers_mm.largest_logit(z, keys, bias)
+    bias = None if bias is None else bias.detach()
+    return torch.ops.tokenizers_mm.largest_logit(z.detach(), keys.detach(), bias)
 
 
 def assign(
@@ -84,7 +85,7 @@ def assignment_entropies(
 
 
 def _transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, which autograd.Function is not for."""
+    """Whether a transform of torch.func or forward-mode differentiation is at work, which `_Assign` does not serve."""
     return torch._C._are_functorch_transforms_active() or any(
         torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     )
@@ -166,7 +167,6 @@ def _decide(near: Tensor, z: Tensor, keys: Tensor, bias: Tensor | None) -> Tenso
 
 @torch.library.custom_op("tokenizers_mm::largest_logit", mutates_args=())
 def _largest_logit(z: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    z, keys = z.detach(), keys.detach()
     longest = keys.norm(dim=1).max()
     ids = torch.empty(len(z), dtype=torch.int64, device=z.device)
     for part, logits in _tiles(z, keys, bias):
