@@ -36,7 +36,8 @@ def largest_logit(
     z: Float[Tensor, "n d"], keys: Float[Tensor, "k d"], bias: Float[Tensor, "k"] | None = None
 ) -> Int[Tensor, "n"]:
     """argmax_k of z . keys[k] + bias[k], exactly that of float64, the lowest index on ties; int64 [N]."""
-    return torch.ops.tokenizers_mm.largest_logit(z, keys, bias)
+    bias = None if bias is None else bias.detach()
+    return torch.ops.tokenizers_mm.largest_logit(z.detach(), keys.detach(), bias)
 
 
 def assign(
@@ -60,10 +61,9 @@ def assign(
         soft = (scale * (z @ keys.T)).softmax(-1) @ (keys if values is None else values).detach()
         return Assignment(rows + (soft - soft.detach()), rows, ids, *entropies)
     found = torch.ops.tokenizers_mm.assign(z.detach(), keys.detach(), None, True, entropy_scale, eps)
-    entropies, mean, ids = found
-    outputs = _Assign.apply(z, keys, values, None, ids, mean, entropies, scale, entropy_scale, eps)
+    outputs = _Assign.apply(z, keys, values, None, *found, (scale, entropy_scale, eps))
     propagated, rows, entropies = outputs  # type: ignore[misc]
-    return Assignment(propagated, rows, ids, entropies[0], entropies[1])
+    return Assignment(propagated, rows, found[2], entropies[0], entropies[1])
 
 
 def assignment_entropies(
@@ -78,13 +78,13 @@ def assignment_entropies(
     if _transformed(z, keys):
         return _plain_entropies(z, keys, bias, scale, eps)
     constant = None if bias is None else bias.detach()
-    entropies, mean, ids = torch.ops.tokenizers_mm.assign(z.detach(), keys.detach(), constant, False, scale, eps)
-    entropies = _Assign.apply(z, keys, None, bias, ids, mean, entropies, 0.0, scale, eps)[2]  # type: ignore[index]
+    found = torch.ops.tokenizers_mm.assign(z.detach(), keys.detach(), constant, False, scale, eps)
+    entropies = _Assign.apply(z, keys, None, bias, *found, (0.0, scale, eps))[2]  # type: ignore[index]
     return entropies[0], entropies[1]
 
 
 def _transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, which autograd.Function is not for."""
+    """Whether a transform of torch.func or forward-mode differentiation is at work, which `_Assign` does not serve."""
     return torch._C._are_functorch_transforms_active() or any(
         torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     )
@@ -105,20 +105,18 @@ class _Assign(torch.autograd.Function):
     """Values that `tokenizers_mm::assign` has found, with their gradients."""
 
     @staticmethod
-    def forward(ctx, z, keys, values, bias, ids, mean, entropies, scale, entropy_scale, eps):
-        ctx.save_for_backward(z, keys, values, bias, ids, mean)
-        ctx.scales = scale, entropy_scale, eps
-        rows = F.embedding(ids.clamp_min(0), keys if values is None else values) if scale else z.new_zeros(())
+    def forward(ctx, z, keys, values, bias, entropies, mean, ids, scales):
+        ctx.save_for_backward(z, keys, values, bias, mean, ids)
+        ctx.scales = scales
+        rows = F.embedding(ids.clamp_min(0), keys if values is None else values) if scales[0] else z.new_zeros(())
         return rows, rows.clone(), entropies.clone()
 
     @staticmethod
-    def backward(ctx, to_propagated, to_rows, to_entropies):
-        z, keys, values, bias, ids, mean = ctx.saved_tensors
-        found = torch.ops.tokenizers_mm.assign_backward(
-            z, keys, values, bias, ids, mean, to_propagated, to_rows, to_entropies, *ctx.scales
-        )
+    def backward(ctx, *gradients):
+        *inputs, mean, ids = ctx.saved_tensors
+        found = torch.ops.tokenizers_mm.assign_backward(*inputs, mean, ids, list(gradients), list(ctx.scales))
         found = [tensor if needed else None for tensor, needed in zip(found, ctx.needs_input_grad, strict=False)]
-        return *found, None, None, None, None, None, None
+        return *found, None, None, None, None
 
 
 def _tiles(z: Tensor, keys: Tensor, bias: Tensor | None):
@@ -166,7 +164,6 @@ def _decide(near: Tensor, z: Tensor, keys: Tensor, bias: Tensor | None) -> Tenso
 
 @torch.library.custom_op("tokenizers_mm::largest_logit", mutates_args=())
 def _largest_logit(z: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    z, keys = z.detach(), keys.detach()
     longest = keys.norm(dim=1).max()
     ids = torch.empty(len(z), dtype=torch.int64, device=z.device)
     for part, logits in _tiles(z, keys, bias):
@@ -223,16 +220,14 @@ def _assign_backward(
     keys: Tensor,
     values: Tensor | None,
     bias: Tensor | None,
-    ids: Tensor,
     mean: Tensor,
-    to_propagated: Tensor,
-    to_rows: Tensor,
-    to_entropies: Tensor,
-    scale: float,
-    entropy_scale: float,
-    eps: float,
+    ids: Tensor,
+    gradients: list[Tensor],
+    scales: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of z, keys, values and bias (empty where there are none)."""
+    """Gradients of z, keys, values and bias (empty where there are none) from those of `_Assign`'s outputs."""
+    to_propagated, to_rows, to_entropies = gradients
+    scale, entropy_scale, eps = scales
     to_z, to_keys = torch.zeros_like(z), torch.zeros_like(keys)
     to_values = z.new_zeros(0) if values is None else torch.zeros_like(values)
     to_bias = z.new_zeros(0 if bias is None else len(keys))

@@ -1,4 +1,4 @@
-"""Residual quantization over scales: how features go down to a scale and codes come up again (TokenFlow, VAR, Infinity).
+"""Residual quantization over scales: how features go down to a scale and codes come up again.
 
 Sources: Tian et al., Visual Autoregressive Modeling (VAR, arXiv 2404.02905), section 3.2; Han et al., Infinity
 (arXiv 2412.04431), sections 3.2 and 3.4.

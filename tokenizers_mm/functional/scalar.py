@@ -6,6 +6,7 @@ arXiv 2603.19232), section 3.2 (levels for the channels of frozen features).
 """
 
 import math
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Literal
 
@@ -38,7 +39,7 @@ def round_to_levels(z: Float[Tensor, "*n d"], levels: tuple[int, ...], bound: Bo
 
 
 def level_values(whole: Float[Tensor, "*n d"], levels: tuple[int, ...], bound: Bound = "tanh") -> Float[Tensor, "*n d"]:
-    """The whole numbers of `round_to_levels` scaled to [-1, 1]: by L // 2, or symmetric, from -1 to 1 in L - 1 steps."""
+    """Whole numbers of `round_to_levels` scaled to [-1, 1]: by L // 2; symmetric: from -1 to 1 in L - 1 steps."""
     counts = torch.tensor(levels, device=whole.device)
     if bound == "symmetric":
         return (whole + counts // 2) * (2 / (counts - 1)).to(whole.dtype) - 1
@@ -72,7 +73,7 @@ def normal_levels(count: int, low: float, high: float, deviations: float = 3.0) 
     normal = NormalDist()
     inner = [normal.inv_cdf(i / count) for i in range(1, count)]
     edges = [max(-deviations, min(deviations, edge)) for edge in (-deviations, *inner, deviations)]
-    pairs = list(zip(edges, edges[1:], strict=False))
+    pairs = list(pairwise(edges))
     means = [(normal.pdf(a) - normal.pdf(b)) / (normal.cdf(b) - normal.cdf(a)) for a, b in pairs]
     return low + (torch.tensor(means, dtype=torch.float64) + deviations) * ((high - low) / (2 * deviations))
 

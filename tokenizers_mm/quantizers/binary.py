@@ -24,7 +24,7 @@ from tokenizers_mm.functional.bits import (
     ids_to_bits,
     signs,
 )
-from tokenizers_mm.functional.vq import straight_through
+from tokenizers_mm.functional.vq import straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
 
@@ -38,9 +38,10 @@ class LFQConfig:
     order: which bit of an id the first channel of its group is; lsb_first as Open-MAGVIT2, WeTok and BitDance,
     msb_first as Show-o. entropy: whether to compute the term `entropy`, the mean over groups of the entropy of a
     vector's codes less `diversity` times that of their mean. entropy_bits: bits of a group there; None: those of an id;
-    1: every bit by itself (Show-o). temperature of the codes' softmax(2 <z, c> / temperature); Show-o: 1. eps: added to the
-    mean before its logarithm; Show-o: 1e-8. pool: the mean is over groups too (WeTok, BitDance). codebook_term: also the term `codebook`, mean (q - sg(z))^2 with the
-    straight-through q, whose gradient opposes that of `commitment` (Show-o).
+    1: every bit by itself (Show-o). temperature: of the codes' softmax(2 <z, c> / temperature); Show-o: 1. eps: added
+    to means before their logarithm; Show-o: 1e-8. pool: means are over groups too (WeTok, BitDance). codebook_term:
+    compute also the term `codebook`, mean (q - sg(z))^2 with the straight-through q, whose gradient opposes that of
+    `commitment` (Show-o).
     """
 
     dim: Width
@@ -66,9 +67,10 @@ class BSQConfig:
 
     normalize: divide features by their norm first. unit: codes have norm 1 (channels of size dim^-1/2), else channels
     are 1 or -1. scale_gradient: the gradient of the vectors is that of the features times the size of their channels
-    (bsq-vit), else that of the features (Infinity). order: which bit of an id the first channel of its group is. entropy: whether to compute the term
-    `entropy`, the sum over groups of the entropy of a vector's codes less `diversity` times that of their mean.
-    entropy_bits: bits of a group there; None: those of an id. inverse_temperature: t of softmax(2 t <z, c>).
+    (bsq-vit), else that of the features (Infinity). order: which bit of an id the first channel of its group is.
+    entropy: whether to compute the term `entropy`, the sum over groups of the entropy of a vector's codes less
+    `diversity` times that of their mean. entropy_bits: bits of a group there; None: those of an id.
+    inverse_temperature: t of softmax(2 t <z, c>).
     """
 
     dim: Width
@@ -166,12 +168,12 @@ class LFQ(BinaryQuantizer):
             self.loss_terms |= {"codebook"}
 
     def terms(self, z: Tensor, vectors: Tensor) -> dict[str, Tensor]:
-        terms = {"commitment": F.mse_loss(z, vectors.detach())}
-        if self.config.codebook_term:
-            terms["codebook"] = F.mse_loss(vectors, z.detach())
+        terms = vq_terms(z, vectors)
+        if not self.config.codebook_term:
+            del terms["codebook"]
         if self.config.entropy:
             sample, batch = self._entropies(z * (4 / self.config.temperature), self.config.eps, self.config.pool)
-            terms["entropy"] = sample.mean() - self.config.diversity * batch.mean()
+            terms["entropy"] = sample.mean() - (self.config.diversity * batch).mean()
         return terms
 
 
@@ -190,10 +192,10 @@ class BSQ(BinaryQuantizer):
         self.size = config.dim**-0.5 if config.unit else 1.0
 
     def terms(self, z: Tensor, vectors: Tensor) -> dict[str, Tensor]:
-        terms = {"commitment": F.mse_loss(z, vectors.detach()) * self.dim}
+        terms = {"commitment": (vectors.detach() - z).square().sum(-1).mean()}
         if self.config.entropy:
             sample, batch = self._entropies(z * (4 * self.size * self.config.inverse_temperature), 1e-8)
-            terms["entropy"] = sample.sum() - self.config.diversity * batch.sum()
+            terms["entropy"] = (sample - self.config.diversity * batch).sum()
         return terms
 
     def _compared(self, z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenizers_mm import kernels
 from tokenizers_mm.config import Codes, Range, Width, checked
 from tokenizers_mm.functional.assignment import assign, largest_logit
-from tokenizers_mm.functional.vq import look_up
+from tokenizers_mm.functional.vq import look_up, straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
 
@@ -55,8 +55,8 @@ class IBQ(Quantizer):
         self.codebook_size, self.dim = config.codebook_size, config.dim
         entropy = [] if config.entropy_temperature is None else ["entropy"]
         self.loss_terms = frozenset(["assignment", "commitment", "codebook", *entropy])
-        codes = torch.empty(config.codebook_size, config.dim).uniform_(-1, 1) / config.codebook_size
-        self.codes = nn.Parameter(F.normalize(torch.randn_like(codes), dim=-1) if config.normalize else codes)
+        codes = torch.randn(config.codebook_size, config.dim)
+        self.codes = nn.Parameter(F.normalize(codes, dim=-1) if config.normalize else codes * config.dim**-0.5)
 
     def codebook(self) -> Tensor:
         """The codes that `look_up` returns, [K, D]."""
@@ -71,20 +71,15 @@ class IBQ(Quantizer):
         rows = z.reshape(-1, self.dim)
         if not self.training:
             ids = self._checked(raw, largest_logit(rows.detach(), keys.detach()).view(z.shape[:-1]))
-            vectors = look_up(keys, ids)
-            return Quantized(z + (vectors - z).detach(), ids, queries=z.detach())
+            return Quantized(straight_through(z, look_up(keys, ids)), ids, queries=z.detach())
         config, slope = self.config, 2.0 if self.config.normalize else 1.0
         entropy_scale = 0.0 if config.entropy_temperature is None else slope / config.entropy_temperature
         values = codes if config.normalize else None
         found = assign(rows, keys, values, scale=slope / config.temperature, entropy_scale=entropy_scale)
         ids = self._checked(raw, found.ids.view(z.shape[:-1]))
-        terms = {
-            "assignment": F.mse_loss(found.propagated, rows),
-            "commitment": F.mse_loss(rows, found.rows.detach()),
-            "codebook": F.mse_loss(found.rows, rows.detach()),
-        }
+        terms = {"assignment": (found.propagated - rows).square().mean(), **vq_terms(rows, found.rows)}
         if entropy_scale:
-            terms["entropy"] = found.sample_entropy - config.diversity * found.batch_entropy
+            terms["entropy"] = torch.sub(found.sample_entropy, found.batch_entropy, alpha=config.diversity)
         return Quantized(found.propagated.view(z.shape), ids, terms, queries=z.detach())
 
     def look_up(self, ids: Tensor) -> Tensor:

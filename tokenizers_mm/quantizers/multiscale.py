@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range, Share, checked
 from tokenizers_mm.functional.multiscale import Grid, Upsampling, area_down, nearest_tick, upsample
-from tokenizers_mm.functional.vq import straight_through
+from tokenizers_mm.functional.vq import straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32, mean_terms
 from tokenizers_mm.types import Quantized
 
@@ -179,7 +179,5 @@ class MultiScaleQuantizer(Quantizer):
 
 def _sum_terms(z: Tensor, sums: Sequence[Tensor]) -> dict[str, Tensor]:
     """Means over scales: `codebook` moves the codes, of this scale and those before, `commitment` the features."""
-    return {
-        "codebook": torch.stack([F.mse_loss(total, z.detach()) for total in sums]).mean(),
-        "commitment": torch.stack([F.mse_loss(z, total.detach()) for total in sums]).mean(),
-    }
+    terms = [vq_terms(z, total) for total in sums]
+    return {name: torch.stack([each[name] for each in terms]).mean() for name in terms[0]}
