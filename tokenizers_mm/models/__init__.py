@@ -4,6 +4,7 @@ from typing import Any
 
 from tokenizers_mm.models.base import ImageTokenizer, Provenance
 from tokenizers_mm.models.dualvitok import DualViTok, DualViTokConfig
+from tokenizers_mm.models.from_encoder import tokenizer_from
 from tokenizers_mm.models.mar import MAR, MARConfig
 from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
@@ -31,4 +32,5 @@ __all__ = [
     "TokenFlow",
     "TokenFlowConfig",
     "VQGANConfig",
+    "tokenizer_from",
 ]

@@ -16,6 +16,7 @@ from tokenizers_mm.data.sources import Batch, DataConfig, Mixture, Positions, li
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.models import MODELS, ImageTokenizer
+from tokenizers_mm.models.semantic import SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow
 from tokenizers_mm.types import Disturbance
 
@@ -135,7 +136,12 @@ class Reconstruction(Objective):
 
     def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
         if self.config.warm_start is not None:
-            warm_start(cast(TokenFlow, self.tokenizer), self.config.data, self.run.seed, self.config.warm_start)
+            warm_start(
+                cast("TokenFlow | SemanticTokenizer", self.tokenizer),
+                self.config.data,
+                self.run.seed,
+                self.config.warm_start,
+            )
         return []
 
     def enter(self, stage: int) -> None:

@@ -118,7 +118,7 @@ def check_terms(loss: LossConfig, tokenizer: ImageTokenizer[Any]) -> None:
     computed = sorted(quantizer_terms(tokenizer))
     of_model = f"a term of this {tokenizer.family} model (its quantizers compute {computed})"
     for name, weight in loss.weights.items():
-        off = not weight and name in ("semantic", *PLAIN_TERMS)
+        off = not weight and name in ("semantic", *ALWAYS, *PLAIN_TERMS)
         require(off or name in have or (name in ALWAYS and "pixel" in have), f"{where}.weights.{name}", of_model, name)
     require(loss.semantic != "target" or "target" in have, f"{where}.semantic", of_model, "target")
     for name in computed:
