@@ -21,8 +21,10 @@ SMALL = {"base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks":
 def filled(model: nn.Module, seed: int) -> nn.Module:
     """A model with weights by the rule of their names."""
     state = model.state_dict()
-    rule = {name: rule_tensor(name, {"shape": list(t.shape)}, seed).reshape(t.shape) for name, t in state.items()}
-    model.load_state_dict({name: t if state[name].is_floating_point() else state[name] for name, t in rule.items()})
+    floats = {name: list(t.shape) for name, t in state.items() if t.is_floating_point()}
+    model.load_state_dict(
+        {**state, **{name: rule_tensor(name, {"shape": shape}, seed) for name, shape in floats.items()}}
+    )
     return model.eval()
 
 
@@ -153,3 +155,21 @@ def test_glm_image(tmp_path: Path) -> None:
         assert close(model.features(codes), expected.flatten(2).transpose(1, 2))
     with pytest.raises(ValueError, match="codes: expected a tokenizer with a pixel decoder"):
         model.decode(model.encode(images(1, 16, 16)))
+
+
+@torch.no_grad()
+def test_emu3(tmp_path: Path) -> None:
+    """Ids and pixels in both directions, although the original is a video tokenizer and ours is folded for images."""
+    from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
+
+    sizes = {"base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [2]}
+    original = filled(Emu3VQVAE(Emu3VQVAEConfig(**sizes, hidden_size=64, codebook_size=64)), 5)
+    x = images(2, 16, 24)
+    ids = torch.stack(original.encode(x, torch.tensor([[16, 24]] * 2)).image_tokens)
+    whole = {f"model.vqmodel.{name}": t for name, t in original.state_dict().items()} | {
+        "lm_head.weight": torch.ones(1)
+    }
+    model = converted("emu3", whole, tmp_path)
+    assert torch.equal(model.encode(x).ids, ids.flatten(1))
+    assert close(model.decode_ids(ids.flatten(1), 16, 24), original.decode(ids))

@@ -114,6 +114,7 @@ def read_networks(
         **{**sizes, "num_blocks": tuple(count - 1 for count in sizes["num_blocks"])},
         resampling=resampling,
         level_norms=probe.find("decoder.level_norms.0.scale.weight") is not None,
+        context_channels=(probe.find("decoder.norm_out.scale.weight") or (None, None))[1],
     )
     kernel = (probe.find("head.weight") or (0,))[-1]
     require(kernel in (0, 1, 3), f"{where}: {probe._name('head.weight')}", "a kernel of 1 or 3", kernel)
@@ -125,15 +126,16 @@ def _sizes(probe: _Probe, network: str, order: Sequence[int], finest: int, where
     widths = [probe.get(f"{network}.levels.{i}.blocks.0.conv2.weight")[0] for i in order]
     # the channels that every width is a multiple of; the encoder's first convolution has them
     require(bool(widths) and all(w % finest == 0 for w in widths), where, f"widths of {finest} channels", widths)
-    attention = [probe.find(f"{network}.levels.{i}.attentions.0.norm.weight") is not None for i in order]
+    attention = [probe.find(f"{network}.levels.{i}.attentions.0.proj.weight") is not None for i in order]
     return {
         "channels": finest,
         "multipliers": tuple(width // finest for width in widths),
         "num_blocks": tuple(probe.count(f"{network}.levels.{i}.blocks.{{}}.conv1.weight") for i in order),
         "attention_levels": tuple(level for level, found in enumerate(attention) if found),
         "middle_blocks": 2 + probe.count(f"{network}.middle.others.{{}}.conv1.weight"),
-        "middle_attention": probe.find(f"{network}.middle.attention.norm.weight") is not None,
+        "middle_attention": probe.find(f"{network}.middle.attention.proj.weight") is not None,
         "bias": probe.find(f"{network}.middle.block1.conv1.bias") is not None,
+        "still_blocks": probe.count(f"{network}.still.blocks.{{}}.conv1.weight"),
     }
 
 

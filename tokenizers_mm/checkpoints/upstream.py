@@ -255,7 +255,8 @@ def _joined(item: Link, tensors: Mapping[str, Tensor]) -> Tensor:
     for name, part in zip(item.theirs, parts, strict=True):
         known = part.dtype in FLOATS or not part.is_floating_point()
         require(known, f"{name}", "float32, bfloat16, float16 or float64", part)
-    tensor = torch.cat(parts) if len(parts) > 1 else parts[0].chunk(item.part[1])[item.part[0]]
+    tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    tensor = tensor if item.part == (0, 1) else tensor.chunk(item.part[1])[item.part[0]]
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return tensor.reshape(item.shape) if item.change is None else item.change(tensor)
 

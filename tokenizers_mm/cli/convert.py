@@ -1,6 +1,7 @@
 """`tokenizers-mm convert`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from tokenizers_mm._check import fail
@@ -38,4 +39,7 @@ def run(options: argparse.Namespace) -> None:
     if bad:
         fail("option", "key=value", bad[0])
     extra = dict(item.split("=", 1) for item in options.options)
-    print(convert(options.family, options.checkpoint, options.out, config, **extra))
+    out = convert(options.family, options.checkpoint, options.out, config, **extra)
+    print(out)
+    origin = read_json(out / "config.json")["provenance"]
+    print(" ".join(part for part in (f"licence: {origin['license']}.", origin["notice"]) if part), file=sys.stderr)

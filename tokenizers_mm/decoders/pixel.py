@@ -20,12 +20,14 @@ from tokenizers_mm.layers.conv import (
     NormFactory,
     Patch,
     Resampling,
+    StillBlocks,
     Upsample,
     blocks_per_level,
     check_widths,
     silu,
 )
 from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm, StatisticsNorm
+from tokenizers_mm.layers.still import StillDecoder
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class PixelDecoderConfig:
     """Sizes of the decoder, the mirror of `PixelEncoderConfig`; every level has `num_blocks + 1` residual blocks.
 
     num_blocks, middle, middle_blocks, middle_attention, bias: as there (the first convolution always has a bias).
+    still_blocks: residual blocks of temporal layers that z and the context go through first (see `layers.still`).
     level_norms: a norm before every level whose scale and shift are statistics of z (Open-MAGVIT2).
     context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
@@ -56,6 +59,7 @@ class PixelDecoderConfig:
     middle_attention: bool = True
     bias: bool = True
     level_norms: bool = False
+    still_blocks: StillBlocks = 0
     kind: Literal["cnn"] = "cnn"
 
     @property
@@ -70,6 +74,8 @@ class PixelDecoderConfig:
         first = self.channels * self.multipliers[-1]
         if self.resampling == "dc":
             require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)
+        shared = not self.still_blocks or self.context_channels in (None, self.in_channels)
+        require(shared, "context_channels", f"{self.in_channels} or none, with still_blocks", self.context_channels)
         require(self.factor >= 6 or not self.deblock, "deblock", "0 for patches of less than 6 pixels", self.deblock)
 
 
@@ -87,6 +93,7 @@ class PixelDecoder(nn.Module):
         norm = _norm_factory(config)
         widths = [config.channels * m for m in config.multipliers]
         width = widths[-1]
+        self.still = StillDecoder(config.in_channels, config.still_blocks) if config.still_blocks else None
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.middle = None
         if config.middle:
@@ -124,6 +131,8 @@ class PixelDecoder(nn.Module):
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         z = z.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
         context = None if context is None else context.contiguous()
+        if self.still is not None:
+            z, context = self.still(z), None if context is None else self.still(context)
         h = self.conv_in(z)
         if self.config.resampling == "dc":
             h = h + z.repeat_interleave(h.shape[1] // z.shape[1], dim=1)

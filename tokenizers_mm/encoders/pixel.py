@@ -18,11 +18,13 @@ from tokenizers_mm.layers.conv import (
     NumBlocks,
     Patch,
     Resampling,
+    StillBlocks,
     blocks_per_level,
     check_widths,
     silu,
 )
 from tokenizers_mm.layers.norm import GroupNorm
+from tokenizers_mm.layers.still import StillEncoder
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class PixelEncoderConfig:
         after the first one where `middle_attention` says so.
     resampling: "dc" adds DC-AE shortcuts at every change of size and at the output.
     bias: of the first convolution and of those in residual blocks. out_kernel: side of the last convolution.
+    still_blocks: residual blocks of temporal layers behind it (see `layers.still`); 0: no such layers.
     linear: a linear map of every factor x factor patch, which a training run can start from principal components:
         "none", "beside" the network (their sum), or "alone".
     """
@@ -54,6 +57,7 @@ class PixelEncoderConfig:
     middle_attention: bool = True
     bias: bool = True
     out_kernel: Literal[1, 3] = 3
+    still_blocks: StillBlocks = 0
     kind: Literal["cnn"] = "cnn"
 
     @property
@@ -114,6 +118,7 @@ class PixelEncoder(nn.Module):
             self.middle = Middle(width, norm, config.middle_attention, config.middle_blocks, config.bias)
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, config.out_channels, config.out_kernel, padding=config.out_kernel // 2)
+        self.still = StillEncoder(config.out_channels, config.still_blocks) if config.still_blocks else None
         if config.linear == "beside":
             for parameter in self.conv_out.parameters():
                 nn.init.zeros_(parameter)
@@ -131,4 +136,5 @@ class PixelEncoder(nn.Module):
             out = self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
         else:
             out = self.conv_out(h)
+        out = out if self.still is None else self.still(out)
         return out if self.linear is None else out + self.linear(x)

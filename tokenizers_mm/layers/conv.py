@@ -27,6 +27,7 @@ NumBlocks = _Blocks | Annotated[tuple[_Blocks, ...], Length(1, 10)]
 MoreBlocks = _MoreBlocks | Annotated[tuple[_MoreBlocks, ...], Length(1, 10)]
 Patch = Annotated[int, Range(1, 256)]
 MiddleBlocks = Annotated[int, Range(2, 64)]
+StillBlocks = Annotated[int, Range(0, 64)]
 """Limits of the fields that convolutional encoders and decoders share."""
 
 

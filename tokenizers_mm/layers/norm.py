@@ -46,3 +46,10 @@ class StatisticsNorm(nn.Module):
         deviation = (flat.var(-1, correction=min(1, flat.shape[-1] - 1)) + self.EPS).sqrt()
         scale, shift = self.scale(deviation), self.shift(flat.mean(-1))
         return self.norm(x) * scale[..., None, None] + shift[..., None, None]
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation with eps 1e-5; the context is not used."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
