@@ -181,11 +181,11 @@ def test_the_moving_average_of_lightning_files(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()["encoder.conv_in.weight"], theirs["encoder.conv_in.weight"] * factor)
     del state[f"{AVERAGE}encoderconv_inbias"]
     torch.save({"state_dict": state}, tmp_path / "broken.ckpt")
-    with pytest.raises(ValueError, match="1 missing: encoder.conv_in.bias"):
+    with pytest.raises(ValueError, match=r"1 missing: encoder\.conv_in\.bias"):
         convert("ibq", tmp_path / "broken.ckpt", tmp_path / "out")
     state |= {f"{AVERAGE}encoderconv_inbias": torch.zeros(32), f"{AVERAGE}strange": torch.zeros(1)}
     torch.save({"state_dict": state}, tmp_path / "broken.ckpt")
-    with pytest.raises(ValueError, match="1 unknown: model_ema.strange"):
+    with pytest.raises(ValueError, match=r"1 unknown: model_ema\.strange"):
         convert("ibq", tmp_path / "broken.ckpt", tmp_path / "out")
 
 

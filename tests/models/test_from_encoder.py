@@ -41,7 +41,7 @@ def test_per_dimension_codes_follow_the_features_more_closely() -> None:
     x = images()
     errors = []
     for bits in (2, 4):
-        tokenizer = tokenizer_from(**VIT, images=x, codes="per_dimension", bits=bits)
+        tokenizer = tokenizer_from(**VIT, images=x, codebook_size=None, bits=bits)
         features = tokenizer.tower_features(x)
         codes = tokenizer.encode(x)
         assert codes.ids.shape == (8, 24 * 64)

@@ -6,7 +6,7 @@ tokenizer.save("start")            # the configuration of a training run then na
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,53 +19,49 @@ from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConf
 from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.quantizers import PerDimensionConfig, VQConfig
 
-Codes = Literal["kmeans", "per_dimension"]
+MAX_VECTORS = 1 << 18
+"""Limit of the features that are clustered; they are spread evenly over the images."""
 
 
 def tokenizer_from(
     name: str,
     images: Tensor | Iterable[Tensor],
     *,
-    codes: Codes = "kmeans",
-    codebook_size: int = 16384,
+    codebook_size: int | None = 16384,
     bits: int = 3,
     pretrained: bool = False,
-    image_size: tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
-    features: Literal["norm", "last"] = "norm",
     decoder: PixelDecoderConfig | None = None,
     iterations: int = 25,
-    max_vectors: int = 1 << 18,
     seed: int = 0,
 ) -> SemanticTokenizer:
     """A tokenizer of a frozen timm encoder: exact codes of its features, and a pixel decoder with random weights.
 
-    name, options, features: as in `SemanticEncoderConfig`. pretrained: timm's published weights (its hub or cache).
-    images: one batch or several, [B, 3, H, W] in [-1, 1], all of `image_size` (by default that of the first).
-    codes: "kmeans", the centres of `codebook_size` clusters of the features; "per_dimension", `bits` for each channel
-        between the mean less and plus 3 standard deviations of all values, without any codebook.
-    decoder: its factor must be the pixels per token; by default its levels halve the widest, 256 channels.
-    iterations, seed: of k-means. max_vectors: at most so many features, spread evenly over the images, are clustered.
+    name, options: as in `SemanticEncoderConfig`. pretrained: take timm's published weights (its hub or cache).
+    images: one batch or several, [B, 3, H, W] in [-1, 1], all of the one size that the tokenizer will take.
+    codebook_size: the codes are the centres of so many clusters of the features. None: every channel is quantized by
+        itself into `bits` bits between the mean less and plus 3 standard deviations of all values.
+    decoder: its factor must be the pixels per token; by default see `default_decoder`.
+    iterations, seed: of k-means.
 
     Returns: the tokenizer, in evaluation mode; the tower does not learn.
     """
-    batches = [images] if isinstance(images, Tensor) else images
-    first, batches = _peek(batches)
-    size = image_size or (first.shape[-2], first.shape[-1])
-    tower = SemanticEncoder(_tower_config(name, size, dict(options or {}), features, pretrained)).eval()
+    first, batches = _peek([images] if isinstance(images, Tensor) else images)
+    size = (first.shape[-2], first.shape[-1])
+    tower = SemanticEncoder(_tower_config(name, size, dict(options or {}), pretrained)).eval()
     if pretrained:
         load_pretrained(tower)
-    vectors, cell = _collect(tower, batches, size, max_vectors)
-    if codes == "kmeans":
-        quantizer: Any = VQConfig(codebook_size, tower.dim)
-    else:
+    vectors, cell = _collect(tower, batches, size)
+    if codebook_size is None:
         mean, spread = float(vectors.mean()), 3 * float(vectors.std())
-        quantizer = PerDimensionConfig(tower.dim, bits, mean - spread, mean + spread)
+        quantizer: Any = PerDimensionConfig(tower.dim, bits, mean - spread, mean + spread)
+    else:
+        quantizer = VQConfig(codebook_size, tower.dim)
     pixels = decoder or default_decoder(cell, tower.dim)
     config = checked(SemanticConfig(tower.config, quantizer, cell, size, pixel_decoder=pixels, head=False))
     tokenizer = SemanticTokenizer.from_config(config)
     tokenizer.tower.load_state_dict(tower.state_dict())
-    if codes == "kmeans":
+    if codebook_size is not None:
         cluster_codes(tokenizer, vectors, iterations, seed)
     return tokenizer.eval()
 
@@ -88,15 +84,13 @@ def default_decoder(cell: int, in_channels: int) -> PixelDecoderConfig:
     )
 
 
-def _tower_config(
-    name: str, size: tuple[int, int], options: dict[str, Any], features: Literal["norm", "last"], pretrained: bool
-) -> SemanticEncoderConfig:
+def _tower_config(name: str, size: tuple[int, int], options: dict[str, Any], pretrained: bool) -> SemanticEncoderConfig:
     """The tower with its own normalisation, as timm states it, for images of this size."""
     import timm  # heavy: loaded when a tower is built, not with the package
 
     require(name in timm.list_models(), "name", "the name of a timm model (timm.list_models)", name)
     published = timm.get_pretrained_cfg(name)
-    config = SemanticEncoderConfig(name, options, pretrained, features=features)
+    config = SemanticEncoderConfig(name, options, pretrained)
     if published is not None:
         config = replace(config, mean=tuple(published.mean), std=tuple(published.std))
     if "img_size" in options or not _takes_size(name):
@@ -124,10 +118,8 @@ def _peek(batches: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
 
 
 @torch.no_grad()
-def _collect(
-    tower: SemanticEncoder, batches: Iterable[Tensor], size: tuple[int, int], limit: int
-) -> tuple[Tensor, int]:
-    """Features [N, C] of the images, N at most `limit`, and the pixels of a token per side."""
+def _collect(tower: SemanticEncoder, batches: Iterable[Tensor], size: tuple[int, int]) -> tuple[Tensor, int]:
+    """Features [N, C] of the images, N at most `MAX_VECTORS`, and the pixels of a token per side."""
     parts, cells = [], set()
     for batch in batches:
         require(tuple(batch.shape[-2:]) == size, "images", f"images of {size[0]} x {size[1]} pixels", batch)
@@ -139,6 +131,6 @@ def _collect(
     cell = min(cells)[0]
     square = len(cells) == 1 and cells == {(cell, cell)} and cell == int(cell)
     require(square, "name", "an encoder with square tokens of whole pixels", sorted(cells))
-    if len(vectors) > limit:
-        vectors = vectors[torch.linspace(0, len(vectors) - 1, limit).round().long()]
+    if len(vectors) > MAX_VECTORS:
+        vectors = vectors[torch.linspace(0, len(vectors) - 1, MAX_VECTORS).round().long()]
     return vectors, int(cell)
