@@ -1,6 +1,8 @@
 """Published checkpoints of the VQGAN family: ids, vectors and pixels of the original code, names, strictness."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenizers_mm as tmm
-from tests.cases import Case, case
+from tests.cases import ROOT, Case, case
+from tests.checkpoints import published_memory
 from tests.weights_by_rule import rule_tensor
 from tokenizers_mm.checkpoints import bsq_vit, emu3, ibq, infinity, llamagen, showo, var
 from tokenizers_mm.checkpoints.cnn import AVERAGE, joined_attention, links_of, magvit_rules, shapes_of
@@ -158,6 +161,16 @@ def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
     model = family.convert(tensors, name)
     counted = [count(model, row.image) for row in family.checkpoints if model.image_size in (None, row.image)]
     assert any(ids == row.streams for ids, row in zip(counted, family.checkpoints, strict=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_memory_of_a_conversion(name: str, tmp_path: Path) -> None:
+    """Less than 1.3 times the weights above the process without them."""
+    size = published_memory.write(case("published").folder / f"{name}_keys.json", tmp_path / "model.safetensors")
+    command = [sys.executable, "-m", "tests.checkpoints.published_memory", FULL_SIZES[name], str(tmp_path)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    assert found["after"] - found["before"] < 1.3 * size, (found, size)
 
 
 def count(model: VQGAN, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
