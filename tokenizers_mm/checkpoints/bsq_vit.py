@@ -51,7 +51,7 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
             tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
     schema = read_config(tensors, where, config)
     tokenizer = build(VQGAN, checked(schema))
-    group = shape_of(tensors, "quantize.group_basis", where)
+    group = shape_of(tensors, "quantize.group_basis", where, 1)
     unused = {"quantize.basis": (schema.quantizer.dim,), "quantize.group_basis": group}  # powers of two
     fill(tokenizer, take(links_of(shapes_of(tokenizer.state_dict())), tensors, where, unused), where)
     tokenizer.provenance = SOURCE

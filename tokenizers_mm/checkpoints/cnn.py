@@ -79,8 +79,10 @@ class _Probe:
         return self.shapes.get(self._name(ours))
 
     def get(self, ours: str) -> Shape:
-        """The shape of a tensor that every file of the family has."""
-        return self.find(ours) or fail(self.where, f"a tensor {self._name(ours)}", "none")
+        """The shape of a convolution's weight that every file of the family has."""
+        shape = self.find(ours) or fail(self.where, f"a tensor {self._name(ours)}", "none")
+        require(len(shape) == 4, f"{self.where}: {self._name(ours)}", "a convolution's weight", list(shape))
+        return shape
 
     def count(self, ours: str) -> int:
         """How many names of ours with `{}` for 0, 1, 2... the file has."""
@@ -101,20 +103,22 @@ def read_networks(
     first = _Probe(shapes, rules_of(0), where)
     levels = first.count("encoder.levels.{}.blocks.0.conv1.weight")
     probe = _Probe(shapes, rules_of(levels), where)
+    sizes = _sizes(probe, "encoder", range(levels), probe.get("encoder.conv_in.weight")[0], where)
     encoder = PixelEncoderConfig(
         out_channels=probe.get("encoder.conv_out.weight")[0],
-        **_sizes(probe, "encoder", range(levels), probe.get("encoder.conv_in.weight")[0], where),
+        **{**sizes, "num_blocks": _uniform(sizes["num_blocks"])},
         resampling=resampling,
         out_kernel=3 if probe.get("encoder.conv_out.weight")[-1] == 3 else 1,
     )
+    context = "decoder.norm_out.scale.weight"
     finest = probe.get(f"decoder.levels.{levels - 1}.blocks.0.conv2.weight")[0] if levels else 0
     sizes = _sizes(probe, "decoder", range(levels)[::-1], finest, where)
     decoder = PixelDecoderConfig(
         in_channels=probe.get("decoder.conv_in.weight")[1],
-        **{**sizes, "num_blocks": tuple(count - 1 for count in sizes["num_blocks"])},
+        **{**sizes, "num_blocks": _uniform([count - 1 for count in sizes["num_blocks"]])},
         resampling=resampling,
         level_norms=probe.find("decoder.level_norms.0.scale.weight") is not None,
-        context_channels=(probe.find("decoder.norm_out.scale.weight") or (None, None))[1],
+        context_channels=probe.get(context)[1] if probe.find(context) else None,
     )
     kernel = (probe.find("head.weight") or (0,))[-1]
     require(kernel in (0, 1, 3), f"{where}: {probe._name('head.weight')}", "a kernel of 1 or 3", kernel)
@@ -130,13 +134,18 @@ def _sizes(probe: _Probe, network: str, order: Sequence[int], finest: int, where
     return {
         "channels": finest,
         "multipliers": tuple(width // finest for width in widths),
-        "num_blocks": tuple(probe.count(f"{network}.levels.{i}.blocks.{{}}.conv1.weight") for i in order),
+        "num_blocks": [probe.count(f"{network}.levels.{i}.blocks.{{}}.conv1.weight") for i in order],
         "attention_levels": tuple(level for level, found in enumerate(attention) if found),
         "middle_blocks": 2 + probe.count(f"{network}.middle.others.{{}}.conv1.weight"),
         "middle_attention": probe.find(f"{network}.middle.attention.proj.weight") is not None,
         "bias": probe.find(f"{network}.middle.block1.conv1.bias") is not None,
         "still_blocks": probe.count(f"{network}.still.blocks.{{}}.conv1.weight"),
     }
+
+
+def _uniform(counts: Sequence[int]) -> int | tuple[int, ...]:
+    """One number where all are equal."""
+    return counts[0] if len(set(counts)) == 1 else tuple(counts)
 
 
 def read_vqgan(
@@ -212,18 +221,19 @@ def averaged(tensors: Mapping[str, Tensor], where: str, ema: bool) -> dict[str, 
     return found if ema else plain
 
 
-def shape_of(tensors: Mapping[str, Tensor], name: str, where: str) -> Shape:
-    """The shape of a tensor that every file of the family has."""
-    return tuple(tensors[name].shape) if name in tensors else fail(where, f"a tensor {name}", "none")
+def shape_of(tensors: Mapping[str, Tensor], name: str, where: str, axes: int = 2) -> Shape:
+    """The shape, of so many axes, of a tensor that every file of the family has."""
+    tensor = tensors[name] if name in tensors else fail(where, f"a tensor {name}", "none")
+    require(tensor.ndim == axes, f"{where}: {name}", f"a tensor of {axes} axes", tensor)
+    return tuple(tensor.shape)
 
 
 def cnn_facts(tokenizer: VQGAN, prefix: str = "ddconfig.") -> dict[str, Any]:
     """Sizes of both networks by the keys of a description of taming-transformers' form (see `check_description`)."""
     encoder = tokenizer.config.encoder
-    counts = set(encoder.num_blocks)
     return {
         f"{prefix}ch": encoder.channels,
         f"{prefix}ch_mult": encoder.multipliers,
         f"{prefix}z_channels": encoder.out_channels,
-        f"{prefix}num_res_blocks": counts.pop() if len(counts) == 1 else encoder.num_blocks,
+        f"{prefix}num_res_blocks": encoder.num_blocks,
     }

@@ -68,7 +68,7 @@ def links_of(shapes: Mapping[str, Shape]) -> list[Link]:
 
 def read_config(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]) -> SemanticConfig:
     """Our configuration, from shapes."""
-    width, _, patch, _ = shape_of(tensors, "visual.patch_embed.proj.weight", where)
+    width, _, patch, _ = shape_of(tensors, "visual.patch_embed.proj.weight", where, 4)
     count = shape_of(tensors, "visual.embeddings.position_embedding.weight", where)[0]
     side = math.isqrt(count)
     require(side * side == count, f"{where}: visual.embeddings", "a square grid of positions", f"{count}")

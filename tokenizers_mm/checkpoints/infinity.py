@@ -58,7 +58,7 @@ def convert(
     ("scale_schedule", entries (1, rows, columns) from coarse to fine) in their place.
     """
     infix = "encoder.conv_in.conv.weight" in tensors
-    dim = shape_of(tensors, f"encoder.conv_out{'.conv' if infix else ''}.weight", where)[0]
+    dim = shape_of(tensors, f"encoder.conv_out{'.conv' if infix else ''}.weight", where, 4)[0]
     with description_errors():
         schedule = (config or {}).get("scale_schedule")
         scales = grids_of(image_size) if schedule is None else [(rows, columns) for _, rows, columns in schedule]

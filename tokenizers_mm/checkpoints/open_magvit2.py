@@ -26,7 +26,7 @@ def convert(
 ) -> VQGAN:
     """Open-MAGVIT2's tokenizer. ema: take the moving average where the file has one."""
     tensors = averaged(tensors, where, ema)
-    bits = shape_of(tensors, BITS, where)[0]
+    bits = shape_of(tensors, BITS, where, 4)[0]
     tokenizer = read_vqgan(tensors, where, magvit_rules, LFQConfig(bits), resampling="shuffle")
     check_description(config, {"n_embed": 1 << bits, "embed_dim": bits, **cnn_facts(tokenizer)})
     tokenizer.provenance = OPEN_MAGVIT2
@@ -38,8 +38,8 @@ def convert_bitdance(tensors: Mapping[str, Tensor], where: str, config: Mapping[
 
     The decoder of a file trained with noise beside the codes takes more channels than there are bits: it is refused.
     """
-    bits = shape_of(tensors, BITS, where)[0]
-    taken = shape_of(tensors, "decoder.conv_in.weight", where)[1]
+    bits = shape_of(tensors, BITS, where, 4)[0]
+    taken = shape_of(tensors, "decoder.conv_in.weight", where, 4)[1]
     require(taken == bits, f"{where}: decoder.conv_in.weight", f"{bits} channels (no noise input)", f"{taken}")
     require(bits % GROUP == 0, f"{where}: {BITS}", f"a multiple of {GROUP} bits", bits)
     quantizer = LFQConfig(bits, bits // GROUP, pool=True)

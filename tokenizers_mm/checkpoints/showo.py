@@ -26,7 +26,7 @@ def rules_of(levels: int) -> list[Rule]:
 
 def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> VQGAN:
     """A tokenizer from tensors with the published names."""
-    bits = shape_of(tensors, "encoder.quant_conv.weight", where)[0]
+    bits = shape_of(tensors, "encoder.quant_conv.weight", where, 4)[0]
     table = {"quantize.embedding": (1 << bits, bits), "quantize.power_vals": (bits,)}  # follow from the bits
     tokenizer = read_vqgan(
         tensors,
