@@ -80,4 +80,4 @@ def normal_levels(count: int, low: float, high: float, deviations: float = 3.0) 
 
 def nearest_level(x: Float[Tensor, "*n"], values: Float[Tensor, "l"]) -> Int[Tensor, "*n"]:
     """Index of the nearest of ascending `values`, the lower one half-way between two; int64 [...]."""
-    return torch.bucketize(x.detach(), (values[1:] + values[:-1]) / 2)
+    return torch.bucketize(x.detach().contiguous(), (values[1:] + values[:-1]) / 2)
