@@ -167,7 +167,7 @@ def train(kind: Kind, images: Tensor, steps: int) -> tuple[AutoEncoder, Quantize
     parameters = [*model.parameters(), *([] if quantizer is None else quantizer.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    used = None if quantizer is None else torch.zeros(quantizer.codebook_size, dtype=torch.int64)
+    used = None if quantizer is None else torch.zeros(quantizer.codebook_size * quantizer.groups, dtype=torch.int64)
     start = time.process_time()
     for step, x in enumerate(batches(images, steps)):
         z = model.encode(x)
@@ -185,7 +185,12 @@ def train(kind: Kind, images: Tensor, steps: int) -> tuple[AutoEncoder, Quantize
         optimizer.step()
         schedule.step()
         if quantizer is not None and quantizer.revivable and used is not None and found.queries is not None:
-            used += count_ids(found.ids, quantizer.codebook_size)
+            ids = (
+                found.ids
+                if quantizer.groups == 1
+                else found.ids + torch.arange(quantizer.groups) * quantizer.codebook_size
+            )
+            used += count_ids(ids, len(used))
             if (step + 1) % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * steps:
                 unused, queries = (used == 0).nonzero()[:, 0], found.queries.flatten(0, -2)
                 chosen = torch.randint(0, len(queries), (len(unused),))
