@@ -1,6 +1,6 @@
 """All kinds of quantizers at equal bits: one encoder, decoder, data set and number of steps for each.
 
-    python -m benchmarks.quantizers [--steps 400] [--only vq lfq ...] [--record]
+    python -m benchmarks.quantizers [--steps 300] [--only vq lfq ...] [--record]
 
 Images are 64 x 64 crops of photographs, on a grid of 8 x 8 vectors of 10 bits (640 bits an image; the multi-scale
 kinds have 85 ids of 7.5 bits, 637 bits). Held-out crops are of other photographs. Columns:
@@ -185,11 +185,7 @@ def train(kind: Kind, images: Tensor, steps: int) -> tuple[AutoEncoder, Quantize
         optimizer.step()
         schedule.step()
         if quantizer is not None and quantizer.revivable and used is not None and found.queries is not None:
-            ids = (
-                found.ids
-                if quantizer.groups == 1
-                else found.ids + torch.arange(quantizer.groups) * quantizer.codebook_size
-            )
+            ids = found.ids.reshape(-1, quantizer.groups) + torch.arange(quantizer.groups) * quantizer.codebook_size
             used += count_ids(ids, len(used))
             if (step + 1) % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * steps:
                 unused, queries = (used == 0).nonzero()[:, 0], found.queries.flatten(0, -2)
@@ -225,14 +221,19 @@ def psnr(image: Tensor, x: Tensor) -> float:
     return float(-10 * error.log10().mean())
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    lines = [["kind", "bits", "PSNR", "usage", "perplexity", "search", "step"]]
-    for row in rows:
-        number = [f"{row['psnr']:.2f} dB"]
-        share = [f"{row[name]:.0%}" if name in row else "" for name in ("usage", "perplexity")]
-        bits, search = f"{row['bits']:.0f}" if "bits" in row else "", f"{row['search']:.2f}" if "search" in row else ""
-        lines.append([row["kind"], bits, *number, *share, search, f"{row['step']:.0f}"])
-    return harness.table(lines)
+HEAD = ["kind", "bits", "PSNR", "usage", "perplexity", "search", "step"]
+FORMS = {
+    "bits": "{:.0f}",
+    "psnr": "{:.2f} dB",
+    "usage": "{:.0%}",
+    "perplexity": "{:.0%}",
+    "search": "{:.2f}",
+    "step": "{:.0f}",
+}
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    return [row["kind"], *(form.format(row[name]) if name in row else "" for name, form in FORMS.items())]
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
@@ -263,9 +264,9 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", nargs="+", choices=sorted(kinds()), help="these kinds alone")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/quantizers.{json,png}")
+    parser.add_argument("--record", action="store_true", help="keep the rows in benchmarks/results/quantizers.*")
     options = parser.parse_args()
     torch.set_num_threads(1)
     images = training_crops(2048)
@@ -275,12 +276,22 @@ def main() -> None:
         model, quantizer, seconds = train(kinds()[name], images, options.steps)
         facts = measure(model, quantizer, held_out)
         rows.append({"kind": name, "steps": options.steps, **facts, "step": 1e3 * seconds})
-        print(report(rows[-1:]).splitlines()[-1], flush=True)
-    print("\n" + report(rows))
+        print("  ".join(cells(rows[-1])), flush=True)
+    print("\n" + harness.table([HEAD, *map(cells, rows)]))
     if options.record:
-        results = {"about": harness.machine(), "rows": rows}
-        (harness.RESULTS / "quantizers.json").write_text(json.dumps(results, indent=1) + "\n")
-        plot(rows, str(harness.RESULTS / "quantizers.png"))
+        keep(rows, options.steps)
+
+
+def keep(rows: list[dict[str, Any]], steps: int) -> None:
+    """Put the rows into benchmarks/results, with those of other kinds that had as many steps."""
+    path = harness.RESULTS / "quantizers.json"
+    known = json.loads(path.read_text())["rows"] if path.is_file() else []
+    by_kind = {row["kind"]: row for row in [*known, *rows] if row["steps"] == steps}
+    kept = [by_kind[name] for name in kinds() if name in by_kind]
+    path.write_text(json.dumps({"about": harness.machine(), "rows": kept}, indent=1) + "\n")
+    lines = [HEAD, ["---"] * len(HEAD), *map(cells, kept)]
+    (harness.RESULTS / "quantizers.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    plot(kept, str(harness.RESULTS / "quantizers.png"))
 
 
 if __name__ == "__main__":
