@@ -53,7 +53,7 @@ from tokenizers_mm.quantizers import (
 )
 from tokenizers_mm.types import Quantized
 
-SIDE, GRID, WIDTH, BATCH, DIM, CODES = 64, 8, 64, 16, 8, 1024
+SIDE, GRID, WIDTH, BATCH, DIM, CODES = 64, 8, 48, 16, 8, 1024
 SCALES = [(1, 1), (2, 2), (4, 4), (8, 8)]
 SCALE_CODES = 181
 REVIVE_EVERY, REVIVE_UNTIL = 50, 0.8
@@ -125,11 +125,11 @@ class AutoEncoder(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, 32, 4, 4), nn.SiLU(), nn.Conv2d(32, WIDTH, 2, 2), Residual(), Residual(),
+            nn.Conv2d(3, 32, 4, 4), nn.SiLU(), nn.Conv2d(32, WIDTH, 2, 2), Residual(),
             nn.GroupNorm(8, WIDTH), nn.SiLU(), nn.Conv2d(WIDTH, dim, 1),
         )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Conv2d(dim, WIDTH, 1), Residual(), Residual(), nn.ConvTranspose2d(WIDTH, 32, 2, 2), nn.SiLU(),
+            nn.Conv2d(dim, WIDTH, 1), Residual(), nn.ConvTranspose2d(WIDTH, 32, 2, 2), nn.SiLU(),
             nn.ConvTranspose2d(32, 3, 4, 4),
         )  # fmt: skip
 

@@ -52,7 +52,8 @@ def test_ifsq_is_its_line() -> None:
     expected = ((2 * torch.sigmoid(1.6 * z) - 1) * torch.tensor([4.0, 8.0])).round() / torch.tensor([4, 8])
     torch.testing.assert_close(level_values(round_to_levels(z, (9, 17), "sigmoid"), (9, 17)), expected)
     counts = {}
-    for bound in ("sigmoid", "tanh"):
+    bounds: tuple[Bound, ...] = ("sigmoid", "tanh")
+    for bound in bounds:
         whole = round_to_levels(torch.randn(20000, 1), (9,), bound)
         counts[bound] = whole.unique(return_counts=True)[1][1:-1].float()  # inside: the outermost bins are half as wide
     assert counts["sigmoid"].std() < counts["tanh"].std() / 2  # near uniform for normal features
