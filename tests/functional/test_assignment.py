@@ -53,8 +53,11 @@ def test_single_precision_gradients() -> None:
     found = []
     for dtype, form in ((torch.float32, assign), (torch.float64, naive)):
         inputs = [t.to(dtype).requires_grad_() for t in (z, keys)]
-        options = {"scale": 1.0, "entropy_scale": 10.0}
-        outputs = form(*inputs, inputs[1], **options) if form is naive else form(*inputs, **options)
+        z_of, keys_of = inputs
+        if form is naive:
+            outputs = naive(z_of, keys_of, keys_of, 1.0, 10.0)
+        else:
+            outputs = assign(z_of, keys_of, entropy_scale=10.0)
         found.append(torch.autograd.grad(objective(outputs, weight.to(dtype)), inputs))
     for ours, exact in zip(*found, strict=True):
         assert (ours - exact).norm() / exact.norm() < 1e-5

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tokenizers_mm.kernels._register import define
 
 TILE = 1 << 22
 """Logits of one tile: 16 MB in float32. Backward passes hold four such tiles."""
@@ -112,6 +115,7 @@ class _Assign(torch.autograd.Function):
         return rows, rows.clone(), entropies.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         *inputs, mean, ids = ctx.saved_tensors
         found = torch.ops.tokenizers_mm.assign_backward(*inputs, mean, ids, list(gradients), list(ctx.scales))
@@ -133,10 +137,13 @@ def _search(logits: Tensor, z: Tensor, keys: Tensor, bias: Tensor | None, longes
     slack = _rounding(z, keys.shape[1]) * z.norm(dim=1) * longest
     if bias is not None:
         slack = slack + 2 * torch.finfo(z.dtype).eps * (best.abs() + bias.abs().max())
-    near = logits >= (best - 2 * slack)[:, None]
-    open_rows = (near.sum(1) != 1).nonzero()[:, 0]
+    least = best - 2 * slack
+    second = logits.scatter_(1, ids[:, None], -torch.inf).amax(1)
+    logits.scatter_(1, ids[:, None], best[:, None])
+    open_rows = (~(second < least)).nonzero()[:, 0]
     for row in open_rows.split(max(1, TILE // keys.numel())):
-        ids[row] = _decide(near[row] | ~torch.isfinite(slack[row])[:, None], z[row], keys, bias)
+        near = (logits[row] >= least[row, None]) | ~torch.isfinite(slack[row])[:, None]
+        ids[row] = _decide(near, z[row], keys, bias)
     return ids
 
 
@@ -162,7 +169,6 @@ def _decide(near: Tensor, z: Tensor, keys: Tensor, bias: Tensor | None) -> Tenso
     return torch.where(ids < len(keys), ids, 0)
 
 
-@torch.library.custom_op("tokenizers_mm::largest_logit", mutates_args=())
 def _largest_logit(z: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     longest = keys.norm(dim=1).max()
     ids = torch.empty(len(z), dtype=torch.int64, device=z.device)
@@ -171,13 +177,11 @@ def _largest_logit(z: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     return ids
 
 
-@_largest_logit.register_fake
-def _(z: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_largest_logit(z, keys, bias):
     return z.new_empty(z.shape[:1], dtype=torch.int64)
 
 
-@_largest_logit.register_vmap
-def _(info, in_dims, z, keys, bias):
+def _batched_largest_logit(info, in_dims, z, keys, bias):
     def at(tensor, dim, index):
         return tensor if dim is None else tensor.select(dim, index)
 
@@ -188,7 +192,6 @@ def _(info, in_dims, z, keys, bias):
     return torch.stack(results), 0
 
 
-@torch.library.custom_op("tokenizers_mm::assign", mutates_args=())
 def _assign(
     z: Tensor, keys: Tensor, bias: Tensor | None, search: bool, scale: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,21 +203,18 @@ def _assign(
         if search:
             ids[part] = _search(logits, z[part], keys, bias, longest)
         if scale:
-            p = logits.sub_(logits.max(1, keepdim=True).values).mul_(scale).exp()
-            total = p.sum(1)
-            sample += (total.log() - _row_dots(p, logits) / total).sum()
-            mean += (1 / total) @ p
+            p = _probabilities(logits, scale)
+            mean += p.sum(0)
+            sample -= logits.mul_(p).sum()
     mean /= max(1, len(z))
     batch = -(mean * (mean + eps).log()).sum()
     return torch.stack([sample / max(1, len(z)), batch]), mean, ids
 
 
-@_assign.register_fake
-def _(z, keys, bias, search, scale, eps):
+def _fake_assign(z, keys, bias, search, scale, eps):
     return z.new_empty(2), z.new_empty(len(keys) if scale else 0), z.new_empty(z.shape[:1], dtype=torch.int64)
 
 
-@torch.library.custom_op("tokenizers_mm::assign_backward", mutates_args=())
 def _assign_backward(
     z: Tensor,
     keys: Tensor,
@@ -240,16 +240,11 @@ def _assign_backward(
         if scale:
             to_logits = to_propagated[part] @ (keys if values is None else values).T
             p = (logits * scale if scale != 1 else logits).softmax(1)
-            to_logits.sub_(_row_dots(p, to_logits)[:, None]).mul_(p).mul_(scale)
+            _softmax_backward(p, to_logits).mul_(scale)
             del p
         if entropy_scale:
-            # The largest logit goes first: the difference is exact, and small where P is not.
-            p = logits.sub_(logits.max(1, keepdim=True).values).mul_(entropy_scale).exp()
-            total = p.sum(1, keepdim=True)
-            p.div_(total)
-            logits.sub_(total.log())
-            logits.mul_(to_entropies[0]).add_(slope * to_entropies[1])
-            logits.sub_(_row_dots(p, logits)[:, None]).mul_(p)
+            p = _probabilities(logits, entropy_scale)
+            _softmax_backward(p, logits.mul_(to_entropies[0]).add_(slope * to_entropies[1]))
             del p
             to_logits = logits.mul_(-entropy_scale / count).add_(to_logits)
         to_z[part] = to_logits @ keys
@@ -259,8 +254,7 @@ def _assign_backward(
     return to_z, to_keys, to_values, to_bias
 
 
-@_assign_backward.register_fake
-def _(z, keys, values, bias, *rest):
+def _fake_assign_backward(z, keys, values, bias, *rest):
     empty = z.new_empty(0)
     return (
         torch.empty_like(z),
@@ -270,6 +264,32 @@ def _(z, keys, values, bias, *rest):
     )
 
 
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Sums of a * b over the last axis of [n, K], without a third tile."""
-    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+def _probabilities(logits: Tensor, scale: float) -> Tensor:
+    """softmax(scale * logits); its logarithm takes the place of the logits.
+
+    The largest logit is taken off before the scale: the difference is exact, and small where the probability is not.
+    """
+    p = logits.sub_(logits.amax(1, keepdim=True)).mul_(scale).softmax(1)
+    logits.add_(p.amax(1, keepdim=True).log())
+    return p
+
+
+def _softmax_backward(p: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of logits from that of p = softmax(logits), in its place."""
+    total = gradient.mul_(p).sum(1, keepdim=True)
+    return gradient.addcmul_(p, total, value=-1)
+
+
+define("largest_logit(Tensor z, Tensor keys, Tensor? bias) -> Tensor", _largest_logit, _fake_largest_logit)
+define(
+    "assign(Tensor z, Tensor keys, Tensor? bias, bool search, float scale, float eps) -> (Tensor, Tensor, Tensor)",
+    _assign,
+    _fake_assign,
+)
+define(
+    "assign_backward(Tensor z, Tensor keys, Tensor? values, Tensor? bias, Tensor mean, Tensor ids, "
+    "Tensor[] gradients, float[] scales) -> (Tensor, Tensor, Tensor, Tensor)",
+    _assign_backward,
+    _fake_assign_backward,
+)
+torch.library.register_vmap("tokenizers_mm::largest_logit", _batched_largest_logit)

@@ -29,17 +29,18 @@ def signs(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
 
 def bits_to_ids(bits: Bool[Tensor, "*n b"], order: BitOrder) -> Int[Tensor, "*n"]:
     """One id, int64, per vector of at most `MAX_BITS` bits."""
-    return (bits.long() << _places(bits.shape[-1], order, bits.device)).sum(-1)
+    return (bits.long() * _weights(bits.shape[-1], order, bits.device)).sum(-1)
 
 
 def ids_to_bits(ids: Int[Tensor, "*n"], num_bits: int, order: BitOrder) -> Bool[Tensor, "*n b"]:
     """The inverse of `bits_to_ids`."""
-    return (ids[..., None] >> _places(num_bits, order, ids.device)) & 1 == 1
+    return ids[..., None] // _weights(num_bits, order, ids.device) % 2 == 1
 
 
-def _places(num_bits: int, order: BitOrder, device: torch.device) -> Tensor:
-    places = torch.arange(num_bits, device=device)
-    return places if order == "lsb_first" else places.flip(0)
+def _weights(num_bits: int, order: BitOrder, device: torch.device) -> Tensor:
+    """What each bit counts."""
+    weights = [1 << place for place in range(num_bits)]
+    return torch.tensor(weights if order == "lsb_first" else weights[::-1], device=device)
 
 
 def bit_entropy(log_odds: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

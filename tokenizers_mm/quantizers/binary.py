@@ -180,8 +180,8 @@ class LFQ(BinaryQuantizer):
 class BSQ(BinaryQuantizer):
     """Binary spherical quantization: z [..., dim] -> the nearest corner of the cube inscribed in the unit sphere.
 
-    `commitment` is the mean over vectors of the
-    squared distance (a sum over channels, unlike that of other kinds). Both terms move the features alone.
+    `commitment` is the mean over vectors of the squared distance (a sum over channels, unlike that of other kinds).
+    Both terms move the features alone; nothing in it learns.
     """
 
     Config = BSQConfig

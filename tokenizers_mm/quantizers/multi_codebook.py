@@ -69,10 +69,13 @@ class MultiCodebook(Quantizer):
 
     @property
     def revivable(self) -> bool:
-        return False
+        return self.parts[0].revivable  # type: ignore[return-value]
 
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
-        raise ValueError("parts: expected one quantizer to revive codes of (quantizer.parts[i]), got all of them")
+        size = self.codebook_size * self.groups // len(self.parts)
+        for index, (part, piece) in enumerate(zip(self.parts, vectors.chunk(len(self.parts), dim=-1), strict=True)):
+            chosen = ids // size == index
+            part.set_codes(ids[chosen] % size, piece[chosen])  # type: ignore[operator]
 
     def _split(self, ids: Tensor) -> Tensor:
         """Ids of a part with an axis of groups."""

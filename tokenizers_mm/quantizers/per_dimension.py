@@ -53,7 +53,8 @@ class PerDimension(Quantizer):
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
         require(z.shape[-1] == self.dim, self.query_names[0], f"float [..., {self.dim}]", z)
-        values = self.values.to(z.dtype)  # type: ignore[operator]
+        assert isinstance(self.values, Tensor)
+        values = self.values.to(z.dtype)
         ids = kernels.finite_ids(z[..., None], nearest_level(z, values), self.query_names[0])
         ids = ids if self.groups > 1 else ids[..., 0]
         return Quantized(
