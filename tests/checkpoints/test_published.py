@@ -134,6 +134,7 @@ def test_ids_vectors_and_pixels_of_the_original(converted: Converted) -> None:
         assert (model.vectors(codes) - vectors).abs().max() <= 1e-5 * vectors.abs().max()
     limit = float(expected.abs().max())  # some cases hold clamped images
     for image in (model.decode_ids(ids, *x.shape[-2:]), model.reconstruct(x).image):
+        assert image is not None
         assert (image.clamp(-limit, limit) - expected).abs().max() <= 1e-5 * limit
 
 
@@ -159,6 +160,7 @@ def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
         tensors |= {key: t.long() for key, t in tensors.items() if key.endswith("num_batches_tracked")}
     family = FAMILIES[FULL_SIZES[name]]
     model = family.convert(tensors, name)
+    assert isinstance(model, VQGAN)
     counted = [count(model, row.image) for row in family.checkpoints if model.image_size in (None, row.image)]
     assert any(ids == row.streams for ids, row in zip(counted, family.checkpoints, strict=True))
 

@@ -15,10 +15,15 @@ from tokenizers_mm.checkpoints.convert import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = {"base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1, "latent_channels": 24}
+SMALL: dict[str, Any] = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 2],
+    "num_res_blocks": 1,
+    "latent_channels": 24,
+}
 
 
-def filled(model: nn.Module, seed: int) -> nn.Module:
+def filled(model: Any, seed: int) -> Any:
     """A model with weights by the rule of their names."""
     state = model.state_dict()
     floats = {name: list(t.shape) for name, t in state.items() if t.is_floating_point()}
@@ -130,7 +135,14 @@ def test_glm_image(tmp_path: Path) -> None:
     from transformers.models.glm_image.configuration_glm_image import GlmImageVisionConfig, GlmImageVQVAEConfig
     from transformers.models.glm_image.modeling_glm_image import GlmImageVisionModel, GlmImageVQVAE
 
-    sizes = {"depth": 2, "hidden_size": 32, "num_heads": 2, "image_size": 16, "patch_size": 4, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "intermediate_size": 64,
+    }
     tower = filled(GlmImageVisionModel(GlmImageVisionConfig(**sizes)), 4)
     vqmodel = filled(GlmImageVQVAE(GlmImageVQVAEConfig(embed_dim=16, num_embeddings=64, latent_channels=32)), 4)
     whole = {f"model.visual.{name}": t for name, t in tower.state_dict().items()}
@@ -163,7 +175,12 @@ def test_emu3(tmp_path: Path) -> None:
     from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
     from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 
-    sizes = {"base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [2]}
+    sizes: dict[str, Any] = {
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [2],
+    }
     original = filled(Emu3VQVAE(Emu3VQVAEConfig(**sizes, hidden_size=64, codebook_size=64)), 5)
     x = images(2, 16, 24)
     ids = torch.stack(original.encode(x, torch.tensor([[16, 24]] * 2)).image_tokens)

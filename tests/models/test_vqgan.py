@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tokenizers_mm as tmm
+from tests.quantizers.kinds import CONFIGS
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.models import VQGAN, VQGANConfig
 from tokenizers_mm.types import Disturbance
@@ -113,10 +114,32 @@ def test_every_weight_learns_but_the_teachers(variant: str) -> None:
     assert tokenizer.last_layer.grad is not None
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_takes_every_quantizer(kind: str) -> None:
+    """One word of the configuration: ids, vectors and image agree, and all terms of the kind come out."""
+    quantizer = to_mapping(CONFIGS[kind])
+    tokenizer = tiny(quantizer=quantizer)
+    assert tokenizer.config.quantizer == CONFIGS[kind]
+    x = torch.rand(2, 3, 8, 12) * 2 - 1
+    codes, output = tokenizer.encode(x), tokenizer(x)
+    streams = tokenizer.streams(8, 12)
+    assert codes.ids.shape == (2, 24 * tokenizer.quantizer.groups)
+    assert {stream.num_ids for stream in streams} == {24}
+    if kind != "ibq, unit":  # whose evaluation returns rows of norm 1, and whose table has others
+        assert torch.allclose(output.vectors, tokenizer.vectors(codes), atol=1e-6)
+    assert output.image is not None
+    assert torch.allclose(tokenizer.decode_pixels(output.vectors), output.image, atol=1e-5)
+    output = tokenizer.train()(x)
+    assert output.quantized["pixel"].terms.keys() == tokenizer.quantizer.loss_terms
+    output.image.square().mean().backward()
+    assert tokenizer.encoder.conv_in.weight.grad is not None
+
+
 def test_disturbances() -> None:
     x = torch.rand(1, 3, 8, 8) * 2 - 1
     single, scales = tiny(), tiny(**VARIANTS["scales"])
     zero = single.reconstruct(x, Disturbance(perturb=torch.zeros_like))
+    assert zero.image is not None
     assert torch.allclose(zero.image, single.decode_pixels(torch.zeros_like(zero.vectors)), atol=1e-6)
     with pytest.raises(ValueError, match=r"disturbance\.keep"):
         single.reconstruct(x, Disturbance(keep=(0,)))

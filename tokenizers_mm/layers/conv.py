@@ -5,7 +5,7 @@ Every block takes (x, context); the context reaches the norms that want it (see 
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,10 @@ convolution padded on all sides, and depth-to-space (MAGVIT-v2, arXiv 2310.05737
 
 Multipliers = Annotated[tuple[Annotated[int, Range(1, 256)], ...], Length(1, 10)]
 AttentionLevels = Annotated[tuple[Annotated[int, Range(0, 9)], ...], Length(0, 10)]
-_Blocks, _MoreBlocks = Annotated[int, Range(1, 64)], Annotated[int, Range(0, 63)]
-NumBlocks = _Blocks | Annotated[tuple[_Blocks, ...], Length(1, 10)]
-MoreBlocks = _MoreBlocks | Annotated[tuple[_MoreBlocks, ...], Length(1, 10)]
+_Blocks = Annotated[int, Range(1, 64)]
+_MoreBlocks = Annotated[int, Range(0, 63)]
+NumBlocks: TypeAlias = _Blocks | Annotated[tuple[_Blocks, ...], Length(1, 10)]
+MoreBlocks: TypeAlias = _MoreBlocks | Annotated[tuple[_MoreBlocks, ...], Length(1, 10)]
 Patch = Annotated[int, Range(1, 256)]
 MiddleBlocks = Annotated[int, Range(2, 64)]
 StillBlocks = Annotated[int, Range(0, 64)]

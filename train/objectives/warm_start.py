@@ -50,7 +50,9 @@ def warm_start(tokenizer: TokenFlow | SemanticTokenizer, data: DataConfig, seed:
     centres of k-means over the residuals of every scale; the decoder's linear path the regression of patches on the 3x3
     neighbourhoods of quantized vectors.
     """
-    mixture = Mixture(data, tokenizer.config.image_size or data.image_size, seed)
+    size = tokenizer.image_size or data.image_size
+    assert size is not None  # checked when the run begins
+    mixture = Mixture(data, size, seed)
     images = torch.stack([mixture[FIRST + index]["image"] for index in range(config.images)])
     if isinstance(tokenizer, SemanticTokenizer):
         features = [tokenizer.tower_features(part.to(tokenizer.device)).flatten(0, 2) for part in images.split(64)]
