@@ -22,8 +22,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "tokenizers",
         nargs="*",
         metavar="TOKENIZER",
-        help="directory (ours, diffusers' or transformers' VQ), hub id, or a codec: jpeg@match (at the bits of the first "
-        f"tokenizer), @curve, @q75, @2000b, @0.25bpp; also webp, avif, jxl (default: {SHIPPED})",
+        help="directory (ours, diffusers' or transformers' VQ), hub id, or a codec: jpeg@match (at the bits of the "
+        f"first tokenizer), @curve, @q75, @2000b, @0.25bpp; also webp, avif, jxl (default: {SHIPPED})",
     )
     command.add_argument("--tokenizer", help="the same, for one tokenizer")
     command.add_argument("--join", type=Path, nargs="+", metavar="REPORT", help="put reports in one table; no images")
@@ -39,7 +39,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run_options(command: argparse.ArgumentParser) -> None:
     """Add what a run over images needs, of `eval` and of `compare`."""
-    command.add_argument("--images", help="folder of images or of tar files, or `photographs` (crops that packages carry)")
+    command.add_argument(
+        "--images", help="folder of images or of tar files, or `photographs` (crops that packages carry)"
+    )
     command.add_argument("--limit", type=int, help="take the first N images only")
     command.add_argument("--protocol", default="default", help="how images are prepared (default: %(default)s)")
     command.add_argument("--size", type=int, help="side of the images, in place of the protocol's own")
@@ -62,7 +64,9 @@ def run(options: argparse.Namespace) -> None:
     if single:
         file_place(options.out)
     elif options.out.exists():
-        require(options.out.is_dir(), f"output {options.out}", "a folder, a new name or a .json file", kind_of(options.out))
+        require(
+            options.out.is_dir(), f"output {options.out}", "a folder, a new name or a .json file", kind_of(options.out)
+        )
     if options.join:
         report, page = _joined(options), None
     else:

@@ -1,4 +1,4 @@
-"""What can be evaluated, behind one interface: our tokenizers, image codecs, diffusers' autoencoders, transformers' VQ models.
+"""Candidates of an evaluation behind one interface: our tokenizers, codecs, models of diffusers and transformers.
 
 Each adapter says what sizes it takes, makes codes of images and images of codes, and counts bits.
 """
@@ -37,10 +37,12 @@ class Candidate(ABC):
     """Something that turns images into codes and back; images are float [B, 3, H, W] in [-1, 1] on the CPU.
 
     name: in tables. kind: of adapter. identity: what tells it from others of the same name, for the report.
+    on_curve: a point of a codec's curve, which is plotted and not compared.
     image_size: the one (height, width) it takes, None for any multiple of size_multiple.
     """
 
     kind: str
+    on_curve: bool = False
     image_size: tuple[int, int] | None = None
     size_multiple: int = 1
     has_features: bool = False
@@ -229,9 +231,9 @@ class CodecCandidate(Candidate):
 
     kind = "codec"
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, on_curve: bool = False) -> None:
         super().__init__(codec.name, codec.version)
-        self.codec = codec
+        self.codec, self.on_curve = codec, on_curve
 
     @property
     def matches(self) -> bool:
@@ -276,8 +278,9 @@ def open_candidates(
     for name in names:
         codec, _, option = name.partition("@")
         if codec in CODECS and not Path(name).exists():
-            options = [f"q{quality}" for quality in CURVES[codec]] if option == "curve" else [option or "match"]
-            found += [CodecCandidate(Codec.parse(codec, option)) for option in options]
+            curve = option == "curve"
+            options = [f"q{quality}" for quality in CURVES[codec]] if curve else [option or "match"]
+            found += [CodecCandidate(Codec.parse(codec, option), curve) for option in options]
         else:
             found.append(_open_model(name, load, device))
     labels = [candidate.name for candidate in found]

@@ -1,4 +1,4 @@
-"""Codebook health of a set of codes: usage, perplexity, dead codes, entropies and ideal code length, from exact counts."""
+"""Codebook health of a set of codes: usage, perplexity, dead codes, entropies, ideal code length; exact counts."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -11,7 +11,6 @@ from io import BytesIO
 from typing import Any
 
 import PIL
-import torch
 from PIL import Image, features
 from torch import Tensor
 
@@ -37,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"jpeg": {}, "webp": {"method": 6}, "avif":
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec and one way to choose its quality: `quality`, `bits` of an image, `per_pixel`, or to match a tokenizer."""
+    """A codec and one way to choose its quality: `quality`, `bits` of an image, `per_pixel`; none matches a tokenizer."""
 
     format: str
     quality: int | None = None
@@ -160,6 +159,6 @@ def _chunks(data: bytes, position: int, little: bool) -> list[tuple[bytes, int]]
             name, whole = head[4:], int.from_bytes(head[:4], "big")
             whole = whole or len(data) - position  # zero: to the end of the file
             size = whole - 8
-            position += whole
+            position += max(8, whole)
         found.append((name, size))
     return found

@@ -68,21 +68,15 @@ def _dists(weights: str, vgg: str, device: str) -> DISTS:
 
 def moments_state(moments: Moments, name: str) -> dict[str, Tensor]:
     """The sums as tensors; empty where nothing was added."""
-    if moments.shift is None or moments.total is None or moments.squares is None:
-        return {}
-    return {
-        f"{name}.count": torch.tensor(moments.count),
-        f"{name}.shift": moments.shift,
-        f"{name}.total": moments.total,
-        f"{name}.squares": moments.squares,
-    }
+    named = {f"{name}.{index}": tensor for index, tensor in enumerate(moments.sums or ())}
+    return {f"{name}.count": torch.tensor(moments.count), **named} if named else {}
 
 
 def moments_from(state: Mapping[str, Tensor], name: str) -> Moments:
     """The inverse of `moments_state`."""
     if f"{name}.count" not in state:
         return Moments()
-    return Moments(int(state[f"{name}.count"]), *(state[f"{name}.{key}"] for key in ("shift", "total", "squares")))
+    return Moments(int(state[f"{name}.count"]), tuple(state[f"{name}.{index}"] for index in range(3)))  # type: ignore[arg-type]
 
 
 class _SetDistance(Metric):

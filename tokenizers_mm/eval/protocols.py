@@ -26,9 +26,9 @@ class Protocol:
     reference: the images it is meant for, in words; the digest of those that were used stands in the report.
     fit: "adm" (halve by box, scale by bicubic, cut the middle: the crop of ADM), or "crop", "pad", "resize" and
         "refuse" as in `tokenizer.encode`.
-    size: side of the square that all tokenizers get; 0 stands for the size of the first tokenizer that takes only one,
-        else for each image's own, brought to the multiple that all tokenizers take.
-    other_size: what is done for a tokenizer that takes only another size: "refuse", or "bicubic" scaling there and back.
+    size: side of the square that all tokenizers get; 0 stands for the size of the first that takes only one, else for
+         each image's own, brought to the multiple that all tokenizers take.
+    other_size: for a tokenizer that takes only another size: "refuse", or "bicubic" scaling to it and back.
     rounding: of reconstructions: "nearest" (8 bits, as a file has them) or "none".
     truth_of_sets: originals of distances between sets: "exact", or "truncated", one lower where a cast to integers cut
         the value that floating point had left just below.

@@ -107,6 +107,7 @@ def _row(measured: Measured, run: Run) -> dict[str, Any]:
         "name": candidate.name,
         "kind": candidate.kind,
         "identity": candidate.identity,
+        "on_curve": candidate.on_curve,
         "image_size": list(candidate.image_size) if candidate.image_size else None,
         "metrics": metrics,
         "missing": missing,
@@ -148,10 +149,11 @@ def _values(measured: Measured) -> dict[str, list[float | None]]:
 
 
 def _pairs(run: Run) -> list[dict[str, Any]]:
-    """Paired differences of every two candidates, by metric."""
+    """Paired differences of every two candidates, by metric; points of a codec's curve are left out."""
     found = []
-    for index, first in enumerate(run.measured):
-        for second in run.measured[index + 1 :]:
+    compared = [measured for measured in run.measured if not measured.candidate.on_curve]
+    for index, first in enumerate(compared):
+        for second in compared[index + 1 :]:
             for name, metric in first.metrics.items():
                 other = second.metrics.get(name)
                 if not isinstance(metric, PerImage) or not isinstance(other, PerImage) or not metric.better:
@@ -174,7 +176,9 @@ def join_reports(reports: Sequence[Mapping[str, Any]], any_protocol: bool = Fals
         mine, theirs = first["protocol"], report["protocol"]
         if mine["hash"] != theirs["hash"] and not any_protocol:
             a, b = (Protocol(**{k: v for k, v in p.items() if k != "hash"}) for p in (mine, theirs))
-            fail("reports", "one protocol (or --any-protocol)", f"{a.name} and {b.name}: {'; '.join(differences(a, b))}")
+            fail(
+                "reports", "one protocol (or --any-protocol)", f"{a.name} and {b.name}: {'; '.join(differences(a, b))}"
+            )
         if first["images"]["digest"] != report["images"]["digest"] and not any_protocol:
             fail("reports", "the same images (or --any-protocol)", f"{first['images']} and {report['images']}")
     rows, values = [], {}
@@ -191,10 +195,13 @@ def join_reports(reports: Sequence[Mapping[str, Any]], any_protocol: bool = Fals
 
 
 def table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of text: a head, then one row per tokenizer; only metrics that at least one of them has."""
-    names = [name for name in columns(report) if any(name in row["metrics"] for row in report["tokenizers"])]
+    """Rows of text: a head, then one row per tokenizer."""
+    names = columns(report)
     head = ["tokenizer", *(heading(name) for name in names)]
-    return [head, *([row["name"], *(shown(row["metrics"].get(name)) for name in names)] for row in report["tokenizers"])]
+    return [
+        head,
+        *([row["name"], *(shown(row["metrics"].get(name)) for name in names)] for row in report["tokenizers"]),
+    ]
 
 
 def columns(report: Mapping[str, Any]) -> list[str]:
@@ -210,6 +217,12 @@ def heading(name: str) -> str:
         return "bits, entropy-coded"
     metric = METRICS[name]
     return f"{metric.label}, {metric.unit}" if metric.unit and metric.unit not in metric.label else metric.label
+
+
+def told(name: str, value: float | None) -> str:
+    """A value with the name and the unit of its metric."""
+    metric = METRICS[name]
+    return f"{metric.label} {shown({'mean': value})}" + (f" {metric.unit}" if metric.unit == "dB" else "")
 
 
 def shown(entry: Mapping[str, Any] | None) -> str:

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,11 @@ VERSION = 1
 
 @dataclass
 class Measured:
-    """A candidate, its metrics, and what was left out and why. seconds: encoding and decoding, without the first batch."""
+    """A candidate, its metrics, and what was left out and why.
+
+    seconds: of encoding and decoding, without the first batch. timed: images of these. over: images whose bits exceed
+    those that a codec was to match.
+    """
 
     candidate: Candidate
     metrics: dict[str, Metric]
@@ -49,7 +53,6 @@ class Measured:
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     timed: int = 0
     over: int = 0
-    """Images whose bits exceed those a codec was to match."""
 
 
 @dataclass
@@ -98,16 +101,16 @@ def common_size(candidates: Sequence[Candidate], protocol: Protocol) -> tuple[tu
     fixed = [candidate for candidate in candidates if candidate.image_size is not None]
     flexible = [candidate for candidate in candidates if candidate.image_size is None]
     multiple = math.lcm(*(candidate.size_multiple for candidate in flexible))
-    if protocol.size:
-        size = (protocol.size, protocol.size)
-    else:
-        size = fixed[0].image_size if fixed else None
+    own = fixed[0].image_size if fixed else None
+    size = (protocol.size, protocol.size) if protocol.size else own
     if size is None:
         return None, multiple
     for candidate in fixed:
         same = candidate.image_size == size or protocol.other_size == "bicubic"
         what = "{} x {}".format(*(candidate.image_size or ()))
-        require(same, f"protocol {protocol.name}", f"{what} pixels, which {candidate.name} takes", f"{size[0]} x {size[1]}")
+        require(
+            same, f"protocol {protocol.name}", f"{what} pixels, which {candidate.name} takes", f"{size[0]} x {size[1]}"
+        )
     fits = size[0] % multiple == 0 and size[1] % multiple == 0
     require(fits, f"protocol {protocol.name}", f"a size that is a multiple of {multiple}", f"{size[0]} x {size[1]}")
     return size, multiple
@@ -146,7 +149,10 @@ def begin(
 
 
 def carry_out(
-    run: Run, out: Path | None = None, progress: Callable[[int, int], None] | None = None, save_every: float = SAVE_EVERY
+    run: Run,
+    out: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    save_every: float = SAVE_EVERY,
 ) -> Run:
     """Go through the images. out: folder for the state of an unfinished run, which is continued if it is of this run.
 
@@ -179,22 +185,39 @@ def carry_out(
 def _measure(run: Run, indices: list[int], x: Tensor) -> None:
     """One batch through all candidates and their metrics."""
     shared: dict[str, Any] = {}
-    target: Sequence[float] | None = None
-    for measured in run.measured:
-        made, encoded, seconds = reconstruct(run, measured.candidate, x, target)
-        if target is None and not isinstance(measured.candidate, CodecCandidate):
-            target = encoded.bits
-        if isinstance(measured.candidate, CodecCandidate) and measured.candidate.matches and target is not None:
-            measured.over += sum(bits > wanted for bits, wanted in zip(encoded.bits, target, strict=True))
+    labels = [run.source.labels[index] for index in indices]
+    for measured, (made, encoded, seconds, over) in zip(run.measured, reconstructions(run, x), strict=True):
+        measured.over += over
         if run.used:  # the first batch warms up
             measured.seconds = [a + b for a, b in zip(measured.seconds, seconds, strict=True)]
             measured.timed += len(x)
-        labels = [run.source.labels[index] for index in indices]
+        candidate = measured.candidate
         reads = any(metric.reads_features for metric in measured.metrics.values())
-        features = measured.candidate.features(_resized(x, measured.candidate.image_size)) if reads else None
+        features = candidate.features(_resized(x, candidate.image_size)) if reads else None
         batch = Batch(x, made, encoded.ids, encoded.bits, features, labels, shared)
         for metric in measured.metrics.values():
             metric.update(batch)
+
+
+def reconstructions(run: Run, x: Tensor) -> Iterator[tuple[Tensor, Encoded, tuple[float, float], int]]:
+    """What every candidate makes of a batch, in order: see `reconstruct`, and images above the bits to be matched.
+
+    Codecs match the first candidate that is none.
+    """
+    target: Sequence[float] | None = None
+    codecs = [m.candidate for m in run.measured if isinstance(m.candidate, CodecCandidate)]
+    first = next((m.candidate for m in run.measured if m.candidate not in codecs), None)
+    if run.measured[0].candidate is not first and first is not None and any(codec.matches for codec in codecs):
+        target = reconstruct(run, first, x, None)[1].bits
+    for measured in run.measured:
+        candidate = measured.candidate
+        made, encoded, seconds = reconstruct(run, candidate, x, target)
+        if candidate is first:
+            target = encoded.bits
+        over = 0
+        if candidate in codecs and candidate.matches and target is not None:  # type: ignore[attr-defined]
+            over = sum(bits > wanted for bits, wanted in zip(encoded.bits, target, strict=True))
+        yield made, encoded, seconds, over
 
 
 def reconstruct(

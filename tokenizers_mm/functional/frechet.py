@@ -6,37 +6,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenizers_mm._check import require
+
 
 @dataclass
 class Moments:
-    """Count, sum and sum of outer products of features, float64, about a fixed shift, so that little cancels.
+    """Count of features, and their shift [D], sum [D] and sum of outer products [D, D], float64; no feature is kept.
 
-    The shift is the mean of the first batch. No feature is kept.
+    The sums are of the features less the shift, which is the mean of the first batch, so that little cancels.
     """
 
     count: int = 0
-    shift: Tensor | None = None
-    total: Tensor | None = None
-    squares: Tensor | None = None
+    sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, features: Tensor) -> None:
         """Take features [N, D]."""
         features = features.double()
-        if self.shift is None or self.total is None or self.squares is None:
-            self.shift = features.mean(0)
-            self.total = torch.zeros_like(self.shift)
-            self.squares = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64)
-        features = features - self.shift
+        if self.sums is None:
+            zero = torch.zeros_like(features[0])
+            self.sums = features.mean(0), zero, torch.outer(zero, zero)
+        shift, total, squares = self.sums
+        features = features - shift
         self.count += len(features)
-        self.total = self.total + features.sum(0)
-        self.squares = self.squares + features.T @ features
+        self.sums = shift, total + features.sum(0), squares + features.T @ features
 
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
-        """Mean [D] and unbiased covariance [D, D]; at least two features must have been added."""
-        assert self.shift is not None and self.total is not None and self.squares is not None and self.count > 1
-        mean = self.total / self.count
-        covariance = (self.squares - self.count * torch.outer(mean, mean)) / (self.count - 1)
-        return mean + self.shift, covariance
+        """Mean [D] and unbiased covariance [D, D] of at least two features."""
+        require(self.sums is not None and self.count > 1, "features", "at least two", self.count)
+        assert self.sums is not None
+        shift, total, squares = self.sums
+        mean = total / self.count
+        return mean + shift, (squares - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
 def frechet_distance(

@@ -1,4 +1,4 @@
-"""Measures of how alike two images are, per image and in float64: PSNR, SSIM, MS-SSIM, DISTS' comparison of features."""
+"""Measures of how alike two images are, per image: PSNR, SSIM, MS-SSIM, the comparison of features of DISTS."""
 
 from collections.abc import Sequence
 
@@ -38,11 +38,9 @@ def correlate(x: Float[Tensor, "h w"], line: Float[Tensor, "k"]) -> Float[Tensor
     return x
 
 
-def psnr(
-    a: Float[Tensor, "b c h w"], b: Float[Tensor, "b c h w"], data_range: float = 1.0
-) -> Float[Tensor, "b"]:
-    """Peak signal-to-noise ratio in dB, one mean squared error per image; infinite for equal images."""
-    return 10 * (data_range**2 / (a - b).square().flatten(1).mean(1)).log10()
+def decibel(error: Float[Tensor, "*b"], data_range: float = 1.0) -> Float[Tensor, "*b"]:
+    """Peak signal-to-noise ratio of mean squared errors, in dB; infinite for zero."""
+    return 10 * (data_range**2 / error).log10()
 
 
 def ssim_parts(
@@ -80,7 +78,7 @@ def ms_ssim(
     data_range: float = 1.0,
     weights: Sequence[float] = SCALE_WEIGHTS,
 ) -> Float[Tensor, "b"]:
-    """Multi-scale SSIM: channels apart, negative factors as zero, sides halved by 2 x 2 means between scales.
+    """Multi-scale SSIM, mean over channels: negative factors as zero, sides halved by 2 x 2 means between scales.
 
     Both sides need at least 11 pixels at the coarsest scale. Source: Wang, Simoncelli and Bovik 2003, eq. 7.
     """
@@ -99,7 +97,7 @@ def structure_and_texture(
     alpha: Float[Tensor, "c"],
     beta: Float[Tensor, "c"],
 ) -> Float[Tensor, "b"]:
-    """DISTS from the feature maps of both images: 1 - sum of alpha * texture + beta * structure (arXiv 2004.07728, eq. 6-8).
+    """DISTS from feature maps of both: 1 - sum of alpha * texture + beta * structure (arXiv 2004.07728, eq. 6-8).
 
     x, y: maps of all layers, the image itself first. alpha, beta: one weight for every channel of all of them; they are
     divided by their common sum.

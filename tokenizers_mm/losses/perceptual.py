@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tokenizers_mm._check import fail
 from tokenizers_mm.functional.similarity import structure_and_texture
 
-
 VGG_FILE = "vgg16-397923af.pth"
 """torchvision's ImageNet VGG16, as torch.hub stores it."""
 
