@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.config import to_mapping
 from tokenizers_mm.eval.codecs import CODECS, CURVES, Codec
 from tokenizers_mm.models.base import ImageTokenizer
+from tokenizers_mm.models.loading import read_json
 from tokenizers_mm.types import ImageCodes, Stream
 
 LATENT_BITS = 16
@@ -74,8 +76,8 @@ class Ours(Candidate):
     kind = "tokenizers_mm"
     has_features = True
 
-    def __init__(self, name: str, tokenizer: ImageTokenizer[Any], identity: str = "") -> None:
-        super().__init__(name, identity)
+    def __init__(self, name: str, tokenizer: ImageTokenizer[Any]) -> None:
+        super().__init__(name, identity_of(tokenizer, to_mapping(tokenizer.config)))
         self.tokenizer = tokenizer.eval()
         self.image_size, self.size_multiple = tokenizer.image_size, tokenizer.size_multiple
 
@@ -112,11 +114,10 @@ class _Directory(Candidate):
     """A model in the layout of another library, read from a directory; safetensors only, nothing is fetched."""
 
     def __init__(self, name: str, directory: Path, model: Any, device: str) -> None:
-        super().__init__(name, identity_of(directory))
+        super().__init__(name, identity_of(model, repr(model.config)))
         self.model = model.eval().requires_grad_(False).to(device)
-        path, facts = directory / "preprocessor_config.json", {}
-        if path.is_file():
-            facts = json.loads(path.read_text())
+        path = directory / "preprocessor_config.json"
+        facts = read_json(path) if path.is_file() else {}
         self.mean = torch.tensor(facts.get("image_mean") or [0.5] * 3).view(3, 1, 1).to(device)
         self.std = torch.tensor(facts.get("image_std") or [0.5] * 3).view(3, 1, 1).to(device)
 
@@ -296,8 +297,6 @@ def _open_model(name: str, load: Callable[[str], ImageTokenizer[Any]], device: s
     path = Path(name) / "config.json"
     data: dict[str, Any] = {}
     if path.is_file():
-        from tokenizers_mm.models.loading import read_json
-
         data = read_json(path)
     label = Path(name).name or name
     kind, model = data.get("_class_name"), data.get("model_type")
@@ -319,16 +318,13 @@ def _open_model(name: str, load: Callable[[str], ImageTokenizer[Any]], device: s
         cls, adapter = TRANSFORMERS[model]
         options = {"use_safetensors": True, "local_files_only": True}
         return adapter(label, path.parent, getattr(transformers, cls).from_pretrained(name, **options), device)
-    identity = identity_of(path.parent) if path.is_file() else ""
-    return Ours(label, load(name), identity)
+    return Ours(label, load(name))
 
 
-def identity_of(directory: Path) -> str:
-    """SHA-256 over the configuration and the weights of a directory, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+def identity_of(model: nn.Module, config: Any) -> str:
+    """SHA-256 over a configuration and the names and values of all weights, 16 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

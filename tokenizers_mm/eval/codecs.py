@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"jpeg": {}, "webp": {"method": 6}, "avif":
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec and one way to choose its quality: `quality`, `bits` of an image, `per_pixel`; none matches a tokenizer."""
+    """A codec and one way to choose its quality: `quality`, `bits` of an image, `per_pixel`; none of them: matched."""
 
     format: str
     quality: int | None = None

@@ -331,7 +331,7 @@ def _codebooks(report: Mapping[str, Any]) -> str:
     head = ["stream", "codes", "ids counted", "used", "never used", "perplexity", "entropy, bits",
             "given a neighbour, bits", "bits per image", "entropy-coded"]  # fmt: skip
     note = (
-        "<p>Entropies are corrected by Miller and Madow's term. “Given a neighbour” is the lower of the entropies given "
+        "<p>Entropies are corrected by Miller and Madow's term. “Given a neighbour” is the lower of those given "
         "the id before and the id above: what a bigram model could reach; with few ids it is far too low. "
         "“Entropy-coded” is what an ideal adaptive coder of order 0 spends.</p>"
     )
@@ -395,7 +395,7 @@ def _facts(report: Mapping[str, Any]) -> str:
         **{f"images: {key}": value for key, value in report["images"].items() if key != "skipped"},
         "images left out": len(report["images"]["skipped"]),
         **{f"setup: {key}": value for key, value in report["setup"].items()},
-        **{f"identity of {row['name']}": row["identity"] for row in report["tokenizers"]},
+        **{f"identity of {row['name']}": row["identity"] for row in compared(report)},
         **report["versions"],
     }
     items = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v)) or '-'}</dd>" for k, v in facts.items())
