@@ -33,7 +33,7 @@ PARTIAL = "partial.safetensors"
 """File in the folder of a report with the state of an unfinished run."""
 
 SAVE_EVERY = 20.0
-"""Seconds between two saves of the state, or twenty times as long as one takes."""
+"""Seconds between two saves of the state, times the seconds that one takes where these are more than one."""
 
 VERSION = 1
 """Raised when a metric changes its values: states of other versions are not continued."""
@@ -165,14 +165,14 @@ def carry_out(
     pixels = min(BATCH_PIXELS.get(m.candidate.device.type, BATCH_PIXELS["cuda"]) for m in run.measured)
     for indices, x, following in batches(run.source, run.prepare, pixels, run.next, run.skipped.append):
         _measure(run, indices, x)
-        digest = hashlib.sha256(run.digest.encode())
-        digest.update(x.mul(127.5).add(127.5).round().to(torch.uint8).numpy().tobytes())
-        run.digest, run.next = digest.hexdigest(), following
+        for image in x.mul(127.5).add(127.5).round().to(torch.uint8).numpy():
+            run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
+        run.next = following
         run.used += indices
         run.seconds = time.monotonic() - start
         if progress is not None:
             progress(following, len(run.source))
-        if partial is not None and time.monotonic() - saved > max(save_every, 20 * cost):
+        if partial is not None and time.monotonic() - saved > save_every * max(1.0, cost):
             begun = time.monotonic()
             save(run, partial)
             saved = time.monotonic()
