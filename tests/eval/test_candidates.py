@@ -65,6 +65,18 @@ def diffusers_model(name: str) -> Any:
         return diffusers.AutoencoderKL(latent_channels=4, **common)
     if name == "VQModel":
         return diffusers.VQModel(latent_channels=4, num_vq_embeddings=32, vq_embed_dim=4, **common)
+    if name == "AutoencoderRAE":
+        return diffusers.AutoencoderRAE(
+            encoder_hidden_size=64,
+            encoder_patch_size=14,
+            encoder_num_hidden_layers=1,
+            decoder_hidden_size=32,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=2,
+            decoder_intermediate_size=32,
+            patch_size=16,
+            encoder_input_size=28,
+        )
     return diffusers.AutoencoderDC(
         latent_channels=4,
         attention_head_dim=8,
@@ -81,7 +93,7 @@ def diffusers_model(name: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["AutoencoderKL", "VQModel", "AutoencoderDC"])
+@pytest.mark.parametrize("name", ["AutoencoderKL", "VQModel", "AutoencoderDC", "AutoencoderRAE"])
 @pytest.mark.filterwarnings("ignore")
 def test_models_of_diffusers(name: str, tmp_path: Path) -> None:
     model = diffusers_model(name).eval()
@@ -91,9 +103,13 @@ def test_models_of_diffusers(name: str, tmp_path: Path) -> None:
     encoded = candidate.encode(x)
     made = candidate.decode(encoded)
     assert made.shape == x.shape
-    assert candidate.size_multiple == 2
+    assert candidate.image_size == ((32, 32) if name == "AutoencoderRAE" else None)
+    assert candidate.size_multiple == (1 if name == "AutoencoderRAE" else 2)
     with torch.no_grad():
-        if name == "VQModel":
+        if name == "AutoencoderRAE":
+            expected = model((x + 1) / 2).sample * 2 - 1
+            assert list(encoded.bits) == [16.0 * 64 * 2 * 2] * 2
+        elif name == "VQModel":
             expected = model.decode(model.encode(x).latents).sample
             assert list(encoded.bits) == [16 * 16 * 5.0] * 2
             assert encoded.ids is not None

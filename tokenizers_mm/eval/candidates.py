@@ -150,9 +150,8 @@ class DiffusersAutoencoder(_Directory):
             self.size_multiple = int(model.spatial_compression_ratio)
         elif "block_out_channels" in config:
             self.size_multiple = 2 ** (len(config.block_out_channels) - 1)
-        elif "encoder_input_size" in config:  # AutoencoderRAE: what its encoder sees, and takes, is of one size
-            self.image_size = (int(config.encoder_input_size),) * 2
-        if type(model).__name__ == "AutoencoderRAE":  # images in [0, 1] on both sides; it normalises by itself
+        else:  # AutoencoderRAE scales what its encoder gets, gives one size, and normalises images in [0, 1] by itself
+            self.image_size = (int(model.decoder_image_size), int(model.decoder_image_size))
             self.mean, self.std = torch.zeros_like(self.mean), torch.ones_like(self.std)
 
     @torch.no_grad()
