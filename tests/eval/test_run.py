@@ -149,7 +149,7 @@ def test_sizes_that_do_not_go_together(folder: Path) -> None:
     scaled = begin([Fixed("fixed")], source, Setup(protocol_by_name("paper:llamagen", size=64)), ["psnr"])
     report = make_report(carry_out(scaled))
     assert report["images"]["size"] == [64, 64]
-    with pytest.raises(ValueError, match="metrics: expected one of bits, .*, got sharpness"):
+    with pytest.raises(ValueError, match=r"metrics: expected one of bits, .*, got sharpness"):
         begin([Means("means")], source, Setup(PROTOCOLS["native"]), ["sharpness"])
 
 
@@ -176,7 +176,7 @@ def test_the_table_of_metrics() -> None:
     assert METRICS is TABLE
     setup = Setup(PROTOCOLS["native"])
     generator = torch.Generator().manual_seed(0)
-    missing = {}
+    missing: dict[str, str] = {}
     for name, cls in TABLE.items():
         assert cls.name == name
         assert cls.label
@@ -184,7 +184,6 @@ def test_the_table_of_metrics() -> None:
         try:
             metric, again = cls(setup), cls(setup)
         except (ValueError, ImportError) as error:
-            assert cls.needs, f"{name} needs nothing, but says {error}"
             missing[name] = str(error)
             continue
         streams = (Stream("a", 8, ((1, 2), (2, 2))),)
@@ -201,4 +200,4 @@ def test_the_table_of_metrics() -> None:
         else:
             with pytest.raises(ValueError, match=f"{name}: expected images of at least"):
                 metric.result()
-    assert {"psnr", "ssim", "ssim_uniform", "ms_ssim", "bits", "bits_per_pixel", "codebook"}.isdisjoint(missing)
+    assert all(TABLE[name].needs for name in missing), missing
