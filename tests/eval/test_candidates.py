@@ -1,4 +1,4 @@
-"""Candidates: ours, and models of diffusers and transformers with small random configurations, read from directories."""
+"""Candidates: ours, and models of diffusers and transformers with small random configurations, from directories."""
 
 import json
 from pathlib import Path
