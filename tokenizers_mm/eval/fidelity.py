@@ -1,4 +1,4 @@
-"""Fidelity of what people look at first, by programs that are installed or not: text (tesseract) and faces (OpenCV)."""
+"""Fidelity of text, by tesseract where it is installed, and of faces, by a detector that scikit-image carries."""
 
 import math
 import os
@@ -19,6 +19,9 @@ from tokenizers_mm.eval.base import Batch, PerImage, Setup
 
 LEAST_TEXT = 8
 """Characters that tesseract must read in an original for the image to count."""
+
+SMALLEST_FACE = 24
+"""Pixels along the side of the smallest face that is looked for."""
 
 OVERLAP = 0.5
 """Intersection over union from which two boxes are the same face."""
@@ -65,22 +68,19 @@ def edit_distance(a: str, b: str) -> int:
 
 
 class FaceRecall(PerImage):
-    """Share of the faces that OpenCV's detector finds in an original and finds again in the reconstruction."""
+    """Share of the faces that a detector finds in an original and finds again, in their places, in the reconstruction.
 
-    name, label, better, default, partial = "face_recall", "face recall (OpenCV)", "higher", False, True
-    needs = "the package opencv-python-headless with its Haar cascades"
+    The detector is OpenCV's cascade of local binary patterns for frontal faces, which scikit-image carries.
+    """
+
+    name, label, better, default, partial = "face_recall", "face recall (LBP cascade)", "higher", False, True
+    needs, least = "the package scikit-image", SMALLEST_FACE
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        try:
-            import cv2  # optional
+        from skimage import data, feature  # an extra: loaded when asked for
 
-            path = Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"
-            self._detector: Any = cv2.CascadeClassifier(str(path))
-        except (ImportError, AttributeError) as error:
-            fail(self.name, self.needs, f"{type(error).__name__}: {error}")
-        if self._detector.empty():
-            fail(self.name, self.needs, f"no cascade {path}")
+        self._detector: Any = feature.Cascade(data.lbp_frontal_face_cascade_filename())
 
     def scores(self, batch: Batch) -> Tensor:
         found = []
@@ -90,8 +90,11 @@ class FaceRecall(PerImage):
         return torch.tensor(found, dtype=torch.float64)
 
     def _faces(self, x: Tensor) -> list[Sequence[int]]:
-        grey = np.asarray(tensor_to_images(x[None])[0].convert("L"))
-        return [tuple(int(v) for v in box) for box in self._detector.detectMultiScale(grey, 1.1, 5, minSize=(24, 24))]
+        """Boxes (left, top, width, height)."""
+        image = np.asarray(tensor_to_images(x[None])[0])
+        sides = {"min_size": (SMALLEST_FACE,) * 2, "max_size": image.shape[:2]}
+        found = self._detector.detect_multi_scale(img=image, scale_factor=1.2, step_ratio=1, **sides)
+        return [(face["c"], face["r"], face["width"], face["height"]) for face in found]
 
 
 def overlap(a: Sequence[int], b: Sequence[int]) -> float:

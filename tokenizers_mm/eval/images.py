@@ -1,15 +1,15 @@
 """Sources of images for evaluation: a folder, tar shards, or crops of the photographs that packages carry."""
 
-import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_mm._check import require
 from tokenizers_mm._images import image_to_tensor, read_image
 from tokenizers_mm.data.files import FileList
 from tokenizers_mm.data.photographs import fixed_crops
@@ -17,6 +17,8 @@ from tokenizers_mm.data.shards import Shards
 
 PHOTOGRAPHS = "photographs"
 """Name of the built-in source: crops of held-out photographs."""
+
+Item = TypeVar("Item")
 
 CROPS = 96
 """Crops of the built-in source."""
@@ -57,43 +59,50 @@ class ImageSource:
         return cls(place, names, lambda index: read_image(files[index]), labels)
 
 
-def batches(
-    source: ImageSource,
-    prepare: Callable[[Image.Image, str], Image.Image],
-    pixels: int,
-    start: int = 0,
-    refused: Callable[[str], None] | None = None,
-) -> Iterator[tuple[list[int], Tensor, int]]:
-    """Batches of consecutive images of one size: (indices, [B, 3, H, W] in [-1, 1], index after the batch).
+@dataclass(frozen=True)
+class Loaded:
+    """Consecutive images of one size. images: [B, 3, H, W] in [-1, 1]. skipped: errors of images that were left out.
 
-    prepare: makes an image ready, by image and name. pixels: of one batch, at least one image. refused: called with the
-    error of an image that cannot be used; raised where it is None.
+    following: index of the first image that is in no batch yet.
+    """
+
+    indices: list[int]
+    images: Tensor
+    skipped: list[str]
+    following: int
+
+
+def batches(
+    source: ImageSource, prepare: Callable[[Image.Image, str], Image.Image], pixels: int, start: int = 0
+) -> Iterator[Loaded]:
+    """Images from an index on, in batches; the last one may hold no images, but what was skipped.
+
+    prepare: makes an image ready, by image and name; a ValueError leaves it out. pixels: of a batch, one image at least.
     """
     indices: list[int] = []
     waiting: list[Tensor] = []
-    for index in itertools.count(start):
-        if index >= len(source):
-            break
+    skipped: list[str] = []
+    for index in range(start, len(source)):
         try:
-            image = prepare(source.open(index), source.names[index])
+            x = image_to_tensor(prepare(source.open(index), source.names[index]))
         except ValueError as error:
-            if refused is None:
-                raise
-            refused(str(error))
+            skipped.append(str(error))
             continue
-        x = image_to_tensor(image)
-        full = sum(t[0].numel() for t in waiting) + x[0].numel() > pixels
+        full = (len(waiting) + 1) * x[0].numel() > pixels
         if waiting and (full or waiting[0].shape != x.shape):
-            yield indices, torch.stack(waiting), index
-            indices, waiting = [], []
+            yield Loaded(indices, torch.stack(waiting), skipped, index)
+            indices, waiting, skipped = [], [], []
         indices.append(index)
         waiting.append(x)
-    if waiting:
-        yield indices, torch.stack(waiting), len(source)
+    if waiting or skipped:
+        yield Loaded(indices, torch.stack(waiting) if waiting else torch.zeros(0, 3, 1, 1), skipped, len(source))
 
 
-def only(source: ImageSource, indices: list[int]) -> ImageSource:
-    """The images with some indices, in that order."""
-    require(len(indices) > 0, "images", "at least one", "none")
-    names, labels = ([values[i] for i in indices] for values in (source.names, source.labels))
-    return ImageSource(source.place, names, lambda index: source.open(indices[index]), labels)  # type: ignore[arg-type]
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, the next one made by another thread while one is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, items, end)
+        while (item := pending.result()) is not end:
+            pending = pool.submit(next, items, end)
+            yield cast(Item, item)

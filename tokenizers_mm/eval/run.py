@@ -24,7 +24,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
 from tokenizers_mm.eval.base import Batch, Metric, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
-from tokenizers_mm.eval.images import ImageSource, batches
+from tokenizers_mm.eval.images import ImageSource, ahead, batches
 from tokenizers_mm.eval.metrics import METRICS
 from tokenizers_mm.eval.protocols import Protocol
 from tokenizers_mm.models.base import BATCH_PIXELS
@@ -163,15 +163,17 @@ def carry_out(
         restore(run, partial)
     saved, cost, start = time.monotonic(), 0.0, time.monotonic() - run.seconds
     pixels = min(BATCH_PIXELS.get(m.candidate.device.type, BATCH_PIXELS["cuda"]) for m in run.measured)
-    for indices, x, following in batches(run.source, run.prepare, pixels, run.next, run.skipped.append):
-        _measure(run, indices, x)
-        for image in x.mul(127.5).add(127.5).round().to(torch.uint8).numpy():
+    for loaded in ahead(batches(run.source, run.prepare, pixels, run.next)):
+        if loaded.indices:
+            _measure(run, loaded.indices, loaded.images)
+        for image in loaded.images.mul(127.5).add(127.5).round().to(torch.uint8).numpy():
             run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
-        run.next = following
-        run.used += indices
+        run.next = loaded.following
+        run.used += loaded.indices
+        run.skipped += loaded.skipped
         run.seconds = time.monotonic() - start
         if progress is not None:
-            progress(following, len(run.source))
+            progress(run.next, len(run.source))
         if partial is not None and time.monotonic() - saved > save_every * max(1.0, cost):
             begun = time.monotonic()
             save(run, partial)
