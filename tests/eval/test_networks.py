@@ -177,5 +177,5 @@ def test_an_extractor_may_stand_in_for_inception(stand_in: str) -> None:
 def test_without_weights_there_is_one_sentence(tmp_path: Path) -> None:
     setup = Setup(PROTOCOLS["default"], {"inception": str(tmp_path / "none.pth")})
     for cls in (RFID, InceptionScore, KernelInceptionDistance):
-        with pytest.raises(ValueError, match="rfid weights: expected the Inception weights .*, got no file"):
+        with pytest.raises(ValueError, match=r"rfid weights: expected the Inception weights .*, got no file"):
             cls(setup)

@@ -77,7 +77,7 @@ def batches(
 ) -> Iterator[Loaded]:
     """Images from an index on, in batches; the last one may hold no images, but what was skipped.
 
-    prepare: makes an image ready, by image and name; a ValueError leaves it out. pixels: of a batch, one image at least.
+    prepare: makes an image ready, by image and name; a ValueError leaves it out. pixels: of a batch, or one image.
     """
     indices: list[int] = []
     waiting: list[Tensor] = []
