@@ -14,6 +14,9 @@ from tokenizers_mm.types import ImageCodes, Stream
 MAX_PAIRS = 1 << 22
 """Different pairs of neighbouring ids that are counted; where there are more, no conditional entropy is reported."""
 
+MAX_CODES = 1 << 24
+"""Codes of a stream that is counted; counts of a larger one would take too much memory, and few codes come twice."""
+
 NEIGHBOURS = ("previous", "up")
 """Contexts of an id: the one before it in its row-major grid, the one above it."""
 
@@ -27,9 +30,11 @@ class CodebookCounts:
         self.images = 0
 
     def add(self, codes: ImageCodes) -> None:
-        """Count the ids of a batch."""
+        """Count the ids of a batch, but for streams of more than MAX_CODES codes."""
         self.images += len(codes)
         for stream in codes.streams:
+            if stream.codebook_size > MAX_CODES:
+                continue
             scales = self._counts.setdefault(stream.name, [])
             ids = codes.stream(stream.name).cpu()
             for scale, grid in enumerate(_grids(ids, stream)):

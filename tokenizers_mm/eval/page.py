@@ -322,7 +322,9 @@ def _codebooks(report: Mapping[str, Any]) -> str:
                 f"{stream['bits']['nominal']:,.0f}", f"{stream['bits']['entropy_coded']:,.0f}",
             ])  # fmt: skip
             about = f"Occurrences of the codes of {label}, most frequent first"
-            picture = plots.bars(stream["histogram"], "rank of the code", "occurrences", about)
+            ranks, codes = len(stream["histogram"]), stream["codebook_size"]
+            label_x = "rank of the code" + (f" (the first {ranks:,})" if ranks < codes else "")
+            picture = plots.bars(stream["histogram"], label_x, "occurrences", about)
             scales = ", ".join(f"{s['perplexity']:.0f}" for s in stream["scales"])
             below = f"<br><small>perplexity by scale: {scales}</small>" if len(stream["scales"]) > 1 else ""
             figures.append(f"<figure>{picture}<figcaption>{escape(label)}{below}</figcaption></figure>")

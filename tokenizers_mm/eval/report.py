@@ -114,8 +114,9 @@ def _row(measured: Measured, run: Run) -> dict[str, Any]:
     }
     if codebook is not None:
         row["codebook"] = codebook
-        coded = sum(stream["bits"]["entropy_coded"] for stream in codebook.values())
-        metrics["bits_entropy_coded"] = {"mean": coded}
+        nominal, coded = (sum(s["bits"][kind] for s in codebook.values()) for kind in ("nominal", "entropy_coded"))
+        if "bits" in metrics and abs(nominal - metrics["bits"]["mean"]) < 1e-6 * nominal:  # every stream was counted
+            metrics["bits_entropy_coded"] = {"mean": coded}
     if measured.timed:
         encode, decode = (seconds / measured.timed for seconds in measured.seconds)
         row["speed"] = {"encode_seconds": encode, "decode_seconds": decode, "device": str(candidate.device)}
