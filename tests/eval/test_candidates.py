@@ -10,6 +10,7 @@ import torch
 from tests.models.test_mar import tiny_config as tiny_mar_config
 from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.eval.candidates import Ours, open_candidates
+from tokenizers_mm.models.loading import load_directory
 from tokenizers_mm.models.mar import MAR
 from tokenizers_mm.models.tokenflow import TokenFlow
 
@@ -51,9 +52,30 @@ def test_names_that_are_refused(tmp_path: Path) -> None:
             open_candidates([str(tmp_path)], nothing)
     with pytest.raises(ValueError, match="tokenizers: expected a tokenizer whose bits the codecs match"):
         open_candidates(["jpeg@match"], nothing)
-    with pytest.raises(ValueError, match="tokenizers: expected different names, got 'jpeg q50' twice"):
+    with pytest.raises(ValueError, match="tokenizers: expected different names, got 'jpeg@q50' twice"):
         open_candidates(["jpeg@q50", "jpeg@q50"], nothing)
     assert [c.name for c in open_candidates(["jpeg@curve"], nothing)][:2] == ["jpeg q3", "jpeg q6"]
+
+
+def test_directories_of_one_name_and_state_that_stays(tmp_path: Path) -> None:
+    """Two folders `tok` have different names; an evaluation changes no tensor of a tokenizer."""
+    names = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        TokenFlow.from_config(tiny_config()).save(tmp_path / str(seed) / "tok")
+        names.append(str(tmp_path / str(seed) / "tok"))
+    candidates = open_candidates([*names, "jpeg"], load_directory_of)
+    assert [candidate.name for candidate in candidates] == [*names, "jpeg at equal bits"]
+    candidate = candidates[0]
+    assert isinstance(candidate, Ours)
+    before = {name: tensor.clone() for name, tensor in candidate.tokenizer.state_dict().items()}
+    candidate.decode(candidate.encode(images(32)))
+    for name, tensor in candidate.tokenizer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def load_directory_of(name: str) -> Any:
+    return load_directory(Path(name))
 
 
 def diffusers_model(name: str) -> Any:

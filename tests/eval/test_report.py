@@ -1,5 +1,6 @@
 """The report: everything to repeat it, one protocol per table, and a page that needs no network."""
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,9 @@ import torch
 
 from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.cli import main
+from tokenizers_mm.cli.eval import progress_line
 from tokenizers_mm.data.photographs import fixed_crops
+from tokenizers_mm.eval import METRICS
 from tokenizers_mm.eval.page import make_page
 from tokenizers_mm.eval.report import as_markdown, join_reports, table
 from tokenizers_mm.models.tokenflow import TokenFlow
@@ -160,6 +163,33 @@ def test_compare_writes_a_sheet_and_a_verdict(place: Path, capsys: pytest.Captur
     assert out.read_bytes().startswith(b"\x89PNG")
     assert main(["compare", str(place / "tok0"), str(place / "tok0"), *arguments]) == 2
     assert "different names" in capsys.readouterr().err
+
+
+def test_progress_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert progress_line() is None, "stderr of a test is no terminal"
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    show = progress_line()
+    assert show is not None
+    for done in (1, 5, 10):
+        show(done, 10)
+    drawn = screen.getvalue()
+    assert "[###                           ] 1 of 10 images" in drawn
+    assert "5 of 10 images, " in drawn
+    assert drawn.endswith("s left\033[K\n")
+
+
+def test_all_metrics_that_can_be_measured(place: Path) -> None:
+    out = place / "all.json"
+    arguments = ["--images", str(place / "images"), "--limit", "4", "--metrics", "all", "--out", str(out)]
+    assert main(["eval", str(place / "tok0"), *arguments]) == 0
+    row = json.loads(out.read_text())["report"]["tokenizers"][0]
+    assert {*row["metrics"], *row["missing"], "codebook"} >= set(METRICS)
+    assert {"psnr", "ssim"} <= set(row["metrics"])
 
 
 def test_wrong_usage_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,9 +117,10 @@ def measure(options: argparse.Namespace, names: list[str], out: Path | None) -> 
     candidates = open_candidates(names, lambda name: load(name, device=device), device)
     size, _ = common_size(candidates, protocol)
     source = ImageSource.at(options.images, options.limit, size[0] if size else 256)
-    metrics = None if not options.metrics else options.metrics.split(",")
+    every = options.metrics == "all"
+    metrics = list(METRICS) if every else options.metrics.split(",") if options.metrics else None
     setup = Setup(protocol, weights, options.extractor, device, options.seed)
-    begun = begin(candidates, source, setup, list(METRICS) if metrics == ["all"] else metrics)
+    begun = begin(candidates, source, setup, metrics, strict=not every)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     return carry_out(begun, out, progress_line())

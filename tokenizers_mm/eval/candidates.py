@@ -272,9 +272,11 @@ def open_candidates(
 ) -> list[Candidate]:
     """Candidates by what a user writes: a tokenizer, a directory of another library, or a codec (see `codecs`).
 
-    load: reads a tokenizer of this library. `jpeg@curve` stands for several qualities of one codec.
+    load: reads a tokenizer of this library. `jpeg@curve` stands for several qualities of one codec. Directories of the
+    same name are told apart by their whole paths.
     """
     found: list[Candidate] = []
+    places: list[str] = []
     for name in names:
         codec, _, option = name.partition("@")
         if codec in CODECS and not Path(name).exists():
@@ -283,6 +285,11 @@ def open_candidates(
             found += [CodecCandidate(Codec.parse(codec, option), curve) for option in options]
         else:
             found.append(_open_model(name, load, device))
+        places += [name] * (len(found) - len(places))
+    labels = [candidate.name for candidate in found]
+    for candidate, label, place in zip(found, labels, places, strict=True):
+        if labels.count(label) > 1:
+            candidate.name = place
     labels = [candidate.name for candidate in found]
     for label in labels:
         require(labels.count(label) == 1, "tokenizers", "different names", f"{label!r} twice")

@@ -117,9 +117,15 @@ def common_size(candidates: Sequence[Candidate], protocol: Protocol) -> tuple[tu
 
 
 def begin(
-    candidates: Sequence[Candidate], source: ImageSource, setup: Setup, names: Sequence[str] | None = None
+    candidates: Sequence[Candidate],
+    source: ImageSource,
+    setup: Setup,
+    names: Sequence[str] | None = None,
+    strict: bool = True,
 ) -> Run:
     """A run that has not begun. names: of metrics; None takes those by default that can be measured here.
+
+    strict: a metric that was asked for and cannot be measured is an error; otherwise it is left out, with the reason.
 
     Raises:
         ValueError: a metric that was asked for cannot be measured, or the candidates take no common size.
@@ -141,7 +147,7 @@ def begin(
             try:
                 found[name] = METRICS[name](setup)
             except (ValueError, ImportError) as error:
-                if names is not None:
+                if names is not None and strict:
                     raise
                 missing[name] = str(error)
         measured.append(Measured(candidate, found, missing))
