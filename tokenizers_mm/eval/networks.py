@@ -94,8 +94,10 @@ class _SetDistance(Metric):
         for moments, features in zip(self.sides, self.pair(batch), strict=True):
             moments.add(features)
 
-    def result(self) -> Any:
-        return distance_of_moments(*self.sides)
+    def result(self) -> dict[str, Any]:
+        """The distance, and the sizes that decide about its bias: with few images for many features it is too high."""
+        found: dict[str, Any] = {"mean": distance_of_moments(*self.sides), "images": self.sides[0].count}
+        return found | {"features": len(self.sides[0].sums[0]) if self.sides[0].sums else 0}
 
     def state(self) -> dict[str, Tensor]:
         return moments_state(self.sides[0], "originals") | moments_state(self.sides[1], "reconstructions")

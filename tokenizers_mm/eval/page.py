@@ -246,6 +246,14 @@ def _results(report: Mapping[str, Any]) -> str:
     notes = ["Small numbers are 95 % bootstrap intervals of the mean. Bold: the best of a column."]
     stand_ins = {e["stands_in"] for row in rows for e in row["metrics"].values() if "stands_in" in e}
     notes += [f"rFID, KID and inception score: {text}." for text in sorted(stand_ins)]
+    few = {
+        f"{heading(name)}: {entry['images']} images for {entry['features']} features, so the value is far too high; "
+        "compare it within this table only."
+        for row in rows
+        for name, entry in row["metrics"].items()
+        if entry.get("features", 0) > entry.get("images", 0)
+    }
+    notes += sorted(few)
     for row in rows:
         if row.get("over_target"):
             notes.append(f"{row['name']} needs more bits than it may have for {row['over_target']} images.")
