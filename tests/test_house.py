@@ -108,6 +108,8 @@ def test_top_level_is_the_plan() -> None:
         "tests",
         "benchmarks",
         "assets",
+        "docs",
+        "mkdocs.yml",
     }
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode != 0:
@@ -134,7 +136,7 @@ def test_any_error_ends_in_two_places_only() -> None:
         nodes = [node.type for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ExceptHandler)]
         if wide := [n for n in nodes if n is None or (isinstance(n, ast.Name) and "Exception" in n.id)]:
             found[path.name] = len(wide)
-    assert found == {"_images.py": 3, "cli.py": 1}
+    assert found == {"_images.py": 3, "boundary.py": 1}
 
 
 def test_every_file_goes_through_the_one_writer() -> None:
