@@ -68,18 +68,32 @@ def methods(z: Tensor, isa: str) -> list[int]:
     return [_native.METHODS.index(name) for name in names] + [LIVE]
 
 
+def searches(z: Tensor, isa: str) -> list[tuple[int, int, int]]:
+    """Method, threads, margins: each method with margins, half of them without and on several threads."""
+    found = methods(z, isa)
+    return [(method, 1, 1) for method in found] + [(method, 3, 0) for method in found[len(z) % 2 :: 2]]
+
+
 def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, tokens [N, D] and codes [K, D]."""
-    for n, k, d in [(1, 1, 1), (5, 17, 3), (13, 64, 4), (61, 65, 7), (7, 300, 12), (19, 129, 33), (40, 333, 70), (12, 90, 257)]:
+    for n, k, d in [
+        (1, 1, 1),
+        (5, 17, 3),
+        (13, 64, 4),
+        (61, 65, 7),
+        (7, 300, 12),
+        (19, 129, 33),
+        (40, 333, 70),
+        (12, 90, 257),
+    ]:
         yield f"{n}x{k}x{d}", *gauss(n, k, d, n)
-    for name in AWKWARD:
-        for d in (11, 24):
-            yield name, *awkward(name, n=30, k=200, d=d)
+    for index, name in enumerate(AWKWARD):
+        yield name, *awkward(name, n=20, k=200, d=(11, 24)[index % 2])
     for kind in ("flat", "signs", "runs", "one dimension", "wide", "split"):
-        for d in (31, 64, 530):
-            yield kind, *edge(kind, 25, 70, d)
+        for d in (31, 530):
+            yield kind, *edge(kind, 13, 70, d)
     for d in (2, 8):  # trees of several super boxes, repetitions and ties
-        z, c = gauss(40, 3000, d, d)
+        z, c = gauss(20, 3000, d, d)
         c[1500:] = c[:1500]
         yield "tree", z, c
         yield "lattice", (z * 3).round(), (c * 3).round()
@@ -117,21 +131,20 @@ def test_a_cpu_gets_the_strongest_set_it_has(cpu: str, build: Path, tmp_path: Pa
 @pytest.mark.parametrize("isa", INTEGER)
 def test_same_bits_as_this_machine(isa: str, build: Path, tmp_path: Path) -> None:
     """Each method, 1 and 3 threads, with and without margins: ids, distances and margins in every bit."""
-    listed = [
-        (name, z, c, [(m, threads, margins) for m in methods(z, isa) for threads, margins in ((1, 1), (3, 0))])
-        for name, z, c in cases()
-    ]
+    listed = [(name, z, c, searches(z, isa)) for name, z, c in list(cases())[:: 3 if isa == "portable" else 1]]
     with open(tmp_path / "cases", "wb") as file:
-        for _, z, c, searches in listed:
-            write_case(file, z, c, searches)
+        for _, z, c, wanted in listed:
+            write_case(file, z, c, wanted)
     assert run(build, "search_cases", isa, str(tmp_path / "cases"), str(tmp_path / "answers")) == isa
     answers, used = np.fromfile(tmp_path / "answers", np.int64), set()
-    for name, z, c, searches in listed:
+    for name, z, c, wanted in listed:
         expected = here(z, c)
-        for method, threads, margins in searches:
+        for method, threads, margins in wanted:
             where = f"{name} {tuple(c.shape)} {method} {threads}"
             status, found = answers[:2].tolist()
-            ids, distance, margin = (torch.from_numpy(part.copy()) for part in answers[2 : 2 + 3 * len(z)].reshape(3, -1))
+            ids, distance, margin = (
+                torch.from_numpy(part.copy()) for part in answers[2 : 2 + 3 * len(z)].reshape(3, -1)
+            )
             answers = answers[2 + 3 * len(z) :]
             used.add(found)
             assert status == expected[0], where
@@ -154,7 +167,10 @@ def test_threads_packs_digests_and_sums(build: Path) -> None:
 def test_the_library_is_complete(build: Path) -> None:
     """The compiler knows sdot and smmla, and their files hold them."""
     listing = subprocess.run(
-        ["aarch64-linux-gnu-objdump", "-d", str(build / "libtokenizers_mm.so")], capture_output=True, text=True, check=True
+        ["aarch64-linux-gnu-objdump", "-d", str(build / "libtokenizers_mm.so")],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "\tsdot\t" in listing
     assert "\tsmmla\t" in listing

@@ -1,7 +1,8 @@
 """The explorer: one static page in which ids of images are looked at, swapped and decoded, by the exported decoder.
 
-The folder holds index.html with images and ids, decoder.js with the ONNX graph and runtime.js with onnxruntime-web. Both scripts
-carry their bytes compressed, so that the page works from a file as from a server, and asks for nothing else.
+The folder holds index.html with images and ids, decoder.js with the ONNX graph and runtime.js with onnxruntime-web.
+Both scripts carry their
+bytes compressed, so that the page works from a file as from a server, and asks for nothing else.
 """
 
 import base64
@@ -45,8 +46,8 @@ class DecodesVectors(Protocol):
 class CoarseToFine(nn.Module):
     """ids int64 [1, L], weights float32 [P] -> image [1, 3, H, W], not clamped.
 
-    P is the number of `lengths`. The weights mix the vectors of the first ids up to each of these: a one and zeros decode
-    up to a scale.
+    P is the number of `lengths`. The weights mix the vectors of the first ids up to each of these: a one and zeros
+    decode up to a scale.
     """
 
     def __init__(self, tokenizer: ImageTokenizer[Any], height: int, width: int) -> None:
@@ -167,7 +168,10 @@ def runtime_files(folder: str | os.PathLike[str] | None) -> dict[str, bytes]:
         folder = found
     dist = Path(folder) / "dist"
     wanted = {"module": BUNDLE, "binary": BINARY}
-    return {key: regular_file(dist / file, "a file of onnxruntime-web 1.24 or later").read_bytes() for key, file in wanted.items()}
+    return {
+        key: regular_file(dist / file, "a file of onnxruntime-web 1.24 or later").read_bytes()
+        for key, file in wanted.items()
+    }
 
 
 def script(files: dict[str, bytes]) -> str:
