@@ -16,6 +16,11 @@ inline __attribute__((always_inline)) void exchange(int32x4_t& a, int32x4_t& b) 
   b = vreinterpretq_s32_s64(vzip2q_s64(x, y));
 }
 
+// Inline assembly, because gcc 12 reorders the loads until the sums do not fit the registers.
+inline __attribute__((always_inline)) void multiply_add(int32x4_t& sum, int8x16_t tokens, int8x16_t codes) {
+  asm volatile("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(tokens), "w"(codes));
+}
+
 // Steps come in twos: 8 dimensions of a code lie side by side (Isa::depth).
 struct Blocks : IntegerTop {
   TMM_INLINE void add(Sums& sum, const int32_t* code, const int32_t* token, const ScanArgs& args) {
@@ -38,8 +43,8 @@ struct Blocks : IntegerTop {
         const int8x16_t high = vreinterpretq_s8_s32(vld1q_s32(code + (2 * v + 1) * kLanes));
 #pragma GCC unroll 3
         for (int p = 0; p < 3; ++p) {
-          sum[2 * p][v] = vmmlaq_s32(sum[2 * p][v], pairs[p], low);
-          sum[2 * p + 1][v] = vmmlaq_s32(sum[2 * p + 1][v], pairs[p], high);
+          multiply_add(sum[2 * p][v], pairs[p], low);
+          multiply_add(sum[2 * p + 1][v], pairs[p], high);
         }
       }
     }

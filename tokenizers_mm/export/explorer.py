@@ -1,8 +1,8 @@
 """The explorer: one static page in which ids of images are looked at, swapped and decoded, by the exported decoder.
 
 The folder holds index.html with images and ids, decoder.js with the ONNX graph and runtime.js with onnxruntime-web.
-Both scripts carry their
-bytes compressed, so that the page works from a file as from a server, and asks for nothing else.
+Both scripts carry their bytes compressed, so that the page works from a file as from a server, and asks for nothing
+else.
 """
 
 import base64
