@@ -150,7 +150,7 @@ def decoder_graph(tokenizer: ImageTokenizer[Any], size: tuple[int, int], path: P
     weights = torch.zeros(len(module.lengths), device=tokenizer.device)
     weights[-1] = 1
     expected = tokenizer.decode(ImageCodes(ids, *size, streams))
-    (image,) = write_onnx(module, (ids, weights), path)
+    (image,) = write_onnx(module, (ids, weights), path, one_file=True)
     difference = float((image - expected).abs().max())
     require(difference <= 1e-3, "the decoder graph", "the image of the model", f"a difference of {difference:.2g}")
     return path.read_bytes()
@@ -176,7 +176,7 @@ def runtime_files(folder: str | os.PathLike[str] | None) -> dict[str, bytes]:
 
 def script(files: dict[str, bytes]) -> str:
     """A script that hands files to the page, each compressed (gzip) and in base64."""
-    coded = {key: base64.b64encode(gzip.compress(data, 9, mtime=0)).decode() for key, data in files.items()}
+    coded = {key: base64.b64encode(gzip.compress(data, 6, mtime=0)).decode() for key, data in files.items()}
     return "".join(f'(globalThis.explorerFiles ??= {{}}).{key} = "{text}";\n' for key, text in coded.items())
 
 

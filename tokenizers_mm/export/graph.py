@@ -87,8 +87,11 @@ def _write(module: nn.Module, example: Tensor, format: Format, path: Path) -> Te
     return output
 
 
-def write_onnx(module: nn.Module, examples: tuple[Tensor, ...], path: Path) -> list[Tensor]:
-    """Write an ONNX graph for inputs like these, read it back, and run it on them; returns its outputs."""
+def write_onnx(module: nn.Module, examples: tuple[Tensor, ...], path: Path, one_file: bool = False) -> list[Tensor]:
+    """Write an ONNX graph for inputs like these, read it back, and run it on them; returns its outputs.
+
+    one_file: whether the weights are in the file (up to 2 GB) or in another one beside it.
+    """
     import onnxruntime  # an extra: loaded when asked for
 
     from tokenizers_mm.export.onnx_ops import TRANSLATIONS
@@ -96,7 +99,15 @@ def write_onnx(module: nn.Module, examples: tuple[Tensor, ...], path: Path) -> l
     program = torch.export.export(module, examples, strict=False)
     with warnings.catch_warnings():  # the exporter warns of its own internals
         warnings.simplefilter("ignore")
-        torch.onnx.export(program, (), path, dynamo=True, custom_translation_table=TRANSLATIONS, verbose=False)
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            dynamo=True,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+            external_data=not one_file,
+        )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     outputs = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, examples, strict=True)})
