@@ -122,14 +122,20 @@ def test_sixty_four_images_stay_under_five_megabytes(tokenizer: TokenFlow, image
 
 @needs_onnx
 @pytest.mark.filterwarnings("ignore")  # of the exporter's own making
-def test_the_decoder_decodes_up_to_each_scale(tokenizer: TokenFlow, images: list[Path], tmp_path: Path) -> None:
-    graph = decoder_graph(tokenizer, (32, 32), tmp_path / "decoder.onnx")
+def test_the_command_writes_a_page_that_decodes_up_to_each_scale(
+    tokenizer: TokenFlow, images: list[Path], runtime: Path, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tok")
+    arguments = ["explore", str(tmp_path / "tok"), "--images", str(images[0].parent), "--limit", "3"]
+    assert main([*arguments, "--runtime", str(runtime), "--out", str(tmp_path / "page")]) == 0
+    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["decoder.js", "index.html", "runtime.js"]
+    files = unpack((tmp_path / "page" / "runtime.js").read_text())
+    assert files == {"module": b"export {}", "binary": bytes(range(256))}
+    graph = unpack((tmp_path / "page" / "decoder.js").read_text())["decoder"]
     codes = tokenizer.encode(images[0], fit="crop")
     for index, length in enumerate(lengths(codes.streams)):
-        weights = torch.eye(3)[index]
-        image = decoded(graph, codes.ids, weights)
         expected = tokenizer.decode(ImageCodes(codes.ids[:, :length], 32, 32, codes.streams))
-        torch.testing.assert_close(image, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(decoded(graph, codes.ids, torch.eye(3)[index]), expected, atol=1e-4, rtol=0)
 
 
 @needs_onnx
@@ -147,20 +153,6 @@ def test_several_streams_of_any_size(images: list[Path], tmp_path: Path) -> None
     torch.testing.assert_close(image, tokenizer.decode_ids(ids, *size), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="size: expected the height and width of the images, got nothing"):
         explore(tokenizer, "tiny", images, tmp_path / "x")
-
-
-@needs_onnx
-@pytest.mark.filterwarnings("ignore")
-def test_the_command_writes_a_whole_page(
-    tokenizer: TokenFlow, images: list[Path], runtime: Path, tmp_path: Path
-) -> None:
-    tokenizer.save(tmp_path / "tok")
-    arguments = ["explore", str(tmp_path / "tok"), "--images", str(images[0].parent), "--limit", "3"]
-    assert main([*arguments, "--runtime", str(runtime), "--out", str(tmp_path / "page")]) == 0
-    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["decoder.js", "index.html", "runtime.js"]
-    files = unpack((tmp_path / "page" / "runtime.js").read_text())
-    assert files == {"module": b"export {}", "binary": bytes(range(256))}
-    assert list(unpack((tmp_path / "page" / "decoder.js").read_text())) == ["decoder"]
 
 
 def test_bad_requests_get_one_sentence(
