@@ -229,16 +229,16 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
         source = words.get();
       }
       const char* from = static_cast<const char*>(source);
-      const int64_t place = vector % isa->tile * lanes + lane;
+      const int64_t place = vector % isa->tile * lanes + lane, next = depth * pass - depth + 1;
       int32_t* out = &made->codes[code / panel * panel * steps + vector / isa->tile * pass * steps + place];
       for (int64_t step = 0; step < narrow_from; ++step, out += pass, from += 4) std::memcpy(out, from, 4);
       out += (depth - 1) * place;
-      for (int64_t step = narrow_from; step < steps; step += depth, out += depth * pass)
-        for (int64_t i = 0; i < depth; ++i, from += 4) {
-          uint32_t word;
-          std::memcpy(&word, from, 4);
-          out[i] = static_cast<int32_t>((word & bits) ^ flip);
-        }
+      for (int64_t step = narrow_from; step < steps; ++step, from += 4) {
+        uint32_t word;
+        std::memcpy(&word, from, 4);
+        *out = static_cast<int32_t>((word & bits) ^ flip);
+        out += (step - narrow_from + 1) & (depth - 1) ? 1 : next;
+      }
       const float start = which == kDifference ? 0.0f : known.bias[code < k ? code : 0];
       made->bias[code / panel * panel + vector * lanes + lane] = wins ? start : -std::numeric_limits<float>::infinity();
     }

@@ -115,8 +115,8 @@ struct Isa {
   int tile;  // vectors in a pass; it divides `vectors`
   bool has[kRungs];
   void (*scan[kRungs])(const ScanArgs&);
-  // int8 rung: the largest |q| of a code, which is stored as q + code_offset: code_levels + 1, without a sign, or 0. `depth` steps
-  // of a code lie side by side: [vectors / tile][step / depth][tile][lane][depth]. The scale of a token is at least
+  // int8 rung: the largest |q| of a code, which is stored as q + code_offset: code_levels + 1, without a sign, or 0. `depth` steps,
+  // 1 or 2, of a code lie side by side: [vectors / tile][step / depth][tile][lane][depth]. The scale of a token is at least
   // max |x| / kTokenLevels and, where the rung has runs of steps, at least this, of `padded` values (a multiple of 16); else null.
   float code_levels;
   int code_offset, depth;

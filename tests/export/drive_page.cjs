@@ -1,6 +1,6 @@
 // Uses an explorer page as a visitor would, in headless Chromium, and prints what it saw as JSON.
 // Usage: node drive_page.cjs PAGE CHROMIUM PLAN [SCREENSHOTS], with puppeteer-core (and axe-core) to be found by `require`.
-// PLAN: JSON {grid, a, b, upto}: the grid to choose, the cells to swap, and a scale to decode up to.
+// PLAN: JSON {grid, a, b, upto, flags}: the grid to choose, the cells to swap, a scale to decode up to, flags of the browser.
 "use strict";
 const { pathToFileURL } = require("node:url");
 const path = require("node:path");
@@ -21,7 +21,7 @@ async function main() {
   const browser = await puppeteer.launch({
     executablePath,
     headless: true,
-    args: ["--no-sandbox", "--disable-dev-shm-usage", "--force-device-scale-factor=1"],
+    args: ["--no-sandbox", "--disable-dev-shm-usage", "--force-device-scale-factor=1", ...(plan.flags ?? [])],
     protocolTimeout: 240000,
   });
   const tab = await browser.newPage();

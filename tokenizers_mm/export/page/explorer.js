@@ -50,7 +50,7 @@ async function openDecoder() {
   const adapter = navigator.gpu ? await navigator.gpu.requestAdapter().catch(() => null) : null;
   for (const provider of adapter ? ["webgpu", "wasm"] : ["wasm"]) {
     try {
-      const session = await ort.InferenceSession.create(graph, { executionProviders: [provider] });
+      const session = await ort.InferenceSession.create(graph, { executionProviders: [provider], logSeverityLevel: 3 });
       const decoder = { ort, session, provider };
       await run(decoder, data.images[0].ids, lengths.length); // some failures show at the first run
       return decoder;
