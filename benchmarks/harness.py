@@ -50,8 +50,8 @@ CAPS = {
         "OPENBLAS_CORETYPE": "Haswell",
     },
 }
-"""Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS. None of them
-can be kept from one on ARM64."""
+"""Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS. On
+ARM64 there is none."""
 CAPS["avx_vnni"] = {**CAPS["avx2"], "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 CAPS["avx512_vnni"] = {}
 
