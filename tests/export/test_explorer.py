@@ -96,7 +96,8 @@ def test_the_page_holds_images_and_ids(tokenizer: TokenFlow, images: list[Path])
     text = page(facts)
     assert text.count("<script") == text.count("</script>") == 2
     assert not re.search(r"/\*(STYLE|CODE|DATA)\*/", text)
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    (held,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    data = json.loads(held)
     assert data == facts
     codes = tokenizer.encode(images, fit="crop")
     assert [image["ids"] for image in data["images"]] == codes.ids.tolist()
