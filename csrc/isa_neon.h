@@ -74,16 +74,17 @@ struct Words : IntegerTop {
   }
 };
 
+// The float rungs are inline assembly, because gcc 12 reorders the loads until the sums do not fit the registers.
 struct Products : FloatTop {
   TMM_INLINE void add(Sums& sum, const int32_t* code, const int32_t* token, const ScanArgs& args) {
     for (int64_t step = 0; step < args.steps; ++step, code += kPanel, token += kTileRows) {
-      const float32x4_t four = floats(vld1q_s32(token));
-      const float32x2_t two = vreinterpret_f32_s32(vld1_s32(token + 4));
+      const int32x4_t four = vld1q_s32(token);
+      const int32x2_t two = vld1_s32(token + 4);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const float32x4_t c = floats(vld1q_s32(code + v * kLanes));
+        const int32x4_t c = vld1q_s32(code + v * kLanes);
 #define TMM_ADD(row, tokens, word, lane) \
-  sum[row][v] = vreinterpretq_s32_f32(vfmaq_##lane##_f32(floats(sum[row][v]), c, tokens, word));
+  asm volatile("fmla %0.4s, %1.4s, %2.s[" #word "]" : "+w"(sum[row][v]) : "w"(c), "w"(tokens));
         TMM_EACH_ROW(TMM_ADD)
 #undef TMM_ADD
       }
@@ -95,13 +96,16 @@ struct Products : FloatTop {
 struct Differences : FloatTop {
   TMM_INLINE void add(Sums& sum, const int32_t* code, const int32_t* token, const ScanArgs& args) {
     for (int64_t step = 0; step < args.steps; ++step, code += kPanel, token += kTileRows) {
+      int32x4_t c[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) c[v] = vld1q_s32(code + v * kLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < kTileRows; ++r) {
-        const float32x4_t t = floats(vld1q_dup_s32(token + r));
+        const int32x4_t t = vld1q_dup_s32(token + r);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          const float32x4_t gap = vsubq_f32(floats(vld1q_s32(code + v * kLanes)), t);
-          sum[r][v] = vreinterpretq_s32_f32(vfmsq_f32(floats(sum[r][v]), gap, gap));
+          int32x4_t gap;
+          asm volatile("fsub %1.4s, %2.4s, %3.4s\n\tfmls %0.4s, %1.4s, %1.4s" : "+w"(sum[r][v]), "=&w"(gap) : "w"(c[v]), "w"(t));
         }
       }
     }

@@ -63,7 +63,7 @@ const Isa* neon_i8mm_isa() {
     table.has[kInt8] = true;
     table.scan[kInt8] = scan<Blocks>;
     table.depth = 2;
-    table.choice.cycles[kInt8] = 0.02f;
+    table.choice.cycles[kInt8] = 0.021f;
     return table;
   }();
   return &isa;
