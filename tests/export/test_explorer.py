@@ -124,12 +124,16 @@ def test_sixty_four_images_stay_under_five_megabytes(tokenizer: TokenFlow, image
 @needs_onnx
 @pytest.mark.filterwarnings("ignore")  # of the exporter's own making
 def test_the_command_writes_a_page_that_decodes_up_to_each_scale(
-    tokenizer: TokenFlow, images: list[Path], runtime: Path, tmp_path: Path
+    tokenizer: TokenFlow, images: list[Path], runtime: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer.save(tmp_path / "tok")
-    arguments = ["explore", str(tmp_path / "tok"), "--images", str(images[0].parent), "--limit", "3"]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    listed = [str(tmp_path / "broken.png"), str(images[0].parent)]
+    arguments = ["explore", str(tmp_path / "tok"), "--images", *listed, "--limit", "4"]
     assert main([*arguments, "--runtime", str(runtime), "--out", str(tmp_path / "page")]) == 0
     assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["decoder.js", "index.html", "runtime.js"]
+    assert (tmp_path / "page" / "index.html").read_text().count('"ids":') == 3
+    assert capsys.readouterr().err.startswith(f"skipped: image {tmp_path / 'broken.png'}: ")
     files = unpack((tmp_path / "page" / "runtime.js").read_text())
     assert files == {"module": b"export {}", "binary": bytes(range(256))}
     graph = unpack((tmp_path / "page" / "decoder.js").read_text())["decoder"]
@@ -166,6 +170,8 @@ def test_bad_requests_get_one_sentence(
         explore(tokenizer, "tiny", images, tmp_path / "x")
     with pytest.raises(ValueError, match="expected a file of onnxruntime-web"):
         explore(tokenizer, "tiny", images, tmp_path / "x", runtime=tmp_path)
+    with pytest.raises(ValueError, match="images: expected at least one readable image, got none of 5"):
+        explore(tokenizer, "tiny", images, tmp_path / "x", "refuse", runtime=runtime, refused=lambda error: None)
     with pytest.raises(ValueError, match="images: expected 1 to 256, got 0"):
         explore(tokenizer, "tiny", [], tmp_path / "x", runtime=runtime)
     with pytest.raises(ValueError, match="expected 32 x 32 pixels, got 70 x 90"):

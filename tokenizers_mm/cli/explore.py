@@ -1,8 +1,10 @@
 """`tokenizers-mm explore`."""
 
 import argparse
+import sys
 from pathlib import Path
 
+from tokenizers_mm.cli.boundary import printable
 from tokenizers_mm.cli.options import SHIPPED, load_tokenizer
 
 SUMMARY = "A page in which ids are looked at, swapped and decoded in the browser."
@@ -42,4 +44,6 @@ def run(options: argparse.Namespace) -> None:
     size = tuple(options.size) if options.size else None
     tokenizer = load_tokenizer(options)
     found = paths[: max(options.limit, 0)]
-    print(explore(tokenizer, str(options.tokenizer), found, options.out, options.fit, size, options.runtime))
+    refused = (lambda error: print(f"skipped: {printable(error)}", file=sys.stderr)) if len(found) > 1 else None
+    name = str(options.tokenizer)
+    print(explore(tokenizer, name, found, options.out, options.fit, size, options.runtime, refused))

@@ -11,7 +11,7 @@ import importlib.resources
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,13 +80,17 @@ def explore(
     fit: Fit = "crop",
     size: tuple[int, int] | None = None,
     runtime: str | os.PathLike[str] | None = None,
+    refused: Callable[[ValueError], None] | None = None,
 ) -> Path:
     """Write the page of a tokenizer and some images into a folder; open its index.html.
 
     name: how the page calls the tokenizer. fit: for images of another size: "refuse", "crop", "pad" or "resize".
     size: (height, width), needed where the tokenizer takes any. runtime: the folder of the npm package onnxruntime-web;
-    by default node_modules/onnxruntime-web here or in a folder above. ValueError without it, for a tokenizer without
-    ids, for unreadable images and for more than `MOST_IMAGES`.
+    by default node_modules/onnxruntime-web here or in a folder above. refused: called with the error of an image that
+    cannot be read or is of a wrong size; by default the error is raised.
+
+    Raises:
+        ValueError: no runtime, a tokenizer without ids, no readable image, or more than `MOST_IMAGES`.
     """
     size = size or tokenizer.image_size
     if size is None:
@@ -96,7 +100,7 @@ def explore(
     require(0 < len(images) <= MOST_IMAGES, "images", f"1 to {MOST_IMAGES}", len(images))
     scripts = runtime_files(runtime)
     tokenizer = tokenizer.eval()
-    facts = page_data(tokenizer, name, images, fit, size)
+    facts = page_data(tokenizer, name, images, fit, size, refused)
     with TemporaryDirectory() as folder:
         decoder = decoder_graph(tokenizer, size, Path(folder) / "decoder.onnx")
     with atomic_directory(directory) as folder:
@@ -112,20 +116,28 @@ def page_data(
     images: Sequence[str | os.PathLike[str]],
     fit: Fit,
     size: tuple[int, int],
+    refused: Callable[[ValueError], None] | None = None,
 ) -> dict[str, Any]:
     """What the page knows: the streams and, of every image, its name, its pixels as WebP and its ids."""
     height, width = size
     streams = tokenizer.streams(height, width)
     listed = []
     for path in images:
-        image = read_image(path)
-        if fit != "refuse":
-            image = fit_image(image, height, width, fit)
-        if (image.height, image.width) != size:
-            fail(str(path), f"{height} x {width} pixels", f"{image.height} x {image.width}")
+        try:
+            image = read_image(path)
+            if fit != "refuse":
+                image = fit_image(image, height, width, fit)
+            found = f"{image.height} x {image.width}"
+            require((image.height, image.width) == size, f"image {path}", f"{height} x {width} pixels", found)
+        except ValueError as error:
+            if refused is None:
+                raise
+            refused(error)
+            continue
         x = image_to_tensor(image)[None].to(tokenizer.device, tokenizer.dtype)
         ids = tokenizer.encode_tensor(x).ids[0].tolist()
         listed.append({"name": Path(path).stem, "source": _as_url(image), "ids": ids})
+    require(len(listed) > 0, "images", "at least one readable image", f"none of {len(images)}")
     return {
         "tokenizer": name,
         "family": tokenizer.family,
