@@ -12,7 +12,7 @@ from tokenizers_mm.models import Provenance
 from tokenizers_mm.models.vqgan import VQGAN
 from tokenizers_mm.quantizers import LFQConfig
 
-SOURCE = Provenance(source="showlab/magvitv2 on the Hugging Face hub", license="Apache-2.0")
+SOURCE = Provenance(source="showlab/magvitv2 on the Hugging Face hub", license="MIT")
 
 
 def rules_of(levels: int) -> list[Rule]:
