@@ -47,7 +47,7 @@ FAMILY = Family(
             "showlab/magvitv2: pytorch_model.bin",
             (256, 256),
             ((256, 1 << 13),),
-            "Apache-2.0",
+            "MIT",
             "the original code at a small size: ids, vectors and pixels",
         ),
     ),
