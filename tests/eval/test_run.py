@@ -37,7 +37,9 @@ class Means(Candidate):
         ids = ((means + 1) * 8).long().clamp(0, 15)
         rows, columns = ids.shape[-2:]
         streams = (Stream("grey", 16, ((rows, columns),)),)
-        return Encoded(ids, [4.0 * rows * columns] * len(x), ImageCodes(ids.flatten(1), *x.shape[-2:], streams))
+        return Encoded(
+            ids, [4.0 * rows * columns] * len(x), ImageCodes(ids.flatten(1), x.shape[-2], x.shape[-1], streams)
+        )
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         grey = (encoded.value.float() + 0.5) / 8 - 1
