@@ -189,7 +189,7 @@ def test_the_table_of_metrics() -> None:
             missing[name] = str(error)
             continue
         streams = (Stream("a", 8, ((1, 2), (2, 2))),)
-        for _ in range(4):
+        for _ in range(2):
             a, b = torch.rand(2, 2, 3, 48, 48, generator=generator) * 2 - 1
             ids = torch.randint(0, 8, (2, 6), generator=generator)
             codes = ImageCodes(ids, 48, 48, streams)
