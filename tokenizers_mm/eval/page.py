@@ -247,6 +247,10 @@ def _results(report: Mapping[str, Any]) -> str:
     notes = ["Small numbers are 95 % bootstrap intervals of the mean. Bold: the best of a column."]
     stand_ins = {e["stands_in"] for row in rows for e in row["metrics"].values() if "stands_in" in e}
     notes += [f"rFID, KID and inception score: {text}." for text in sorted(stand_ins)]
+    peaks = {row["speed"]["device"]: row["speed"]["peak_memory"] for row in rows if "speed" in row}
+    for device, peak in peaks.items():
+        holder = "the process" if device == "cpu" else "tensors"
+        notes.append(f"Times are per image on {device}; at most {peak / 2**20:,.0f} MiB of memory for {holder}.")
     few = {
         f"{heading(name)}: {entry['images']} images for {entry['features']} features, so the value is far too high; "
         "compare it within this table only."
