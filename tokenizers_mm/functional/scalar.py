@@ -12,11 +12,26 @@ SLACK = 1e-3
 
 def round_to_levels(z: Float[Tensor, "*n d"], levels: tuple[int, ...]) -> Float[Tensor, "*n d"]:
     """Whole numbers, `levels` of them per channel around zero, with the gradient of the bounding function (tanh)."""
+    bounded, _ = _bounded(z, levels)
+    return bounded + (bounded.round() - bounded).detach()
+
+
+def rounding_margin(z: Float[Tensor, "*n d"], levels: tuple[int, ...]) -> Float[Tensor, "*n"]:
+    """Margins: `round_to_levels` gives the same for any change of z with a norm below margin / 2.
+
+    A change of one channel moves its bounded value by at most half the range of the levels times as much (tanh), and
+    the nearest border between two levels is the first that could be crossed.
+    """
+    bounded, half = _bounded(z, levels)
+    return ((0.5 - (bounded - bounded.round()).abs()) / half).amin(-1) * 2
+
+
+def _bounded(z: Tensor, levels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """z inside of the range of the levels, and half of that range by channel."""
     counts = torch.tensor(levels, dtype=z.dtype, device=z.device)
     half = (counts - 1) * (1 + SLACK) / 2
     offset = torch.where(counts % 2 == 0, 0.5, 0.0)
-    bounded = (z + (offset / half).atanh()).tanh() * half - offset
-    return bounded + (bounded.round() - bounded).detach()
+    return (z + (offset / half).atanh()).tanh() * half - offset, half
 
 
 def levels_to_ids(whole: Float[Tensor, "*n d"], levels: tuple[int, ...]) -> Int[Tensor, "*n"]:

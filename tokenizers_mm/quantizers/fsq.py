@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Length, Range, Width, checked
-from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids, round_to_levels
+from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids, round_to_levels, rounding_margin
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized, VQTerms
 
@@ -42,10 +42,12 @@ class FSQ(Quantizer):
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
         levels = self.config.levels
-        whole = round_to_levels(_linear(self.project_in, z), levels)
+        narrow = _linear(self.project_in, z)
+        whole = round_to_levels(narrow, levels)
         zero = z.new_zeros(())
         terms = VQTerms(zero, zero, zero) if self.training else None
-        ids = kernels.finite_ids(z, levels_to_ids(whole, levels), self.query_names[0])
+        ids = levels_to_ids(whole, levels)
+        ids = kernels.finite_ids(z, ids, self.query_names[0], lambda: rounding_margin(narrow, levels))
         return Quantized(self._expand(whole), ids, terms, queries=z.detach())
 
     def look_up(self, ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm.config import Codes, Width, checked
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.functional.vq import look_up, rotate_to, straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
@@ -22,7 +23,7 @@ class VQ(Quantizer):
 
     def codebook(self) -> Tensor:
         """The codes as they are compared and decoded, [K, D]."""
-        return self.codes.float()
+        return at_least_float32(self.codes)
 
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
@@ -62,14 +63,17 @@ class SimVQ(Quantizer):
 
     def codebook(self) -> Tensor:
         """The codes as they are compared and decoded, [K, D]."""
-        return self.frozen.float() @ self.transform.weight.float().T  # type: ignore[operator]
+        return self._transformed(self.frozen)  # type: ignore[arg-type]
 
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
         return _quantize(z, self.codebook(), self.training, self.config.rotation, self.query_names[0])
 
     def look_up(self, ids: Tensor) -> Tensor:
-        return look_up(self.frozen.float(), ids) @ self.transform.weight.float().T  # type: ignore[operator]
+        return self._transformed(look_up(self.frozen, ids))  # type: ignore[arg-type]
+
+    def _transformed(self, codes: Tensor) -> Tensor:
+        return at_least_float32(codes) @ at_least_float32(self.transform.weight).T
 
     @property
     def revivable(self) -> bool:

@@ -1,0 +1,310 @@
+"""Ids that do not depend on the batch, the threads, the machine or the dtype.
+
+*The* ids of an image are those that the tokenizer gives when everything is computed in float64 from its weights, which
+rounding on a machine moves by about 1e-15 only. Computing everything so would take several times as long. Therefore:
+
+1. The image goes through the networks in float32 (no autocast, no TF32), and every search says its margin: by how much
+   the nearest code wins (`kernels.nearest_code`). A margin changes with the features; the error of a margin is the
+   difference of its float32 and its float64 value, taken with its sign where they disagree about the code.
+2. The first images (`CALIBRATION` ids) are computed in float64 too. This measures the errors of this model, on this
+   machine, with these images, for every search of a pass (a scale or a stream) apart. `SAFETY` times the largest error
+   seen so far is the bound of that search; one with less than `FEW` measurements takes the largest of all searches.
+3. An image in which no margin is below its bound keeps its float32 ids. The others are decided again, whole, in
+   float64: later scales of residual quantizers depend on earlier ids. Every `AUDIT`-th image is decided again in any
+   case. Each of these adds to the measurements, so a bound that is too small for new images grows.
+
+The bound is measured, not proven: errors of one search are sums of very many roundings, and their largest value over
+thousands of positions changes little from one sample to the next. How little the promise rests on luck is in the
+report: `Stability.largest`, the largest error as a share of the bound in force when it was met, was 1 / SAFETY or
+little more in all measurements. Margins that are too small for float64 too are counted as `undecided`.
+
+An image whose values are all within rounding of the 8-bit levels u / 127.5 - 1 is taken as that 8-bit image, so that
+float32, float16 and bfloat16 tensors of one image are one image. Other tensors are taken as they are.
+
+A tokenizer that narrows to float32 in the middle of its float64 pass, draws random numbers, or has a quantizer without
+margins cannot promise anything, and is refused with a sentence that says why.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.kernels.decisions import Decision, watch_decisions
+from tokenizers_mm.types import ImageCodes
+
+SAFETY = 4.0
+"""The bound of a margin's error, relative to the largest error measured."""
+
+CALIBRATION = 4096
+"""Ids that are computed both ways before float32 is trusted."""
+
+FEW = 512
+"""Measurements from which on a search has a bound of its own."""
+
+AUDIT = 256
+"""One image of so many is decided again without need."""
+
+WIDE_ROUNDING = 2.0**-26
+"""Bound of float64 errors, relative to those of float32: 2^-29, times 8."""
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+EXACT = ("arange", "empty", "eye", "fill", "full", "lift_fresh", "ones", "scalar_tensor", "zeros", "copy_")
+"""Beginnings of the names of operations that may make float32 values in a float64 pass: small whole numbers."""
+
+RANDOM = ("bernoulli", "dropout", "multinomial", "normal", "rand", "uniform")
+"""Beginnings of the names of operations that draw random numbers."""
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Counts of what `encode(..., stable=True)` did with a tokenizer so far.
+
+    images, ids: all of them. again: images that were decided again in float64. changed: ids that float64 decided
+    otherwise. undecided: ids with a margin that is too small for float64 too. bounds: of the error of a margin, by
+    search, in the units of its distances. largest: the largest error met, relative to the bound then in force; above 1
+    the bound was broken, and ids before that may be wrong.
+    """
+
+    images: int = 0
+    ids: int = 0
+    again: int = 0
+    changed: int = 0
+    undecided: int = 0
+    bounds: tuple[float, ...] = ()
+    largest: float = 0.0
+
+    def __str__(self) -> str:
+        share = 100 * self.again / max(self.images, 1)
+        text = f"{self.again} of {self.images} images ({share:.1f} %) decided again in float64"
+        return f"{text}, which changed {self.changed} of {self.ids} ids; {self.undecided} ids undecided"
+
+
+class StableEncoder:
+    """The stable ids of one tokenizer; it keeps a float64 copy of what encoding needs, made when first used."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = weakref.ref(tokenizer)
+        self.report = Stability()
+        self._state: tuple[Any, ...] = ()
+        self._single: Any = None
+        self._wide: Any = None
+        self._largest: list[float] = []
+        self._counts: list[int] = []
+        self._trusted = False
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> ImageCodes:
+        """The stable ids, with margins, of a checked float tensor [B, 3, H, W] on the tokenizer's device."""
+        tokenizer = self._tokenizer()
+        assert tokenizer is not None
+        require(not tokenizer.training, "stable", "a tokenizer in evaluation mode (tok.eval())", "training mode")
+        self._renew(tokenizer)
+        x = eight_bit(x)
+        with _plain_arithmetic(x.device):
+            codes, decisions = self._run(tokenizer if self._single is None else self._single, x)
+            return self._decide(x, codes, decisions)
+
+    def _decide(self, x: Tensor, codes: ImageCodes, decisions: list[Decision]) -> ImageCodes:
+        """The final ids: those of float64 for a few first images, then for those with a margin within the bounds."""
+        ids, margins = codes.ids.clone(), _aligned(codes.ids, decisions)
+        known, each = sum(self._counts), max(1, codes.ids.shape[1])
+        first = min(len(x), max(0, -(-(CALIBRATION - known) // each)))
+        again = torch.arange(first)
+        if first:
+            self._decide_again(x, again, ids, margins, decisions)
+        if first < len(x):
+            doubtful = torch.zeros(len(x), dtype=torch.bool)
+            for number, decision in enumerate(decisions):
+                assert decision.margin is not None
+                doubtful |= (decision.margin < self._bound(number)).any(1).cpu()
+            place = torch.arange(self.report.images, self.report.images + len(x))
+            doubtful |= place % AUDIT == 0
+            doubtful[:first] = False
+            later = doubtful.nonzero().flatten()
+            if len(later):
+                self._decide_again(x, later, ids, margins, decisions)
+            again = torch.cat([again, later])
+        self.report = replace(
+            self.report,
+            images=self.report.images + len(x),
+            ids=self.report.ids + ids.numel(),
+            again=self.report.again + len(again),
+            changed=self.report.changed + int((ids != codes.ids).sum()),
+            bounds=tuple(self._bound(number) for number in range(len(self._counts))),
+        )
+        return replace(codes, ids=ids, margins=margins)
+
+    def _decide_again(
+        self, x: Tensor, rows: Tensor, ids: Tensor, margins: Tensor | None, decisions: list[Decision]
+    ) -> None:
+        """Write the float64 ids and margins of some images in place, and learn from the differences."""
+        rows = rows.to(x.device)
+        if self._trusted:
+            codes, found = self._run(self._wide, x[rows].double())
+        else:
+            with _Watcher() as watcher:
+                codes, found = self._run(self._wide, x[rows].double())
+            watcher.refuse()
+            self._trusted = True
+        ids[rows] = codes.ids
+        aligned = _aligned(codes.ids, found)
+        if margins is not None and aligned is not None:
+            margins[rows] = aligned.to(margins.dtype)
+        same = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+        undecided = 0
+        for number, (single, wide) in enumerate(zip(decisions, found, strict=True)):
+            assert single.margin is not None and wide.margin is not None
+            small, exact = single.margin[rows].double(), wide.margin.double()
+            agree = single.ids[rows] == wide.ids
+            if bool(same.any()):
+                error = torch.where(agree, (small - exact).abs(), small + exact)[same].nan_to_num(0, 0, 0)
+                self._learn(number, float(error.max()), error.numel())
+            undecided += int((exact < self._bound(number) * WIDE_ROUNDING).sum())
+            same &= agree.all(1)
+        self.report = replace(self.report, undecided=self.report.undecided + undecided)
+
+    def _learn(self, number: int, error: float, count: int) -> None:
+        if sum(self._counts) >= CALIBRATION:
+            share = error / max(self._bound(number), 1e-300)
+            self.report = replace(self.report, largest=max(self.report.largest, share))
+        self._largest[number] = max(self._largest[number], error)
+        self._counts[number] += count
+
+    def _bound(self, number: int) -> float:
+        few = self._counts[number] < FEW
+        return SAFETY * (max(self._largest) if few else self._largest[number])
+
+    def _run(self, model: Any, x: Tensor) -> tuple[ImageCodes, list[Decision]]:
+        """Codes and the decisions behind them, each as [B, n]. The class's method: one that was compiled is not run."""
+        with watch_decisions() as found:
+            codes = type(model).encode_tensor(model, x)
+        require(isinstance(codes, ImageCodes), "stable", "a tokenizer with ids", f"a continuous one ({model.family})")
+        told = sum(decision.ids.numel() for decision in found if decision.margin is not None)
+        require(told == codes.ids.numel(), "stable", f"a margin for each of {codes.ids.numel()} ids", f"{told} margins")
+        flat = [Decision(d.ids.reshape(len(x), -1), d.margin.reshape(len(x), -1)) for d in found if d.margin is not None]
+        missing = len(flat) - len(self._counts)
+        self._counts += [0] * missing
+        self._largest += [0.0] * missing
+        return codes, flat
+
+    def _renew(self, tokenizer: Any) -> None:
+        """Make the copies, and forget the measurements, where the weights are others than before."""
+        tensors = [*tokenizer.parameters(), *tokenizer.buffers()]
+        state = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+        if state == self._state:
+            return
+        floats = {t.dtype for t in tensors if t.is_floating_point()}
+        self._single = None if floats <= {torch.float32} else _converted(tokenizer, torch.float32)
+        self._wide = _converted(tokenizer, torch.float64)
+        self._state, self._counts, self._largest, self._trusted = state, [], [], False
+        self.report = Stability()
+
+
+_encoders: "weakref.WeakKeyDictionary[Any, StableEncoder]" = weakref.WeakKeyDictionary()
+
+
+def stable_encoder(tokenizer: Any) -> StableEncoder:
+    """The encoder of a tokenizer, the same one for every call."""
+    if tokenizer not in _encoders:
+        _encoders[tokenizer] = StableEncoder(tokenizer)
+    return _encoders[tokenizer]
+
+
+def eight_bit(x: Tensor) -> Tensor:
+    """x [B, 3, H, W] in float32, and images that are 8-bit ones up to the rounding of x's dtype as exactly those."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    levels = ((torch.arange(256, dtype=torch.float32) / 127.5) - 1).to(x.device)  # as `image_to_tensor` computes them
+    near = levels[((wide + 1) * 127.5).round().clamp(0, 255).long()]
+    allowed = min(torch.finfo(x.dtype).eps / 4, 2.0**-8) * 1.01 + 1e-6
+    whole = ((wide - near).abs() <= allowed).flatten(1).all(1)
+    return torch.where(whole[:, None, None, None], near, wide.float())
+
+
+def _converted(tokenizer: Any, dtype: torch.dtype) -> Any:
+    """A copy in another dtype, without what only decodes (`DECODERS`), which is shared, and without compiled parts."""
+    shared = {id(part): part for name, part in tokenizer.named_children() if name in tokenizer.DECODERS}
+    made = copy.deepcopy(tokenizer, shared)
+    for name, part in list(made.named_children()):
+        if name in tokenizer.DECODERS:
+            continue
+        setattr(made, name, _eager(part).to(dtype))
+    for name, parameter in list(made.named_parameters(recurse=False)):
+        setattr(made, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    for name, buffer in list(made.named_buffers(recurse=False)):
+        setattr(made, name, buffer.to(dtype) if buffer.is_floating_point() else buffer)
+    return made
+
+
+def _eager(module: nn.Module) -> nn.Module:
+    """A module with the parts that torch.compile made taken back."""
+    if hasattr(module, "_orig_mod"):
+        module = module._orig_mod  # type: ignore[assignment]
+    for each in module.modules():
+        each._compiled_call_impl = None  # type: ignore[assignment]
+    for name, part in list(module.named_children()):
+        setattr(module, name, _eager(part))
+    return module
+
+
+def _aligned(ids: Tensor, decisions: Sequence[Decision]) -> Tensor | None:
+    """Margins [B, L] in the order of the ids, None where that order cannot be told."""
+    found = [(decision.ids, decision.margin) for decision in decisions if decision.margin is not None]
+    orders: list[Any] = [lambda parts: torch.cat(parts, 1)]
+    if len({part.shape for part, _ in found}) == 1:
+        orders += [lambda parts: torch.stack(parts, 2).flatten(1)]
+    for groups in range(2, 65):
+        if len(found) == 1 and found[0][0].shape[1] % groups == 0:
+            orders += [lambda parts, g=groups: parts[0].unflatten(1, (-1, g)).transpose(1, 2).flatten(1)]
+    for order in orders:
+        if torch.equal(order([part for part, _ in found]), ids):
+            return order([margin.float() for _, margin in found])
+    return None
+
+
+@contextmanager
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """float32 that is float32: no autocast, and neither TF32 nor bfloat16 inside of products and convolutions."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes operations that make a float64 pass depend on more than its inputs: narrowing and random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.lstrip("_")
+        outputs = result if isinstance(result, (tuple, list)) else [result]
+        dtypes = {item.dtype for item in outputs if isinstance(item, Tensor)}
+        given = [item for item in args if isinstance(item, Tensor)]
+        only_whole = bool(given) and not any(item.is_floating_point() for item in given)  # from ids, exact
+        narrow = bool(dtypes & set(NARROW)) and not name.startswith(EXACT) and not only_whole
+        if func.namespace == "aten" and (narrow or name.startswith(RANDOM)):
+            self.found.append(name)
+        return result
+
+    def refuse(self) -> None:
+        """Raise the ValueError for what was found, if anything was."""
+        if self.found:
+            names = ", ".join(dict.fromkeys(self.found[:4]))
+            fail("stable", "an encoder that computes in float64 throughout, without chance", f"the operations {names}")
