@@ -82,13 +82,23 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) of an image file, upright, from its header. ValueError as of `read_image`."""
     with _opened(path, f"image {Path(path)}") as image:
-        width, height = image.size
-        # The EXIF of a PNG can stand behind its pixels; of a TIFF, newer versions of Pillow have swapped the sides.
-        orientation = 1 if image.format == "PNG" else _orientation(image)
-        if image.format == "TIFF":
-            tags = image.getexif()
-            width, height = tags.get(TIFF_WIDTH, width), tags.get(TIFF_HEIGHT, height)
-        return (width, height) if orientation >= 5 else (height, width)
+        return _upright_size(image)
+
+
+def decode_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of the bytes of an image file, as `read_size`."""
+    with _decoding(name), Image.open(BytesIO(data)) as image:
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    # The EXIF of a PNG can stand behind its pixels; of a TIFF, newer versions of Pillow have swapped the sides.
+    orientation = 1 if image.format == "PNG" else _orientation(image)
+    if image.format == "TIFF":
+        tags = image.getexif()
+        width, height = tags.get(TIFF_WIDTH, width), tags.get(TIFF_HEIGHT, height)
+    return (width, height) if orientation >= 5 else (height, width)
 
 
 @contextmanager

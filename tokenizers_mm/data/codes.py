@@ -213,11 +213,12 @@ def _write_parquet(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _C
 
 def parquet_schema(arrow: Any, width: int | None, largest: int, facts: Mapping[str, Any]) -> Any:
     """Columns of a Parquet file of codes. width: channels of latents, None for ids. largest: the largest id."""
-    fields = [("name", arrow.string()), ("caption", arrow.string()), ("height", arrow.int32()), ("width", arrow.int32())]
+    text, side = arrow.string(), arrow.int32()
+    fields = [("name", text), ("caption", text), ("height", side), ("width", side)]
     if width is None:
         fields.append(("ids", arrow.list_(arrow.int64() if largest > 2**31 - 1 else arrow.int32())))
     else:
-        fields += [("rows", arrow.int32()), ("columns", arrow.int32()), ("latents", arrow.list_(arrow.float32()))]
+        fields += [("rows", side), ("columns", side), ("latents", arrow.list_(arrow.float32()))]
     return arrow.schema(fields, metadata={"tokenizers_mm": json.dumps({**facts, "channels": width})})
 
 

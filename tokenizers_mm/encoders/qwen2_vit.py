@@ -64,7 +64,7 @@ class Qwen2ViT(nn.Module):
         self.requires_grad_(False)
 
     def prepare(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """What the tower sees: x resized (bicubic, antialiased, in float32 or float64), in [0, 1], normalised as CLIP's images."""
+        """The input of the tower: x resized (bicubic, antialiased, at least float32), in [0, 1], normalised as for CLIP."""
         x = F.interpolate((at_least_float32(x) + 1) / 2, size=size, mode="bicubic", align_corners=False, antialias=True)
         mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (x.clamp(0, 1) - mean) / std

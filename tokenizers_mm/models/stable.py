@@ -162,7 +162,8 @@ class StableEncoder:
         same = torch.ones(len(rows), dtype=torch.bool, device=x.device)
         undecided = 0
         for number, (single, wide) in enumerate(zip(decisions, found, strict=True)):
-            assert single.margin is not None and wide.margin is not None
+            assert single.margin is not None
+            assert wide.margin is not None
             small, exact = single.margin[rows].double(), wide.margin.double()
             agree = single.ids[rows] == wide.ids
             if bool(same.any()):
@@ -190,7 +191,9 @@ class StableEncoder:
         require(isinstance(codes, ImageCodes), "stable", "a tokenizer with ids", f"a continuous one ({model.family})")
         told = sum(decision.ids.numel() for decision in found if decision.margin is not None)
         require(told == codes.ids.numel(), "stable", f"a margin for each of {codes.ids.numel()} ids", f"{told} margins")
-        flat = [Decision(d.ids.reshape(len(x), -1), d.margin.reshape(len(x), -1)) for d in found if d.margin is not None]
+        flat = [
+            Decision(d.ids.reshape(len(x), -1), d.margin.reshape(len(x), -1)) for d in found if d.margin is not None
+        ]
         missing = len(flat) - len(self._counts)
         self._counts += [0] * missing
         self._largest += [0.0] * missing
