@@ -64,7 +64,7 @@ class Qwen2ViT(nn.Module):
         self.requires_grad_(False)
 
     def prepare(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The input of the tower: x resized (bicubic, antialiased, at least float32), in [0, 1], normalised as for CLIP."""
+        """The input of the tower: x resized (bicubic, antialiased) in at least float32, in [0, 1], normalised."""
         x = F.interpolate((at_least_float32(x) + 1) / 2, size=size, mode="bicubic", align_corners=False, antialias=True)
         mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (x.clamp(0, 1) - mean) / std

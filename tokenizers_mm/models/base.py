@@ -165,7 +165,9 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         it.
         """
         if isinstance(images, Tensor):
-            return self._encode_prepared(images, stable)
+            if stable:
+                return cast(Codes, stable_encoder(self).encode(self._checked(images)))
+            return self._encode_prepared(images)
         parts = list(self.encode_batches(images, fit, stable=stable))
         if len({(codes.height, codes.width) for _, codes in parts}) == 1:
             return cast(Codes, join_codes([cast(Any, codes) for _, codes in parts]))
@@ -201,18 +203,24 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
             return image
 
         pairs = images if isinstance(images, Iterator) else name_images(images)
-        for members in _grouped(run_ahead(open_fitted, pairs, workers), refused, self.device.type, batch_size):
-            prepared = torch.stack([image_to_tensor(image) for _, image in members])
-            yield [index for index, _ in members], self._encode_prepared(prepared, stable)
+        groups = _grouped(run_ahead(open_fitted, pairs, workers), refused, self.device.type, batch_size)
+        batches = ((list(numbers), torch.stack(list(map(image_to_tensor, found)))) for numbers, found in groups)
+        if stable:
+            encoded = stable_encoder(self).encode_many((numbers, self._checked(x)) for numbers, x in batches)
+            yield from cast("Iterator[tuple[list[int], Codes]]", encoded)
+            return
+        for numbers, x in batches:
+            yield numbers, self._encode_prepared(x)
 
     @torch.no_grad()
-    def _encode_prepared(self, images: Tensor, stable: bool) -> Codes:
-        """Codes of a tensor of images [B, 3, H, W]."""
-        if not stable:
-            return self.encode_tensor(self.prepare(images))
+    def _encode_prepared(self, images: Tensor) -> Codes:
+        return self.encode_tensor(self.prepare(images))
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """A tensor of images [B, 3, H, W] on the tokenizer's device, in its own dtype."""
         check_images(images)
         self.check_size(*images.shape[-2:])
-        return cast(Codes, stable_encoder(self).encode(images.to(self.device)))
+        return images.to(self.device)
 
     @property
     def stability(self) -> Stability:
@@ -226,10 +234,7 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
-        check_images(images)
-        height, width = images.shape[-2:]
-        self.check_size(height, width)
-        return images.to(self.device, self.dtype)
+        return self._checked(images).to(self.dtype)
 
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
         """A picture brought to a size that `encode` takes; with "refuse", as it is, for `check_size` to judge.
@@ -292,8 +297,8 @@ def _grouped(
     refused: Callable[[int, ValueError], None] | None,
     device: str,
     batch_size: int | None,
-) -> Iterator[list[tuple[int, Image.Image]]]:
-    """Images of one size, with their positions, as they become enough for a batch."""
+) -> Iterator[tuple[tuple[int, ...], tuple[Image.Image, ...]]]:
+    """Positions and images, all of one size, as they become enough for a batch."""
     limit = BATCH_PIXELS.get(device, BATCH_PIXELS["cuda"])
     waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
     for index, image in opened:
@@ -306,11 +311,17 @@ def _grouped(
         area = {size: size[0] * size[1] * len(members) for size, members in waiting.items()}
         pixels = image.width * image.height
         most = limit if batch_size is None else batch_size * pixels
+        ready = None
         if area[image.size] + pixels > most:
-            yield waiting.pop(image.size)
+            ready = image.size
         elif sum(area.values()) > WAITING_BATCHES * max(limit, most):
-            yield waiting.pop(max(area, key=lambda size: area[size]))
-    yield from waiting.values()
+            ready = max(area, key=lambda size: area[size])
+        if ready is not None:
+            numbers, images = zip(*waiting.pop(ready), strict=True)
+            yield numbers, images
+    for members in waiting.values():
+        numbers, images = zip(*members, strict=True)
+        yield numbers, images
 
 
 def _in_order(parts: Iterable[tuple[list[int], Codes]]) -> list[Codes]:

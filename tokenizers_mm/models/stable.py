@@ -27,8 +27,8 @@ margins cannot promise anything, and is refused with a sentence that says why.
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,9 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.kernels.decisions import Decision, watch_decisions
-from tokenizers_mm.types import ImageCodes
+from tokenizers_mm.types import ImageCodes, join_codes
 
-SAFETY = 4.0
+SAFETY = 3.0
 """The bound of a margin's error, relative to the largest error measured."""
 
 CALIBRATION = 4096
@@ -51,6 +51,9 @@ FEW = 512
 
 AUDIT = 256
 """One image of so many is decided again without need."""
+
+WAITING = 16
+"""Doubtful images that are decided again together."""
 
 WIDE_ROUNDING = 2.0**-26
 """Bound of float64 errors, relative to those of float32: 2^-29, times 8."""
@@ -88,6 +91,32 @@ class Stability:
         return f"{text}, which changed {self.changed} of {self.ids} ids; {self.undecided} ids undecided"
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Images [B, 3, H, W], their float32 codes, the decisions behind these, and which are doubtful, bool [B]."""
+
+    x: Tensor
+    codes: ImageCodes
+    decisions: list[Decision]
+    doubtful: Tensor
+
+    def take(self, rows: Tensor) -> "_Pass":
+        """Some of the images."""
+        here = rows.to(self.x.device)
+        decisions = [Decision(d.ids[here], None if d.margin is None else d.margin[here]) for d in self.decisions]
+        return _Pass(self.x[here], _some(self.codes, here), decisions, self.doubtful[rows])
+
+    @staticmethod
+    def join(parts: "Sequence[_Pass]") -> "_Pass":
+        """Images of one size from several passes."""
+        decisions = []
+        for each in zip(*(part.decisions for part in parts), strict=True):
+            margins = [d.margin for d in each if d.margin is not None]
+            decisions.append(Decision(torch.cat([d.ids for d in each]), torch.cat(margins)))
+        codes = join_codes([part.codes for part in parts])
+        return _Pass(torch.cat([part.x for part in parts]), codes, decisions, torch.cat([p.doubtful for p in parts]))
+
+
 class StableEncoder:
     """The stable ids of one tokenizer; it keeps a float64 copy of what encoding needs, made when first used."""
 
@@ -104,6 +133,38 @@ class StableEncoder:
     @torch.no_grad()
     def encode(self, x: Tensor) -> ImageCodes:
         """The stable ids, with margins, of a checked float tensor [B, 3, H, W] on the tokenizer's device."""
+        first = self._first_pass(x)
+        doubtful = first.doubtful.nonzero().flatten()
+        again = self._decide_again(first.take(doubtful)) if len(doubtful) else None
+        return first.codes if again is None else _replaced(first.codes, doubtful, again)
+
+    @torch.no_grad()
+    def encode_many(self, batches: Iterable[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], ImageCodes]]:
+        """(numbers, stable codes) for batches (numbers, images), not in order: doubtful images wait for others.
+
+        A batch is as in `encode`; together, the images that are decided again take less time.
+        """
+        waiting: dict[torch.Size, list[tuple[int, _Pass]]] = {}
+        for numbers, x in batches:
+            first = self._first_pass(x)
+            sure = (~first.doubtful).nonzero().flatten()
+            if len(sure):
+                yield [numbers[row] for row in sure.tolist()], first.take(sure).codes
+            for row in first.doubtful.nonzero().flatten():
+                waiting.setdefault(x.shape[1:], []).append((numbers[int(row)], first.take(row[None])))
+            if sum(map(len, waiting.values())) >= WAITING:
+                yield from self._decide_waiting(waiting)
+                waiting = {}
+        yield from self._decide_waiting(waiting)
+
+    def _decide_waiting(
+        self, waiting: "dict[torch.Size, list[tuple[int, _Pass]]]"
+    ) -> Iterator[tuple[list[int], ImageCodes]]:
+        for members in waiting.values():
+            yield [number for number, _ in members], self._decide_again(_Pass.join([part for _, part in members]))
+
+    def _first_pass(self, x: Tensor) -> "_Pass":
+        """float32 ids, and which images are to be decided again. Measures first, while too little is known."""
         tokenizer = self._tokenizer()
         assert tokenizer is not None
         require(not tokenizer.training, "stable", "a tokenizer in evaluation mode (tok.eval())", "training mode")
@@ -111,67 +172,52 @@ class StableEncoder:
         x = eight_bit(x)
         with _plain_arithmetic(x.device):
             codes, decisions = self._run(tokenizer if self._single is None else self._single, x)
-            return self._decide(x, codes, decisions)
-
-    def _decide(self, x: Tensor, codes: ImageCodes, decisions: list[Decision]) -> ImageCodes:
-        """The final ids: those of float64 for a few first images, then for those with a margin within the bounds."""
-        ids, margins = codes.ids.clone(), _aligned(codes.ids, decisions)
-        known, each = sum(self._counts), max(1, codes.ids.shape[1])
-        first = min(len(x), max(0, -(-(CALIBRATION - known) // each)))
-        again = torch.arange(first)
-        if first:
-            self._decide_again(x, again, ids, margins, decisions)
-        if first < len(x):
-            doubtful = torch.zeros(len(x), dtype=torch.bool)
+        codes = replace(codes, margins=_aligned(codes.ids, decisions))
+        made = _Pass(x, codes, decisions, torch.zeros(len(x), dtype=torch.bool))
+        each = max(1, codes.ids.shape[1])
+        missing = min(len(x), max(0, -(-(CALIBRATION - sum(self._counts)) // each)))
+        if missing:
+            rows = torch.arange(missing)
+            made = replace(made, codes=_replaced(codes, rows, self._decide_again(made.take(rows))))
+        if missing < len(x):
+            place = torch.arange(self.report.images, self.report.images + len(x))
+            doubtful = place % AUDIT == 0
             for number, decision in enumerate(decisions):
                 assert decision.margin is not None
                 doubtful |= (decision.margin < self._bound(number)).any(1).cpu()
-            place = torch.arange(self.report.images, self.report.images + len(x))
-            doubtful |= place % AUDIT == 0
-            doubtful[:first] = False
-            later = doubtful.nonzero().flatten()
-            if len(later):
-                self._decide_again(x, later, ids, margins, decisions)
-            again = torch.cat([again, later])
-        self.report = replace(
-            self.report,
-            images=self.report.images + len(x),
-            ids=self.report.ids + ids.numel(),
-            again=self.report.again + len(again),
-            changed=self.report.changed + int((ids != codes.ids).sum()),
-            bounds=tuple(self._bound(number) for number in range(len(self._counts))),
-        )
-        return replace(codes, ids=ids, margins=margins)
+            made = replace(made, doubtful=doubtful & (torch.arange(len(x)) >= missing))
+        images, ids = self.report.images + len(x), self.report.ids + codes.ids.numel()
+        bounds = tuple(self._bound(number) for number in range(len(self._counts)))
+        self.report = replace(self.report, images=images, ids=ids, bounds=bounds)
+        return made
 
-    def _decide_again(
-        self, x: Tensor, rows: Tensor, ids: Tensor, margins: Tensor | None, decisions: list[Decision]
-    ) -> None:
-        """Write the float64 ids and margins of some images in place, and learn from the differences."""
-        rows = rows.to(x.device)
-        if self._trusted:
-            codes, found = self._run(self._wide, x[rows].double())
-        else:
-            with _Watcher() as watcher:
-                codes, found = self._run(self._wide, x[rows].double())
+    def _decide_again(self, first: "_Pass") -> ImageCodes:
+        """The float64 codes of images; learns from the differences to their float32 ones."""
+        exact_x, watcher = first.x.double(), None if self._trusted else _Watcher()
+        with _plain_arithmetic(exact_x.device), nullcontext() if watcher is None else watcher:
+            codes, found = self._run(self._wide, exact_x)
+        if watcher is not None:
             watcher.refuse()
             self._trusted = True
-        ids[rows] = codes.ids
-        aligned = _aligned(codes.ids, found)
-        if margins is not None and aligned is not None:
-            margins[rows] = aligned.to(margins.dtype)
-        same = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+        same = torch.ones(len(exact_x), dtype=torch.bool, device=exact_x.device)
         undecided = 0
-        for number, (single, wide) in enumerate(zip(decisions, found, strict=True)):
+        for number, (single, wide) in enumerate(zip(first.decisions, found, strict=True)):
             assert single.margin is not None
             assert wide.margin is not None
-            small, exact = single.margin[rows].double(), wide.margin.double()
-            agree = single.ids[rows] == wide.ids
+            small, exact = single.margin.double(), wide.margin.double()
+            agree = single.ids == wide.ids
             if bool(same.any()):
                 error = torch.where(agree, (small - exact).abs(), small + exact)[same].nan_to_num(0, 0, 0)
                 self._learn(number, float(error.max()), error.numel())
             undecided += int((exact < self._bound(number) * WIDE_ROUNDING).sum())
             same &= agree.all(1)
-        self.report = replace(self.report, undecided=self.report.undecided + undecided)
+        self.report = replace(
+            self.report,
+            again=self.report.again + len(exact_x),
+            changed=self.report.changed + int((first.codes.ids != codes.ids).sum()),
+            undecided=self.report.undecided + undecided,
+        )
+        return replace(codes, margins=_aligned(codes.ids, found))
 
     def _learn(self, number: int, error: float, count: int) -> None:
         if sum(self._counts) >= CALIBRATION:
@@ -225,8 +271,13 @@ def stable_encoder(tokenizer: Any) -> StableEncoder:
 def eight_bit(x: Tensor) -> Tensor:
     """x [B, 3, H, W] in float32, and images that are 8-bit ones up to the rounding of x's dtype as exactly those."""
     wide = x if x.dtype == torch.float64 else x.float()
-    levels = ((torch.arange(256, dtype=torch.float32) / 127.5) - 1).to(x.device)  # as `image_to_tensor` computes them
-    near = levels[((wide + 1) * 127.5).round().clamp(0, 255).long()]
+    whole = wide.add(1).mul_(127.5).round_().clamp_(0, 255)
+    if x.device.type == "cpu":
+        near = whole.float().div_(127.5).sub_(1)  # as `image_to_tensor` computes them
+    else:  # elsewhere a division by a number may be a product with its inverse
+        near = (torch.arange(256, dtype=torch.float32) / 127.5 - 1).to(x.device)[whole.long()]
+    if torch.equal(near, wide):
+        return near
     allowed = min(torch.finfo(x.dtype).eps / 4, 2.0**-8) * 1.01 + 1e-6
     whole = ((wide - near).abs() <= allowed).flatten(1).all(1)
     return torch.where(whole[:, None, None, None], near, wide.float())
@@ -256,6 +307,20 @@ def _eager(module: nn.Module) -> nn.Module:
     for name, part in list(module.named_children()):
         setattr(module, name, _eager(part))
     return module
+
+
+def _some(codes: ImageCodes, rows: Tensor) -> ImageCodes:
+    margins = None if codes.margins is None else codes.margins[rows]
+    return replace(codes, ids=codes.ids[rows], margins=margins)
+
+
+def _replaced(codes: ImageCodes, rows: Tensor, others: ImageCodes) -> ImageCodes:
+    """Codes with some rows taken from others."""
+    rows = rows.to(codes.ids.device)
+    margins = None
+    if codes.margins is not None and others.margins is not None:
+        margins = codes.margins.index_copy(0, rows, others.margins)
+    return replace(codes, ids=codes.ids.index_copy(0, rows, others.ids), margins=margins)
 
 
 def _aligned(ids: Tensor, decisions: Sequence[Decision]) -> Tensor | None:
