@@ -146,14 +146,17 @@ class _Columns:
         return first if self.width is None else (*first, self.width)
 
 
-def write_codes(path: Path, items: Callable[[], Iterable[CodesOfImage]] | Sequence[CodesOfImage], family: str) -> None:
+def write_codes(
+    path: Path, items: Callable[[], Iterable[CodesOfImage]] | Sequence[CodesOfImage], family: str, largest: int = 0
+) -> None:
     """Write the codes of images, in order, whole or not at all.
 
-    items: a sequence, or a function that begins to go through them; it is called twice.
+    items: a sequence, or a function that begins to go through them; it is called twice. largest: an id that fits too.
     """
     check_output(path)
     begin = items if callable(items) else lambda: items
     columns = _Columns(begin())
+    columns.largest = max(columns.largest, largest)
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix, _write_safetensors)(
             stream, begin(), columns, family
@@ -275,13 +278,14 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
         parts = values.split(offsets.diff().tolist())
     names, captions = (_texts(facts, key, len(parts)) for key in ("names", "captions"))
     for part, place, name, caption in zip(parts, places, names, captions, strict=True):
-        yield _checked_item(path, part, place, name, caption)
+        yield check_place(str(path), part, place, name, caption)
 
 
-def _checked_item(path: Path, values: Tensor, place: Sequence[Any], name: Any, caption: Any) -> CodesOfImage:
+def check_place(where: str, values: Tensor, place: Sequence[Any], name: Any, caption: Any) -> CodesOfImage:
+    """The codes of an image from what a file says; place: height and width, and for latents rows and columns."""
+    sound = all(type(side) is int and side > 0 for side in place) and place[0] * place[1] <= MAX_PIXELS
+    require(sound and len(values) > 0, where, "sizes of images", list(place))
     height, width, *grid = place
-    sound = all(isinstance(side, int) for side in place) and 0 < height * width <= MAX_PIXELS and height > 0
-    require(sound, str(path), "sizes of images", f"{height} x {width}")
     name, caption = (text if isinstance(text, str) else "" for text in (name, caption))
     return CodesOfImage(values, height, width, (grid[0], grid[1]) if grid else None, name, caption)
 
@@ -329,7 +333,7 @@ def _rows_of(path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[
             right = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0
             require(right and len(row) % (rows * columns) == 0, f"{path}: latents", "rows x columns vectors", place)
             values = values.view(rows * columns, -1)
-        yield _checked_item(path, values, place, name, caption)
+        yield check_place(str(path), values, place, name, caption)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -354,10 +358,10 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}, facts
 
 
-def array_bytes(values: Tensor) -> bytes:
-    """A tensor as the bytes of an `.npy` file: int32, or int64 for ids that need it; float32 for latents."""
+def array_bytes(values: Tensor, largest: int) -> bytes:
+    """A tensor as the bytes of an `.npy` file: int32, or int64 if `largest` needs it; float32 for latents."""
     array = values.float().numpy() if values.is_floating_point() else values.numpy()
-    if array.dtype == np.int64 and (array.size == 0 or array.max() < 2**31):
+    if array.dtype == np.int64 and largest < 2**31:
         array = array.astype(np.int32)
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)

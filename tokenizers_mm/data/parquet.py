@@ -19,7 +19,7 @@ from tokenizers_mm._images import decode_image, decode_size, read_image, read_si
 from tokenizers_mm.data.codes import BROKEN, MAX_ROW_GROUP, import_arrow
 from tokenizers_mm.data.files import FileList
 from tokenizers_mm.data.image_sets import Sample, digest
-from tokenizers_mm.data.order import mix_seeds, permute
+from tokenizers_mm.data.order import BlockOrder
 
 IMAGE_COLUMNS = (
     "image",
@@ -54,8 +54,7 @@ class ParquetImages:
         self.ends = np.array(list(accumulate(count for *_, count in self.groups)), dtype=np.int64)
         require(len(self.ends) > 0, "images", "Parquet files with rows", str(root))
         self._kept: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
-        self._pass: tuple[int, int] = (-1, -1)
-        self._order, self._starts = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._order = BlockOrder([count for *_, count in self.groups], WINDOW)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -98,22 +97,7 @@ class ParquetImages:
 
     def order(self, position: int, seed: int) -> int | None:
         """Rows of `WINDOW` row groups shuffled together, the row groups in a new order in every pass."""
-        epoch, place = divmod(position, len(self))
-        key = mix_seeds(seed, epoch, 2)
-        if self._pass != (seed, epoch):
-            groups = [permute(number, len(self.groups), key) for number in range(len(self.groups))]
-            self._order = np.array(groups, dtype=np.int64)
-            counts = np.array([self.groups[group][2] for group in groups], dtype=np.int64)
-            self._starts = np.concatenate([[0], np.cumsum(counts)])
-            self._pass = (seed, epoch)
-        at = int(np.searchsorted(self._starts, place, side="right")) - 1
-        first = at // WINDOW * WINDOW
-        last = min(first + WINDOW, len(self._order))
-        low, high = int(self._starts[first]), int(self._starts[last])
-        place = low + permute(place - low, high - low, mix_seeds(key, first))
-        at = int(np.searchsorted(self._starts, place, side="right")) - 1
-        group = int(self._order[at])
-        return int(self.ends[group]) - self.groups[group][2] + place - int(self._starts[at])
+        return self._order(position, seed)
 
     def fingerprint(self) -> str:
         stats = ((path.relative_to(self.root), path.stat()) for path in self.files)
