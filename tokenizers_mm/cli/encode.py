@@ -25,7 +25,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="IMAGES",
-        help="image files, folders of them, .tar shards, .parquet files",
+        help="image files, folders of them, .tar or .parquet files",
     )
     tokenizer_option(command)
     fit_option(command)

@@ -21,7 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate a tokenizer and write the report."""
     from tokenizers_mm._files import file_place, write_json
-    from tokenizers_mm.data.sources import list_images
+    from tokenizers_mm.data.files import list_images
     from tokenizers_mm.eval.report import evaluate
 
     file_place(options.out)

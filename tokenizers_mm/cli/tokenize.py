@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
 def run_with(
     options: argparse.Namespace, form: str, processes: int, shard_size: int = 1000, engine: str = "local"
 ) -> None:
-    """Make shards of a format. processes: 0 or 1 for this process alone, where `options.workers` are reading threads."""
+    """Make shards of a format. processes: 0 for this process alone; `options.workers` are then reading threads."""
     from tokenizers_mm._check import require
     from tokenizers_mm.data.codes import import_arrow
     from tokenizers_mm.data.tokenizing import Encoding, Job, begin, finish, plan, run_here, run_processes, run_ray

@@ -125,7 +125,7 @@ class AnySize(Dataset[dict[str, Any]]):
             for index in range(round(weight * per_weight) if source.size is None else source.size):
                 try:
                     size = bucket_size(*source.shape(index), config)
-                    name, area = f"image {index} of data.sources[{number}]", size[0] * size[1]
+                    name, area = f"image {source.name(index)}", size[0] * size[1]
                     require(area <= 4 * config.max_pixels, name, "a shape that fits buckets.max_pixels", size)
                 except ValueError as error:
                     self.skipped.append(str(error))
@@ -137,6 +137,11 @@ class AnySize(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def name(self, index: int) -> str:
+        """The name of the image at an index of the pass."""
+        number, place = self._places[index].tolist()
+        return self.sources[number].name(place)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
         rng, skipped = random.Random(draw.seed), []

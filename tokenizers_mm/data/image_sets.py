@@ -61,6 +61,10 @@ class Source(Protocol):
         """The sample of an index, cut to (height, width), before augmentation."""
         ...
 
+    def name(self, index: int) -> str:
+        """Text that tells the sample of an index from the others."""
+        ...
+
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width of the stored image of an index; of an endless source, a shape to draw it in."""
         ...

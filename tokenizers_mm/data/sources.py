@@ -96,6 +96,9 @@ class Endless:
         half = 0.5 * (mix_seeds(index, 3) / 2**64 * 2 - 1)
         return round(1024 * 2**-half), round(1024 * 2**half)
 
+    def name(self, index: int) -> str:
+        return f"{type(self).__name__.lower()} {index}"
+
     def locate(self, position: int, seed: int) -> int:
         """The position itself."""
         return position
@@ -152,6 +155,9 @@ class Stored:
         height, width = image_size
         cut = random_crop(image, height, rng) if height == width else random_cut(image, image_size, rng)
         return Sample(cut, caption, skipped)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
 
     def shape(self, index: int) -> tuple[int, int]:
         return self.images.shape(index)

@@ -3,9 +3,9 @@
 A folder of shards holds files `part-00000.tar` (webdataset), `part-00000.parquet` or `part-00000.jsonl`, the file
 `manifest.json` once all are there, and a hidden folder with one small JSON file per finished shard. In a tar file every
 image has the members `KEY.ids.npy` (or `KEY.latents.npy`) and `KEY.json` (name, caption, height, width, for latents the
-grid); KEY is the number of the image in the whole input. Parquet shards have the columns of `data.codes`. JSON lines are records of
-the language bridge, rows as they came with codes in place of images; as tar or Parquet files they are the member
-`KEY.json` or the column `record`.
+grid); KEY is the number of the image in the whole input. Parquet shards have the columns of `data.codes`. JSON lines
+are records of the language bridge, rows as they came with codes in place of images; in tar and Parquet shards they are
+the member `KEY.json` and the column `record`.
 """
 
 import io

@@ -366,9 +366,8 @@ def run_processes(job: Job, numbers: Sequence[int], workers: int, step: Callable
                 now = counter.value
                 step(now - seen)
                 seen = now
-        except BaseException:
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 class ShardBatch:

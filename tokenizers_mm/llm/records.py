@@ -7,8 +7,9 @@ A line is `{"content": [PART, ...]}`; a part is one of
     {"codes": {"height": 64, "width": 64, "ids": [3, 17, ...]}}  an image that went through the tokenizer already
 
 and may also say `"learn": false` (its tokens are no labels) and, for images, `"features": true` (shown as continuous
-features). Other keys of a line, such as an id, are kept by `pretokenize` and not read. A path that leads out of the folder (absolute, with
-"..", or by a symbolic link) is refused unless `outside=True` says that the file may name any image of this machine.
+features). Other keys of a line, such as an id, are not read; `pretokenize` keeps them. A path that leads out of the
+folder (absolute, with "..", or by a symbolic link) is refused unless `outside=True` says that the file may name any
+image of this machine.
 """
 
 import json

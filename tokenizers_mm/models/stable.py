@@ -3,7 +3,7 @@
 *The* ids of an image are those that the tokenizer gives when everything is computed in float64 from its weights, which
 rounding on a machine moves by about 1e-15 only. Computing everything so would take several times as long. Therefore:
 
-1. The image goes through the networks in float32 (no autocast, no TF32), and every search says its margin: by how much
+1. The image goes through the networks in float32 (evaluation mode, no autocast, no TF32), and every search says its margin: by how much
    the nearest code wins (`kernels.nearest_code`). A margin changes with the features; the error of a margin is the
    difference of its float32 and its float64 value, taken with its sign where they disagree about the code.
 2. The first images (`CALIBRATION` ids) are computed in float64 too. This measures the errors of this model, on this
@@ -167,10 +167,9 @@ class StableEncoder:
         """float32 ids, and which images are to be decided again. Measures first, while too little is known."""
         tokenizer = self._tokenizer()
         assert tokenizer is not None
-        require(not tokenizer.training, "stable", "a tokenizer in evaluation mode (tok.eval())", "training mode")
         self._renew(tokenizer)
         x = eight_bit(x)
-        with _plain_arithmetic(x.device):
+        with _plain_arithmetic(x.device), _evaluating(tokenizer):
             codes, decisions = self._run(tokenizer if self._single is None else self._single, x)
         codes = replace(codes, margins=_aligned(codes.ids, decisions))
         made = _Pass(x, codes, decisions, torch.zeros(len(x), dtype=torch.bool))
@@ -295,6 +294,9 @@ def _converted(tokenizer: Any, dtype: torch.dtype) -> Any:
         setattr(made, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     for name, buffer in list(made.named_buffers(recurse=False)):
         setattr(made, name, buffer.to(dtype) if buffer.is_floating_point() else buffer)
+    for module in (part for name, part in made.named_children() if name not in tokenizer.DECODERS):
+        module.eval()
+    made.training = False
     return made
 
 
@@ -350,6 +352,19 @@ def _plain_arithmetic(device: torch.device) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, the modes of before after it."""
+    training = [part for part in module.modules() if part.training] if module.training else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class _Watcher(TorchDispatchMode):
