@@ -35,16 +35,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, help="images of a batch (default: by their size)")
     command.add_argument(
         "--out",
-        type=Path,
-        default=Path("ids.safetensors"),
-        help="a .safetensors, .npz or .parquet file, or a folder for shards: a name that ends in / "
+        default="ids.safetensors",
+        help="a .safetensors, .npz or .parquet file, or a name that ends in / for a folder of Parquet shards "
         "(default: %(default)s); a run that was interrupted goes on when it is started again",
     )
 
 
 def run(options: argparse.Namespace) -> None:
     """Encode images and write one file or a folder of ids."""
-    if str(options.out).endswith("/") or options.out.is_dir():
+    folder = options.out.endswith("/") or Path(options.out).is_dir()
+    options.out = Path(options.out)
+    if folder:
         from tokenizers_mm.cli import tokenize  # a folder: the same as that verb
 
         tokenize.run_with(options, "parquet", processes=0)
@@ -53,22 +54,25 @@ def run(options: argparse.Namespace) -> None:
     from tokenizers_mm.data.token_shards import read_shards
 
     check_output(options.out)
-    from tokenizers_mm.data.tokenizing import Encoding, Job, begin, finish, forget, plan, run_here
+    from tokenizers_mm.data.tokenizing import Encoding, Job, begin, can_resume, finish, forget, plan, run_here
     from tokenizers_mm.models.saving import fingerprint
 
     open_input = partial(open_images, options.images)
     rows, tokenizer = open_input(), load_tokenizer(options)
-    how = Encoding(fit_of(options), options.stable, options.batch_size, options.workers, options.strict)
-    folder = options.out.parent / f".{options.out.name}.parts"
-    job = Job(open_input, partial(load_tokenizer, options), folder, "safetensors", PART, how)
+    strict = options.strict or len(rows) == 1
+    how = Encoding(fit_of(options), options.stable, options.batch_size, options.workers, strict)
+    parts = options.out.parent / f".{options.out.name}.parts"
+    job = Job(open_input, partial(load_tokenizer, options), parts, "npz", PART, how)
     planned = plan(job, rows, fingerprint(tokenizer), tokenizer.family)
+    if not can_resume(job, planned):
+        forget(job)
     missing = begin(job, planned)
     with Progress(len(rows), done_rows(len(rows), PART, missing)) as progress:
         run_here(job, rows, tokenizer, missing, progress)
     manifest = finish(job, planned)
     report_failures(manifest)
     if manifest["images"]:
-        write_codes(options.out, lambda: read_shards(folder), tokenizer.family)  # type: ignore[arg-type]
+        write_codes(options.out, lambda: read_shards(parts), tokenizer.family)  # type: ignore[arg-type]
     forget(job)
     closing(options.out, manifest, tokenizer if options.stable else None)
 

@@ -12,7 +12,7 @@ class Progress:
         """total: rows of the whole run. done: rows of an earlier run. every: seconds between two lines."""
         self.total, self.begun, self.done, self.unit = total, done, done, unit
         self.terminal = sys.stderr.isatty()
-        self.every = (0.2 if self.terminal else 15.0) if every is None else every
+        self.every = (0.2 if self.terminal else 30.0) if every is None else every
         self.start = self.last = time.monotonic()
         self.shown = False
 

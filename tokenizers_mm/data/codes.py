@@ -83,7 +83,7 @@ class CodesOfImage:
 
 def check_output(path: Path) -> None:
     """Refuse a file name whose ending says no known format, or a place where no file can be written."""
-    require(path.suffix in ENDINGS, "out", f"a file name that ends in {', '.join(ENDINGS)}", str(path))
+    require(path.suffix in ENDINGS, "out", f"a file name that ends in {' or '.join(ENDINGS)}", str(path))
     if path.suffix == ".parquet":
         import_arrow()
     file_place(path)

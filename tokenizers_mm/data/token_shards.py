@@ -35,7 +35,7 @@ from tokenizers_mm.data.order import BlockOrder
 MANIFEST, DONE = "manifest.json", ".tokenizers_mm"
 """File that stands beside finished shards, and folder of the files about single ones."""
 
-SHARD_ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl", "safetensors": ".safetensors"}
+SHARD_ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl", "npz": ".npz"}
 """Endings of shards by format; the last one is for the parts of `tokenizers-mm encode`."""
 
 MAX_MEMBER = 1 << 28

@@ -28,6 +28,9 @@ from tokenizers_mm.data.image_sets import ImageSet
 from tokenizers_mm.data.token_shards import DONE, MANIFEST, SHARD_ENDINGS, Row, write_shard
 from tokenizers_mm.types import ImageCodes
 
+PLAN = "plan.json"
+"""File that says what the run in a folder is."""
+
 SHOWN_FAILURES = 1000
 """Failures of a shard that are kept one by one; those after them are only counted, by cause."""
 
@@ -238,19 +241,29 @@ def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, An
     }
 
 
+def can_resume(job: Job, planned: Mapping[str, Any]) -> bool:
+    """Whether the folder is new, or holds the same run."""
+    return not _differences(job, planned)
+
+
+def _differences(job: Job, planned: Mapping[str, Any]) -> list[str]:
+    """What the run in the folder has otherwise."""
+    path = job.out / DONE / PLAN
+    if not path.is_file():
+        return ["files"] if job.out.is_dir() and any(job.out.glob("part-*")) else []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return [PLAN]
+    return [key for key in planned if not isinstance(found, dict) or found.get(key) != planned[key]]
+
+
 def begin(job: Job, planned: Mapping[str, Any]) -> list[int]:
     """Make the folder, or see that it is of the same run; returns the numbers of the shards that are not done."""
-    path = job.out / DONE / "plan.json"
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key in planned if not isinstance(found, dict) or found.get(key) != planned[key]]
-        if other:
-            name = f"out {job.out}"
-            fail(name, "a new folder, or one of a run with the same input and options", f"another {', '.join(other)}")
-    else:
-        foreign = job.out.is_dir() and any(job.out.glob("part-*"))
-        require(not foreign, f"out {job.out}", "a new folder", "one with shards of something else")
-        write_json(path, planned)
+    other = _differences(job, planned)
+    expected = "a new folder, or one of a run with the same input and options"
+    require(not other, f"out {job.out}", expected, f"another {', '.join(other)}")
+    write_json(job.out / DONE / PLAN, planned)
     count = -(-planned["rows"] // job.shard_size)
     return [number for number in range(count) if not _is_done(job, number)]
 

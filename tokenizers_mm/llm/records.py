@@ -149,7 +149,7 @@ class RecordMixture:
         return records[rng.randrange(len(records))]
 
 
-def pretokenize(records: Records, path: str | os.PathLike[str], stable: bool = True) -> int:
+def pretokenize(records: Records, path: str | os.PathLike[str], stable: bool = False) -> int:
     """Write the same rows, all of their keys kept, with codes in place of images; returns how many images there were.
 
     Images that are to be shown as features stay images; give the new file the folder of the old one for their paths.

@@ -3,9 +3,10 @@
 *The* ids of an image are those that the tokenizer gives when everything is computed in float64 from its weights, which
 rounding on a machine moves by about 1e-15 only. Computing everything so would take several times as long. Therefore:
 
-1. The image goes through the networks in float32 (evaluation mode, no autocast, no TF32), and every search says its margin: by how much
-   the nearest code wins (`kernels.nearest_code`). A margin changes with the features; the error of a margin is the
-   difference of its float32 and its float64 value, taken with its sign where they disagree about the code.
+1. The image goes through the networks in float32 (evaluation mode, no autocast, no TF32), and every search says its
+   margin: by how much the nearest code wins (`kernels.nearest_code`). A margin changes with the features; the error of
+   a margin is the difference of its float32 and its float64 value, taken with its sign where they disagree about the
+   code.
 2. The first images (`CALIBRATION` ids) are computed in float64 too. This measures the errors of this model, on this
    machine, with these images, for every search of a pass (a scale or a stream) apart. `SAFETY` times the largest error
    seen so far is the bound of that search; one with less than `FEW` measurements takes the largest of all searches.
