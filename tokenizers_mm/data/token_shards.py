@@ -1,7 +1,7 @@
 """Shards of ids on disk: writing one, and reading a folder of them for training.
 
 A folder of shards holds files `part-00000.tar` (webdataset), `part-00000.parquet` or `part-00000.jsonl`, the file
-`manifest.json` once all are there, and a hidden folder with one small JSON file per finished shard. In a tar file every
+`_manifest.json` once all are there, and a hidden folder with one small JSON file per finished shard. In a tar file every
 image has the members `KEY.ids.npy` (or `KEY.latents.npy`) and `KEY.json` (name, caption, height, width, for latents the
 grid); KEY is the number of the image in the whole input. Parquet shards have the columns of `data.codes`. JSON lines
 are records of the language bridge, rows as they came with codes in place of images; in tar and Parquet shards they are
@@ -32,8 +32,9 @@ from tokenizers_mm.data.codes import (
 )
 from tokenizers_mm.data.order import BlockOrder
 
-MANIFEST, DONE = "manifest.json", ".tokenizers_mm"
-"""File that stands beside finished shards, and folder of the files about single ones."""
+MANIFEST, DONE = "_manifest.json", ".tokenizers_mm"
+"""File that stands beside finished shards, and folder of the files about single ones: readers of data sets pass over both
+names."""
 
 SHARD_ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl", "npz": ".npz"}
 """Endings of shards by format; the last one is for the parts of `tokenizers-mm encode`."""
@@ -178,7 +179,7 @@ def read_shards(path: Path) -> Iterator[Row]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`manifest.json` of a folder of finished shards."""
+    """`_manifest.json` of a folder of finished shards."""
     path = folder / MANIFEST
     require(path.is_file() and path.stat().st_size <= MAX_MEMBER, str(path), "the manifest of finished shards", "none")
     return _parsed(path.read_bytes(), str(path))
