@@ -1,7 +1,7 @@
 """Shards of ids on disk: writing one, and reading a folder of them for training.
 
 A folder of shards holds files `part-00000.tar` (webdataset), `part-00000.parquet` or `part-00000.jsonl`, the file
-`_manifest.json` once all are there, and a hidden folder with one small JSON file per finished shard. In a tar file every
+`_manifest.json` once all are there, and a hidden folder with a small JSON file per finished shard. In a tar file every
 image has the members `KEY.ids.npy` (or `KEY.latents.npy`) and `KEY.json` (name, caption, height, width, for latents the
 grid); KEY is the number of the image in the whole input. Parquet shards have the columns of `data.codes`. JSON lines
 are records of the language bridge, rows as they came with codes in place of images; in tar and Parquet shards they are
@@ -33,7 +33,7 @@ from tokenizers_mm.data.codes import (
 from tokenizers_mm.data.order import BlockOrder
 
 MANIFEST, DONE = "_manifest.json", ".tokenizers_mm"
-"""File that stands beside finished shards, and folder of the files about single ones: readers of data sets pass over both
+"""File beside finished shards, and folder of the files about single ones; readers of data sets pass over both
 names."""
 
 SHARD_ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl", "npz": ".npz"}

@@ -30,7 +30,7 @@ def _bounded(z: Tensor, levels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """z inside of the range of the levels, and half of that range by channel."""
     counts = torch.tensor(levels, dtype=z.dtype, device=z.device)
     half = (counts - 1) * (1 + SLACK) / 2
-    offset = torch.where(counts % 2 == 0, 0.5, 0.0)
+    offset = (counts % 2 == 0).to(z.dtype) / 2
     return (z + (offset / half).atanh()).tanh() * half - offset, half
 
 

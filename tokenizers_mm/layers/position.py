@@ -38,12 +38,14 @@ def rotary_2d(positions: Tensor, dim: int, theta: float = 10000.0) -> Rotate:
     """
     frequencies = theta ** -(torch.arange(0, dim // 2, 2, device=positions.device, dtype=torch.float64) / (dim // 2))
     angles = (positions.double()[:, :, None] * frequencies).flatten(1)
-    tables = [torch.cat([table, table], -1) for table in (angles.cos(), angles.sin())]
-    narrow = [table.float() for table in tables]
+    exact = [torch.cat([table, table], -1) for table in (angles.cos(), angles.sin())]
+    tables: dict[torch.dtype, list[Tensor]] = {}
 
     def rotate(x: Tensor) -> Tensor:
         wide = at_least_float32(x)
-        cos, sin = tables if wide.dtype == torch.float64 else narrow
+        if wide.dtype not in tables:
+            tables[wide.dtype] = [table.to(wide.dtype) for table in exact]
+        cos, sin = tables[wide.dtype]
         first, second = wide.chunk(2, dim=-1)
         return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 

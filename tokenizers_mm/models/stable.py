@@ -390,5 +390,5 @@ class _Watcher(TorchDispatchMode):
     def refuse(self) -> None:
         """Raise the ValueError for what was found, if anything was."""
         if self.found:
-            names = ", ".join(dict.fromkeys(self.found[:4]))
+            names = ", ".join(list(dict.fromkeys(self.found))[:4])
             fail("stable", "an encoder that computes in float64 throughout, without chance", f"the operations {names}")
