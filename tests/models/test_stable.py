@@ -45,7 +45,7 @@ def test_ids_are_those_of_float64_and_of_another_kind_of_machine(name: str) -> N
     measured(tokenizer)
     threads = torch.get_num_threads()
     for size in (1, 5, COUNT):
-        torch.set_num_threads(2 if size == 5 else 1)
+        torch.set_num_threads(2 if (name, size) == ("demo-64", 5) else 1)
         assert torch.equal(torch.cat([tokenizer.encode(part, stable=True).ids for part in x.split(size)]), expected)
     torch.set_num_threads(threads)
     assert torch.equal(tokenizer.encode(pictures(x), stable=True).ids, expected)

@@ -168,10 +168,10 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
             if stable:
                 return cast(Codes, stable_encoder(self).encode(self._checked(images)))
             return self._encode_prepared(images)
-        parts = list(self.encode_batches(images, fit, stable=stable))
-        if len({(codes.height, codes.width) for _, codes in parts}) == 1:
-            return cast(Codes, join_codes([cast(Any, codes) for _, codes in parts]))
-        return _in_order(parts)
+        each = self.encode_each(images, fit, stable=stable)
+        if len({(codes.height, codes.width) for codes in each}) == 1:
+            return cast(Codes, join_codes(cast(Any, each)))
+        return each
 
     def encode_each(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> list[Codes]:
         """Codes of every image by itself, in order; images of one size go through the networks together."""
