@@ -41,7 +41,7 @@ from tokenizers_mm._check import fail, require
 from tokenizers_mm.kernels.decisions import Decision, watch_decisions
 from tokenizers_mm.types import ImageCodes, join_codes
 
-SAFETY = 3.0
+SAFETY = 2.0
 """The bound of a margin's error, relative to the largest error measured."""
 
 CALIBRATION = 4096
