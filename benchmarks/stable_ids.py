@@ -4,8 +4,8 @@
 
 Every tokenizer of tests/stable_cases.py encodes COUNT images (the tiny ones too) in every variant, each kind of machine
 in a process of its own, and the ids are compared with those of a float64 pass. Prints a line per variant: ids compared,
-ids that differ, images decided again, the largest error as a share of the bound; and for a stream of images the CPU time
-on top of float32, and how many ids differ without `stable`.
+ids that differ, images decided again, the largest error as a share of the bound; and for a stream of images the CPU
+time on top of float32, and how many ids differ without `stable`.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.stable_cases import TOKENIZERS, images, pictures
+from tests.stable_cases import TOKENIZERS, images, as_pil
 from tokenizers_mm.models import stable
 
 MACHINES: dict[str, dict[str, str]] = {
@@ -43,7 +43,7 @@ def encode(tokenizer: Any, x: torch.Tensor, variant: str, how: bool) -> torch.Te
     if "stream" not in variant:
         return torch.cat([tokenizer.encode(part, stable=how).ids for part in x.split(size)])
     found: dict[int, torch.Tensor] = {}
-    for numbers, codes in tokenizer.encode_batches(pictures(x), stable=how, batch_size=size):
+    for numbers, codes in tokenizer.encode_batches(as_pil(x), stable=how, batch_size=size):
         found.update(zip(numbers, codes.ids, strict=True))
     return torch.stack([found[number] for number in range(len(x))])
 

@@ -67,7 +67,7 @@ def images(tokenizer: ImageTokenizer[Any], count: int) -> torch.Tensor:
     return torch.stack([torch.from_numpy(each).permute(2, 0, 1).float().div(127.5).sub(1) for each in made])
 
 
-def pictures(x: torch.Tensor) -> list[Image.Image]:
+def as_pil(x: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(each.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()) for each in x]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.cases import OWN
 from tests.mar_cases import tiny_config as tiny_mar_config
-from tests.stable_cases import TOKENIZERS, dual, images, pictures
+from tests.stable_cases import TOKENIZERS, dual, images, as_pil
 from tokenizers_mm import kernels
 from tokenizers_mm.functional.scalar import levels_to_ids, round_to_levels, rounding_margin
 from tokenizers_mm.kernels.decisions import watch_decisions
@@ -48,7 +48,7 @@ def test_ids_are_those_of_float64_and_of_another_kind_of_machine(name: str) -> N
         torch.set_num_threads(2 if (name, size) == ("demo-64", 5) else 1)
         assert torch.equal(torch.cat([tokenizer.encode(part, stable=True).ids for part in x.split(size)]), expected)
     torch.set_num_threads(threads)
-    assert torch.equal(tokenizer.encode(pictures(x), stable=True).ids, expected)
+    assert torch.equal(tokenizer.encode(as_pil(x), stable=True).ids, expected)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(tokenizer.encode(x.to(dtype), stable=True).ids, expected)
     assert tokenizer.stability.images > tokenizer.stability.again
@@ -66,7 +66,7 @@ def test_margins_follow_their_ids_through_every_form_of_codes() -> None:
     for index, part in enumerate(parts):
         assert part.margins is not None
         assert torch.equal(part.margins, codes.margins[index : index + 1])
-    joined = tokenizer.encode(pictures(images(tokenizer, 3)), stable=True)
+    joined = tokenizer.encode(as_pil(images(tokenizer, 3)), stable=True)
     assert joined.margins is not None
     torch.testing.assert_close(joined.margins, codes.margins, rtol=0, atol=1e-5)
     assert tokenizer.encode(images(tokenizer, 1)).margins is None
@@ -99,7 +99,7 @@ def test_doubtful_images_are_decided_again_whole(name: str, monkeypatch: pytest.
     assert max(report.bounds) > 1e-4
     assert "decided again in float64" in str(report)
     found: dict[int, torch.Tensor] = {}
-    for indices, codes in tokenizer.encode_batches(pictures(x), stable=True, batch_size=5):
+    for indices, codes in tokenizer.encode_batches(as_pil(x), stable=True, batch_size=5):
         found.update(zip(indices, codes.ids, strict=True))
     assert torch.equal(torch.stack([found[index] for index in range(COUNT)]), expected)
 

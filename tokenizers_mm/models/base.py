@@ -202,6 +202,8 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
             self.check_size(image.height, image.width, name)
             return image
 
+        require(batch_size is None or batch_size > 0, "batch_size", "at least 1", batch_size)
+        require(workers >= 0, "workers", "0 or more threads", workers)
         pairs = images if isinstance(images, Iterator) else name_images(images)
         groups = _grouped(run_ahead(open_fitted, pairs, workers), refused, self.device.type, batch_size)
         batches = ((list(numbers), torch.stack(list(map(image_to_tensor, found)))) for numbers, found in groups)
