@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.stable_cases import TOKENIZERS, images, as_pil
+from tests.stable_cases import TOKENIZERS, as_pil, images
 from tokenizers_mm.models import stable
 
 MACHINES: dict[str, dict[str, str]] = {

@@ -8,7 +8,7 @@ import torch
 
 from tests.cases import OWN
 from tests.mar_cases import tiny_config as tiny_mar_config
-from tests.stable_cases import TOKENIZERS, dual, images, as_pil
+from tests.stable_cases import TOKENIZERS, as_pil, dual, images
 from tokenizers_mm import kernels
 from tokenizers_mm.functional.scalar import levels_to_ids, round_to_levels, rounding_margin
 from tokenizers_mm.kernels.decisions import watch_decisions
