@@ -12,6 +12,8 @@ from tokenizers_mm._check import require
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import DataConfig, Mixture
 from tokenizers_mm.functional.multiscale import area_down, bicubic_up
+from tokenizers_mm.models.from_encoder import cluster_codes
+from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 
 FIRST = 1 << 40
@@ -28,7 +30,11 @@ class WarmStartConfig:
 
 
 def check_warm_start(config: Any, where: str) -> None:
-    """Refuse a model without the linear paths that a warm start fills."""
+    """Refuse a model without the linear paths or the codes of a tower that a warm start fills."""
+    if isinstance(config, SemanticConfig):
+        plain = config.quantizer.kind == "vq" and not config.head
+        require(plain, where, "a semantic model with quantizer.kind: vq and head: false", config.quantizer.kind)
+        return
     fits = isinstance(config, TokenFlowConfig) and config.pixel_encoder.linear != "none" and config.pixel_decoder.linear
     require(fits, where, "a tokenflow model with linear paths in its pixel encoder and decoder", "another model")
     ends = (config.pixel_encoder.out_channels, config.pixel_decoder.in_channels)
@@ -36,15 +42,22 @@ def check_warm_start(config: Any, where: str) -> None:
 
 
 @torch.no_grad()
-def warm_start(tokenizer: TokenFlow, data: DataConfig, seed: int, config: WarmStartConfig) -> None:
+def warm_start(tokenizer: TokenFlow | SemanticTokenizer, data: DataConfig, seed: int, config: WarmStartConfig) -> None:
     """Fit the linear paths and the codebook to images of the mixture.
 
-    The encoder's linear path becomes the principal components of patches, scaled to mean variance 1; the codes become
+    A semantic tokenizer's codes become the centres of k-means over the features of its tower. Of TokenFlow, the
+    encoder's linear path becomes the principal components of patches, scaled to mean variance 1; the codes become
     centres of k-means over the residuals of every scale; the decoder's linear path the regression of patches on the 3x3
     neighbourhoods of quantized vectors.
     """
-    mixture = Mixture(data, tokenizer.config.image_size, seed)
+    size = tokenizer.image_size or data.image_size
+    assert size is not None  # checked when the run begins
+    mixture = Mixture(data, size, seed)
     images = torch.stack([mixture[FIRST + index]["image"] for index in range(config.images)])
+    if isinstance(tokenizer, SemanticTokenizer):
+        features = [tokenizer.tower_features(part.to(tokenizer.device)).flatten(0, 2) for part in images.split(64)]
+        cluster_codes(tokenizer, torch.cat(features), config.iterations, seed)
+        return
     start_encoder(tokenizer, images)
     features = torch.cat([tokenizer.encode_features(part) for part in images.split(64)])
     start_codebook(tokenizer, features, torch.Generator().manual_seed(seed), config.iterations)
