@@ -193,7 +193,7 @@ class StableEncoder:
 
     def _decide_again(self, first: "_Pass") -> ImageCodes:
         """The float64 codes of images; learns from the differences to their float32 ones."""
-        exact_x, watcher = first.x.double(), None if self._trusted else _Watcher()
+        exact_x, watcher = first.x.double(), None if self._trusted else Watcher()
         with _plain_arithmetic(exact_x.device), nullcontext() if watcher is None else watcher:
             codes, found = self._run(self._wide, exact_x)
         if watcher is not None:
@@ -368,7 +368,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-class _Watcher(TorchDispatchMode):
+class Watcher(TorchDispatchMode):
     """Notes operations that make a float64 pass depend on more than its inputs: narrowing and random numbers."""
 
     def __init__(self) -> None:

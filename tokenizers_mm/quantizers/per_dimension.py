@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range, Width, checked
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.functional.scalar import level_margin, nearest_level, normal_levels, uniform_levels
 from tokenizers_mm.functional.vq import look_up, straight_through
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
@@ -64,7 +65,7 @@ class PerDimension(Quantizer):
 
     def look_up(self, ids: Tensor) -> Tensor:
         ids = ids if self.groups > 1 else ids[..., None]
-        return look_up(self.values.float()[:, None], ids)[..., 0]  # type: ignore[operator]
+        return look_up(at_least_float32(self.values)[:, None], ids)[..., 0]  # type: ignore[operator]
 
     @property
     def revivable(self) -> bool:
