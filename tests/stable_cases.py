@@ -18,10 +18,13 @@ from PIL import Image
 
 import tokenizers_mm as tmm
 from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
+from tests.models.test_semantic import VARIANTS as SEMANTIC
+from tests.models.test_semantic import tiny as tiny_semantic
 from tests.models.test_tokenflow import tiny_config as tiny_tokenflow
+from tests.models.test_vqgan import tiny as tiny_vqgan
 from tests.weights_by_rule import offset_and_amplitude, uniform
 from tokenizers_mm.models import DualViTok, ImageTokenizer, TokenFlow
-from tokenizers_mm.quantizers import FSQConfig, ResidualConfig, VQConfig
+from tokenizers_mm.quantizers import FSQConfig, IBQConfig, LFQConfig, ResidualConfig, VQConfig
 
 
 def by_rule(tokenizer: ImageTokenizer[Any], seed: int = 0) -> ImageTokenizer[Any]:
@@ -44,8 +47,12 @@ TOKENIZERS: dict[str, Callable[[], ImageTokenizer[Any]]] = {
     "demo-64": lambda: tmm.load("tokenizers_mm/demo-64"),
     "tokenflow": lambda: by_rule(TokenFlow.from_config(tiny_tokenflow())),
     "dualvitok": lambda: by_rule(DualViTok.from_config(tiny_dualvitok())),
+    "vqgan": lambda: by_rule(tiny_vqgan()),
+    "semantic": lambda: by_rule(tiny_semantic(**SEMANTIC["features"])),
     "vq": lambda: dual(VQConfig(512, 8)),
     "fsq": lambda: dual(FSQConfig((8, 6, 5), 8)),
+    "ibq": lambda: dual(IBQConfig(512, 8)),
+    "lfq": lambda: dual(LFQConfig(8, groups=2)),
     "residual": lambda: dual(ResidualConfig(stage=VQConfig(256, 8), depth=3)),
 }
 """Every family with ids, and every kind of quantizer in one of them."""

@@ -80,7 +80,7 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     DISTURBANCES: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Disturbance` that `reconstruct` honours; it refuses the others."""
 
-    DECODERS: ClassVar[frozenset[str]] = frozenset()
+    ONLY_DECODE: ClassVar[frozenset[str]] = frozenset()
     """Names of the children that encoding does not need; `models.stable` makes no float64 copy of them."""
 
     config: Any

@@ -67,7 +67,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     family = "dualvitok"
     Config = DualViTokConfig
     DISTURBANCES = frozenset(["perturb"])
-    DECODERS = frozenset(["semantic_decoder", "pixel_decoder"])
+    ONLY_DECODE = frozenset(["semantic_decoder", "pixel_decoder"])
 
     def __init__(
         self,

@@ -284,18 +284,18 @@ def eight_bit(x: Tensor) -> Tensor:
 
 
 def _converted(tokenizer: Any, dtype: torch.dtype) -> Any:
-    """A copy in another dtype, without what only decodes (`DECODERS`), which is shared, and without compiled parts."""
-    shared = {id(part): part for name, part in tokenizer.named_children() if name in tokenizer.DECODERS}
+    """A copy in another dtype and evaluation mode; what only decodes is shared, compiled parts are taken back."""
+    shared = {id(part): part for name, part in tokenizer.named_children() if name in tokenizer.ONLY_DECODE}
     made = copy.deepcopy(tokenizer, shared)
     for name, part in list(made.named_children()):
-        if name in tokenizer.DECODERS:
+        if name in tokenizer.ONLY_DECODE:
             continue
         setattr(made, name, _eager(part).to(dtype))
     for name, parameter in list(made.named_parameters(recurse=False)):
         setattr(made, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     for name, buffer in list(made.named_buffers(recurse=False)):
         setattr(made, name, buffer.to(dtype) if buffer.is_floating_point() else buffer)
-    for module in (part for name, part in made.named_children() if name not in tokenizer.DECODERS):
+    for module in (part for name, part in made.named_children() if name not in tokenizer.ONLY_DECODE):
         module.eval()
     made.training = False
     return made

@@ -76,7 +76,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
     family = "tokenflow"
     Config = TokenFlowConfig
     DISTURBANCES = frozenset(["keep"])
-    DECODERS = frozenset(["semantic_decoder", "pixel_decoder"])
+    ONLY_DECODE = frozenset(["semantic_decoder", "pixel_decoder"])
 
     def __init__(
         self,
