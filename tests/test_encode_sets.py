@@ -255,7 +255,8 @@ def test_shards_are_read_by_webdataset_and_datasets(place: Path, tmp_path: Path)
     import webdataset
 
     files = sorted(str(path) for path in (tmp_path / "webdataset").glob("*.tar"))
-    samples = list(webdataset.WebDataset(files, shardshuffle=False, empty_check=False).decode())
+    reader: Any = webdataset
+    samples = list(reader.WebDataset(files, shardshuffle=False, empty_check=False).decode())
     assert len(samples) == COUNT - 1
     assert samples[0]["ids.npy"].shape == (21,)
     assert samples[0]["json"]["caption"] == "caption 0"
