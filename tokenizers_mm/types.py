@@ -34,13 +34,15 @@ class ImageCodes:
 
     `ids` is int64 [B, L]: all streams one after the other, each coarse to fine, row-major. A whole number of scales of
     the last stream may be missing at the end (partial decoding). Integers of any kind are taken (other tensors, numpy
-    arrays, lists of lists) and become int64.
+    arrays, lists of lists) and become int64. `margins`, float32 [B, L], are there after `encode(..., stable=True)`: by
+    how much farther, not squared, the second code was (see `kernels.nearest_code`).
     """
 
     ids: Tensor
     height: int
     width: int
     streams: tuple[Stream, ...]
+    margins: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():  # values cannot be looked at inside a graph
@@ -57,11 +59,14 @@ class ImageCodes:
 
     def to(self, device: torch.device | str) -> "ImageCodes":
         """The same codes with the ids on another device."""
-        return ImageCodes(self.ids.to(device), self.height, self.width, self.streams)
+        margins = None if self.margins is None else self.margins.to(device)
+        return ImageCodes(self.ids.to(device), self.height, self.width, self.streams, margins)
 
     def unbind(self) -> list["ImageCodes"]:
         """The same codes as batches of one image each."""
-        return [ImageCodes(ids[None], self.height, self.width, self.streams) for ids in self.ids]
+        margins = [None] * len(self) if self.margins is None else self.margins[:, None].unbind()
+        pairs = zip(self.ids, margins, strict=True)
+        return [ImageCodes(ids[None], self.height, self.width, self.streams, margin) for ids, margin in pairs]
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -145,7 +150,9 @@ def join_codes(parts: Sequence[Codes]) -> Codes:
     sizes = sorted({(part.height, part.width) for part in parts})
     require(len(sizes) == 1, "codes", "codes of one size", sizes)
     if isinstance(first, ImageCodes):
-        return replace(first, ids=torch.cat([part.ids for part in parts]))  # pyright: ignore[reportAttributeAccessIssue]
+        margins = [part.margins for part in parts if part.margins is not None]  # pyright: ignore[reportAttributeAccessIssue]
+        joined = torch.cat(margins) if len(margins) == len(parts) else None
+        return replace(first, ids=torch.cat([part.ids for part in parts]), margins=joined)  # pyright: ignore[reportAttributeAccessIssue]
     return replace(first, values=torch.cat([part.values for part in parts]))  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from tokenizers_mm.cli import compare, convert, decode, demo, doctor, encode, explore, export, info, train
+from tokenizers_mm.cli import compare, convert, decode, demo, doctor, encode, explore, export, info, tokenize, train
 from tokenizers_mm.cli import eval as evaluate
 from tokenizers_mm.cli.boundary import TRACEBACK as TRACEBACK
 from tokenizers_mm.cli.boundary import guarded as guarded
@@ -20,6 +20,7 @@ VERBS: dict[str, Any] = {
     "info": info,
     "encode": encode,
     "decode": decode,
+    "tokenize": tokenize,
     "eval": evaluate,
     "compare": compare,
     "convert": convert,
