@@ -19,7 +19,7 @@ from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanti
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.multiscale import bicubic_up
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
-from tokenizers_mm.models.base import ImageInput, ImageTokenizer, within_memory
+from tokenizers_mm.models.base import ImageInput, ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
 from tokenizers_mm.resolutions import Resolutions
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream
@@ -153,6 +153,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
 
+    @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
         require(disturbance.keep is None, "disturbance.keep", "None (DualViTok has one scale)", disturbance.keep)
         perturb = disturbance.perturb

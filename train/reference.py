@@ -1,0 +1,146 @@
+"""Every key of a configuration with its type, default and meaning, from the dataclasses and their docstrings."""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union
+
+from tokenizers_mm.config import Keys, Length, Pattern, Range
+from tokenizers_mm.models import MODELS
+from tokenizers_mm.registry import OBJECTIVES as REGISTERED
+
+from .config import OBJECTIVES, RunConfig, objective_class
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key. kind: its type and limits in words. default: in YAML's words, "required" without one."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+    depth: int
+
+
+def text() -> str:
+    """The reference as plain text, for a terminal."""
+    parts = []
+    for title, schema in sections():
+        lines = [title, "=" * len(title)]
+        for key in keys_of(schema):
+            indent = "  " * key.depth
+            lines.append(f"{indent}{key.name}: {key.kind} [{key.default}]")
+            lines += [f"{indent}    {key.meaning}"] if key.meaning else []
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def markdown() -> str:
+    """The reference as a page of the documentation."""
+    parts = ["# Configuration reference", "", "Generated from the configuration classes. `tokenizers-mm train --help`"]
+    parts += ["prints the same; `tokenizers-mm train CONFIG --check` prints a whole configuration with its values.", ""]
+    for title, schema in sections():
+        parts += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in keys_of(schema):
+            cells = [f"`{'. ' * key.depth}{key.name}`", key.kind, f"`{key.default}`", key.meaning]
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def sections() -> Iterator[tuple[str, type]]:
+    """Titles and dataclasses: the run, every objective, every family of tokenizers."""
+    yield "Every run", RunConfig
+    for kind in [*OBJECTIVES, *REGISTERED]:
+        yield f"objective: {{kind: {kind}}}", objective_class(kind).Config
+    for family, model in MODELS.items():
+        yield f"objective.model: {{family: {family}, config: ...}}", model.Config
+
+
+def keys_of(schema: Any, depth: int = 0) -> Iterator[Key]:
+    """All keys of a dataclass, those of dataclasses inside of it after their key."""
+    hints, meanings = typing.get_type_hints(schema, include_extras=True), meanings_of(schema)
+    for field in dataclasses.fields(schema):
+        inside = _schemas(hints[field.name])
+        yield Key(field.name, kind_of(hints[field.name]), _default(field), meanings.get(field.name, ""), depth)
+        for other in inside:
+            yield from keys_of(other, depth + 1)
+
+
+def meanings_of(schema: Any) -> dict[str, str]:
+    """Meanings of the fields of a dataclass, from its docstring: entries `name: text` or `name, other: text`.
+
+    An entry begins with a sentence and ends where the next one begins.
+    """
+    document = " ".join((schema.__doc__ or "").split())
+    names = [field.name for field in dataclasses.fields(schema)]
+    one = "|".join(sorted(names, key=len, reverse=True))
+    entry = re.compile(rf"(?:^|(?<=[.;:)]\s))((?:`?(?:{one})`?)(?:(?:, | and )`?(?:{one})`?)*): ")
+    found = list(entry.finditer(document))
+    meanings: dict[str, str] = {}
+    for match, after in zip(found, [*found[1:], None], strict=True):
+        said = document[match.end() : after.start() if after else len(document)].strip().rstrip(".;")
+        for name in re.split(r", | and ", match[1]):
+            meanings[name.strip("`")] = said
+    return meanings
+
+
+def kind_of(hint: Any) -> str:
+    """A type with its limits, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        marks = [_mark(mark) for mark in hint.__metadata__]
+        return ", ".join([kind_of(arguments[0]), *(mark for mark in marks if mark)])
+    if origin is Literal:
+        return " or ".join('""' if choice == "" else str(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys("null" if a is type(None) else kind_of(a) for a in arguments))
+    if origin is tuple:
+        several = len(arguments) == 2 and arguments[1] is Ellipsis
+        return f"list of {kind_of(arguments[0])}" if several else f"[{', '.join(map(kind_of, arguments))}]"
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        return "mapping"
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", Any: "mapping"}
+    return names.get(hint, "mapping")
+
+
+def _mark(mark: Any) -> str:
+    if isinstance(mark, Range):
+        return str(mark).removeprefix("a number ")
+    if isinstance(mark, Length):
+        return f"{mark.low} to {mark.high}"
+    if isinstance(mark, Pattern):
+        return mark.meaning
+    if isinstance(mark, Keys):
+        return "of " + ", ".join(typing.get_type_hints(mark.schema))
+    return str(mark)
+
+
+def _schemas(hint: Any) -> list[Any]:
+    """Dataclasses in an annotation."""
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [schema for argument in typing.get_args(hint) for schema in _schemas(argument)]
+
+
+def _default(field: Any) -> str:
+    if field.default is not dataclasses.MISSING:
+        return _yaml(field.default)
+    if field.default_factory is dataclasses.MISSING:
+        return "required"
+    made = field.default_factory()
+    return "see below" if dataclasses.is_dataclass(made) else _yaml(made)
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join('...' if dataclasses.is_dataclass(item) else _yaml(item) for item in value)}]"
+    if dataclasses.is_dataclass(value):
+        return "see below"
+    return '""' if value == "" else str(value)
