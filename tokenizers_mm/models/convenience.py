@@ -63,7 +63,7 @@ class Convenience:
     @property
     def codebook_size(self) -> int:
         """Codes of all streams together: rows that a language model needs for them. 0 for a continuous tokenizer."""
-        return sum(quantizer.codebook_size for quantizer in _self(self).quantizers().values())
+        return sum(quantizer.codebook_size * quantizer.groups for quantizer in _self(self).quantizers().values())
 
     def num_ids(self, height: int | None = None, width: int | None = None) -> int:
         """Ids of one image; the size may be left out where the tokenizer takes one. 0 for a continuous tokenizer."""
@@ -136,9 +136,11 @@ def facts(tokenizer: "ImageTokenizer[Any]") -> dict[str, str]:
     """Short texts that say what a tokenizer is, by name."""
     size = tokenizer.image_size
     found = {"images": f"{size[0]}x{size[1]} pixels" if size else f"any multiple of {tokenizer.size_multiple} pixels"}
-    for name, quantizer in tokenizer.quantizers().items():
-        count = [f"{s.num_ids} ids of" for s in tokenizer.streams(*size) if s.name == name] if size else []
-        found[f"stream {name}"] = " ".join([name, *count, f"{count_text(quantizer.codebook_size)} codes"])
+    for stream in tokenizer.streams(*size) if size else ():
+        found[f"stream {stream.name}"] = f"{stream.name} {stream.num_ids} ids of {count_text(stream.codebook_size)} codes"
+    for name, quantizer in tokenizer.quantizers().items() if size is None else ():
+        several = f"{quantizer.groups} x " if quantizer.groups > 1 else ""
+        found[f"stream {name}"] = f"{name} {several}{count_text(quantizer.codebook_size)} codes"
     if len(found) == 1:
         found["streams"] = "continuous latents"
     place = f"{tokenizer.device} {str(tokenizer.dtype).removeprefix('torch.')}"
