@@ -1,4 +1,4 @@
-"""`register(kind, name, value)`: parts of the caller's own in the tables of the library, to be named in configurations."""
+"""`register(kind, name, value)`: parts of the caller's own in the tables of the library, for configurations to name."""
 
 import dataclasses
 import importlib

@@ -146,7 +146,10 @@ class ImageCodes(_Batch):
     def _repr_html_(self) -> str:
         from tokenizers_mm._display import MAX_SHOWN, grids_text, id_map, image_tag, table  # Pillow, in notebooks only
 
-        facts = {"images": f"{len(self)} of {self.height} x {self.width} pixels", "ids": f"int64 {list(self.ids.shape)}"}
+        facts = {
+            "images": f"{len(self)} of {self.height} x {self.width} pixels",
+            "ids": f"int64 {list(self.ids.shape)}",
+        }
         for stream in self.streams:
             count = f"{stream.num_ids} ids, {stream.codebook_size:,} codes, grids {grids_text(stream.grids)}"
             facts[f"stream {stream.name}"] = count

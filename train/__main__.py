@@ -1,9 +1,11 @@
 """`python -m train CONFIG [key=value ...]`, the same as `tokenizers-mm train`; also under `accelerate launch`."""
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,13 @@ def _config(options: argparse.Namespace, command: str) -> RunConfig:
     require(len(names) == 1, "CONFIG", "one file or name", names or "none")
     (name,) = names
     if name == "-":
-        return read_config("-", overrides)
-    return read_config(name if Path(name).exists() or "/" in name or "." in name else str(configs.find(name)), overrides)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "stdin.yaml"
+            place.write_text(sys.stdin.read(), encoding="utf-8")
+            return read_config(str(place), overrides)
+    return read_config(
+        name if Path(name).exists() or "/" in name or "." in name else str(configs.find(name)), overrides
+    )
 
 
 def _written(config: RunConfig, text: str, overwrite: bool) -> RunConfig:
@@ -111,7 +118,9 @@ def _written(config: RunConfig, text: str, overwrite: bool) -> RunConfig:
 
 
 def _keep_existing(config: RunConfig, overwrite: bool) -> None:
-    """Refuse to start anew where a run is, unless asked."""
+    """Refuse to start anew where a run is, unless asked. The first process alone looks: it may have begun already."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     found = [step for step, _ in list_checkpoints(config.out)]
     there = bool(found) or (Path(config.out) / "log.jsonl").is_file()
     if overwrite:

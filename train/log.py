@@ -5,7 +5,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,40 @@ TOTALS = ("revived", "skipped")
 
 SHOWN_SKIPS = 20
 """Inputs left out that are named on the screen; those after them are only counted, by cause."""
+
+
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+"""The bar without its own estimate of the time left, which knows neither checkpoints nor a limit of time."""
+
+
+class Pace:
+    """Time left, from the wall-clock time of the last steps, everything between them included."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, window: int = 20) -> None:
+        """window: number of lines of the log that count."""
+        self._clock = clock
+        self._seen: deque[tuple[int, float]] = deque(maxlen=window)
+
+    def left(self, step: int, steps: int, limit: float | None = None) -> float | None:
+        """Seconds from `step` to `steps`; None at the first call. limit: seconds that a run by time has left."""
+        self._seen.append((step, self._clock()))
+        (first, begun), (last, now) = self._seen[0], self._seen[-1]
+        if last == first:
+            return limit
+        left = (steps - step) * (now - begun) / (last - first)
+        return left if limit is None else max(0.0, min(left, limit))
+
+
+def brief(seconds: float | None) -> str:
+    """Seconds as `1 d 2 h`, `1 h 20 min`, `3 min` or `20 s`; `?` for None."""
+    if seconds is None:
+        return "?"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 class Log:
@@ -39,7 +75,12 @@ class Log:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         _forget_after(self.path, state.step if resumed else -1)
-        self._bar = tqdm(total=state.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5)
+        self._bar = tqdm(
+            total=state.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5, bar_format=BAR
+        )
+        if resumed:
+            self._bar.write(f"resumed from step {state.step}", file=sys.stderr)
+        self._pace = Pace()
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter  # only where it is installed
 
@@ -72,7 +113,9 @@ class Log:
         line |= {n: v if n.startswith(TOTALS) else v / self._counted[n] for n, v in self._sums.items()} | window
         self._sums, self._counted = {}, {}
         self._append(line)
-        shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
+        limit = state.config.max_seconds - state.stage_seconds if state.timed else None
+        shown = {"left": brief(self._pace.left(state.step, state.steps, limit))}
+        shown |= {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)
         if self._tensorboard is not None:

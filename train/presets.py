@@ -3,6 +3,7 @@
 A preset is a shipped configuration whose grids, scales, decoder sizes and data follow from the size of the images.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,8 @@ class Preset:
 
 def scales(cells: int) -> list[list[int]]:
     """Square grids from 1x1 to cells x cells: all even sides up to 16 cells, else nine sides at equal distances."""
-    if cells <= 16:
-        sides = {1, cells, *range(2, cells, 2)}
-    else:
-        sides = {1, *(round(cells * part / 8) for part in range(1, 9))}
+    coarse = {1, *(round(cells * part / 8) for part in range(1, 9))}
+    sides = {1, cells, *range(2, cells, 2)} if cells <= 16 else coarse
     return [[side, side] for side in sorted(sides)]
 
 
@@ -83,12 +82,16 @@ def fit_mar(data: dict[str, Any], size: int, codebook: int | None) -> None:
 
 
 PRESETS = {
-    "small": Preset("vqgan_small", 128, 8, fit_vqgan, "A small convolutional tokenizer for a CPU, with a plain codebook."),
+    "small": Preset("vqgan_small", 128, 8, fit_vqgan, "A small convolutional tokenizer with a codebook, for a CPU."),
     "base": Preset("vqgan_base", 256, 16, fit_vqgan, "A VQGAN of usual size for one GPU."),
-    "tokenflow": Preset("tokenflow_clipb_224", 224, 16, fit_tokenflow,
-                        "TokenFlow with CLIP ViT-B/16, whose weights timm downloads; perceptual weights from torch.hub's cache."),
-    "dualvitok": Preset("dualvitok_fix256", 256, 32, fit_dualvitok,
-                        "DualViTok; give objective.model.start_from a converted tokenizer for the weights of its tower."),
+    "tokenflow": Preset(
+        "tokenflow_clipb_224", 224, 16, fit_tokenflow,
+        "TokenFlow with CLIP ViT-B/16: timm downloads its weights; VGG16 must be in torch.hub's cache.",
+    ),
+    "dualvitok": Preset(
+        "dualvitok_fix256", 256, 32, fit_dualvitok,
+        "DualViTok; give objective.model.start_from a converted tokenizer for the weights of its tower.",
+    ),
     "mar": Preset("mar_b", 256, 16, fit_mar, "MAR-B; its autoencoder is trained first (objective.autoencoder)."),
 }  # fmt: skip
 """Presets by name."""
@@ -129,8 +132,6 @@ def make_preset(
 
 def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Plain data with key=value applied, by the same reader as that of files."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "preset.yaml"
         place.write_text(yaml.safe_dump(data), encoding="utf-8")

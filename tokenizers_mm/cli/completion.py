@@ -30,7 +30,9 @@ autoload -Uz bashcompinit && bashcompinit
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    command.add_argument("shell", choices=("bash", "zsh"), help="put `eval \"$(tokenizers-mm completion bash)\"` in ~/.bashrc")
+    command.add_argument(
+        "shell", choices=("bash", "zsh"), help='put `eval "$(tokenizers-mm completion bash)"` in ~/.bashrc'
+    )
 
 
 def run(options: argparse.Namespace) -> None:

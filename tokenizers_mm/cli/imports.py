@@ -35,7 +35,9 @@ def run_imports(files: Sequence[str]) -> None:
     """Import each file as a module of its own name, so that worker processes find it too."""
     for name in files:
         path = regular_file(Path(name).resolve(), "a Python file")
-        require(path.suffix == ".py" and path.stem.isidentifier(), OPTION, "a file whose name is that of a module", name)
+        require(
+            path.suffix == ".py" and path.stem.isidentifier(), OPTION, "a file whose name is that of a module", name
+        )
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
         try:

@@ -18,7 +18,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
                          help="a YAML file, the name of a shipped one (see `tokenizers-mm configs`), or - for stdin; "
                          "and values in place of those of the file")  # fmt: skip
     command.add_argument("--check", action="store_true",
-                         help="read and validate, print the whole configuration and sizes, and touch nothing")  # fmt: skip
+                         help="validate, print the whole configuration and the sizes, and touch nothing")  # fmt: skip
     command.add_argument("--overwrite", action="store_true", help="replace the run that is in the folder `out`")
     command.add_argument("--preset", choices=PRESETS, help="make the configuration (in place of CONFIG)")
     command.add_argument("--images", metavar="FOLDER", help="with --preset: the images to train on, at any depth")

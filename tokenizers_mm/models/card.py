@@ -8,8 +8,11 @@ if TYPE_CHECKING:
     from tokenizers_mm.models.base import ImageTokenizer
 
 LICENSES = frozenset(
-    "apache-2.0 mit openrail bsd-3-clause bsd-2-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 "
-    "cc-by-nc-nd-4.0 gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 llama2 llama3 gemma unlicense".split()
+    {
+        *("apache-2.0", "mit", "openrail", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "unlicense", "gemma"),
+        *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
+        *("gpl-3.0", "lgpl-3.0", "agpl-3.0", "llama2", "llama3"),
+    }
 )
 """Licences that the hub knows by these names; others are `other`, with their text as `license_name`."""
 
@@ -61,7 +64,9 @@ def _contents(tokenizer: "ImageTokenizer[Any]") -> list[str]:
             )
     else:
         lines.append("Continuous latents; no ids.")
-    lines.append(f"Images: {f'{size[0]} x {size[1]}' if size else f'any multiple of {tokenizer.size_multiple}'} pixels, RGB.")
+    lines.append(
+        f"Images: {f'{size[0]} x {size[1]}' if size else f'any multiple of {tokenizer.size_multiple}'} pixels, RGB."
+    )
     return lines
 
 
@@ -83,7 +88,11 @@ def _measured(report: Mapping[str, Any]) -> list[str]:
     ordered = sorted(numbers, key=lambda name: "bits" not in name)  # stable: else as in the report
     rows = [f"| {name} | {_number(numbers[name])} |" for name in ordered]
     lines = ["## Measured", "", "| | |", "|---|---|", *rows]
-    protocol = [f"- {name.removeprefix('protocol.')}: {_inline(value)}" for name, value in _flat(report) if name.startswith("protocol")]
+    protocol = [
+        f"- {name.removeprefix('protocol.')}: {_inline(value)}"
+        for name, value in _flat(report)
+        if name.startswith("protocol")
+    ]
     return [*lines, "", "Protocol:", "", *protocol] if protocol else lines
 
 

@@ -137,7 +137,9 @@ def facts(tokenizer: "ImageTokenizer[Any]") -> dict[str, str]:
     size = tokenizer.image_size
     found = {"images": f"{size[0]}x{size[1]} pixels" if size else f"any multiple of {tokenizer.size_multiple} pixels"}
     for stream in tokenizer.streams(*size) if size else ():
-        found[f"stream {stream.name}"] = f"{stream.name} {stream.num_ids} ids of {count_text(stream.codebook_size)} codes"
+        found[f"stream {stream.name}"] = (
+            f"{stream.name} {stream.num_ids} ids of {count_text(stream.codebook_size)} codes"
+        )
     for name, quantizer in tokenizer.quantizers().items() if size is None else ():
         several = f"{quantizer.groups} x " if quantizer.groups > 1 else ""
         found[f"stream {name}"] = f"{name} {several}{count_text(quantizer.codebook_size)} codes"

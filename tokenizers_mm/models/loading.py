@@ -48,6 +48,10 @@ def load(
     return tokenizer if place is None else tokenizer.to(place)
 
 
+from_pretrained = load
+"""The name that Hugging Face libraries use."""
+
+
 def _directory(source: str | os.PathLike[str], revision: str | None) -> Path:
     path = Path(source)
     if path.is_dir():

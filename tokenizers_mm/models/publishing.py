@@ -77,7 +77,11 @@ def push(
                 api.create_repo(space, private=private, exist_ok=True, repo_type="space", space_sdk="gradio")
                 api.upload_folder(repo_id=space, folder_path=place, repo_type="space", commit_message="Upload app")
             return address
-    except (OSError, errors.HFValidationError, errors.HTTPError) as error:  # HTTPError: of requests or of httpx, by version
+    except (
+        OSError,
+        errors.HFValidationError,
+        errors.HTTPError,
+    ) as error:  # HTTPError: of requests or of httpx, by version
         text = f"{type(error).__name__}: {shorten(str(error), 150)}"
         fail("repo", "a hub that can be reached and a repository that you may write to", f"{repo_id!r} ({text})", 400)
 
