@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ def push(
     """
     from huggingface_hub import HfApi, errors  # network code: loaded when asked for
 
-    require(repo_id.count("/") <= 1 and repo_id.strip() == repo_id != "", "repo", "a name such as owner/name", repo_id)
+    _check_names(repo_id, *([] if space is None else [space]))
     api = HfApi(**{name: options.pop(name) for name in ("endpoint", "token") if name in options})
     options = {"commit_message": "Upload tokenizer"} | options
     try:
@@ -94,6 +95,7 @@ def save(
     repo_id: str = "",
 ) -> None:
     """Write what `push` uploads into a directory. repo_id: what app.py loads; the directory itself by default."""
+    _check_names(*([repo_id] if repo_id else []))
     before = tokenizer.provenance
     if license is not None:
         tokenizer.provenance = dataclasses.replace(before, license=license)
@@ -101,6 +103,13 @@ def save(
         write(tokenizer, directory, {CARD: card(tokenizer, report), **_app_files(tokenizer, repo_id or ".")})
     finally:
         tokenizer.provenance = before
+
+
+def _check_names(*names: str) -> None:
+    """Refuse what is no name on the hub; a name also goes into app.py."""
+    for name in names:
+        plain = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is not None
+        require(plain, "repo", "a name such as owner/name", repr(name))
 
 
 def _app_files(tokenizer: "ImageTokenizer[Any]", source: str) -> dict[str, str]:
