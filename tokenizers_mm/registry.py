@@ -34,7 +34,7 @@ KINDS = {
     "quantizer": Kind("quantizers", "QUANTIZERS", ("quantizers.base", "Quantizer"), config=True, says="Config.kind"),
     "loss": Kind("losses", "LOSSES"),
     "source": Kind("data.sources", "SOURCES"),
-    "metric": Kind("eval", "METRICS"),
+    "metric": Kind("eval.metrics", "METRICS"),
     "objective": Kind("registry", "OBJECTIVES", config=True, says="kind"),
 }
 """What can be registered, and the table that holds it."""

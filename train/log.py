@@ -31,18 +31,21 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 class Pace:
     """Time left, from the wall-clock time of the last steps, everything between them included."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, window: int = 20) -> None:
-        """window: number of lines of the log that count."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic, window: int = 1000) -> None:
+        """window: number of steps that count."""
         self._clock = clock
         self._seen: deque[tuple[int, float]] = deque(maxlen=window)
 
-    def left(self, step: int, steps: int, limit: float | None = None) -> float | None:
-        """Seconds from `step` to `steps`; None at the first call. limit: seconds that a run by time has left."""
+    def note(self, step: int) -> None:
+        """A step has ended."""
         self._seen.append((step, self._clock()))
+
+    def left(self, steps: int, limit: float | None = None) -> float | None:
+        """Seconds from the last step to step `steps`; None before two were seen. limit: for a run by time, its rest."""
         (first, begun), (last, now) = self._seen[0], self._seen[-1]
         if last == first:
             return limit
-        left = (steps - step) * (now - begun) / (last - first)
+        left = (steps - last) * (now - begun) / (last - first)
         return left if limit is None else max(0.0, min(left, limit))
 
 
@@ -103,6 +106,7 @@ class Log:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counted[name] = self._counted.get(name, 0) + 1
         self._bar.update(1)
+        self._pace.note(state.step)
         if due:
             self._write(state, window)
 
@@ -114,7 +118,7 @@ class Log:
         self._sums, self._counted = {}, {}
         self._append(line)
         limit = state.config.max_seconds - state.stage_seconds if state.timed else None
-        shown = {"left": brief(self._pace.left(state.step, state.steps, limit))}
+        shown = {"left": brief(self._pace.left(state.steps, limit))}
         shown |= {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)

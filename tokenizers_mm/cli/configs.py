@@ -60,4 +60,4 @@ def summary(path: Path) -> str:
             break
         lines.append(line.removeprefix("#").strip())
     text = " ".join(lines)
-    return re.split(r"(?<=[.:;])\s", text)[0].rstrip(".:;") if text else ""
+    return re.split(r"(?<=[.;])\s", text)[0].rstrip(".;")
