@@ -8,7 +8,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image, ImageEnhance
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import image_to_tensor, read_image
-from tokenizers_mm.config import Range
+from tokenizers_mm.config import Among, Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
 from tokenizers_mm.data.captions import read_caption
 from tokenizers_mm.data.files import FileList
@@ -36,6 +36,10 @@ MAX_UNREADABLE = 1000
 Positive = Annotated[float, Range(0, low_open=True)]
 
 
+SOURCES: dict[str, Any] = {}
+"""Sources by kind: classes of a `SourceConfig`, with the methods of `Source`."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One part of a mixture.
@@ -47,7 +51,7 @@ class SourceConfig:
     channels change places. turns: turn by multiples of 90 degrees too.
     """
 
-    kind: Literal["photographs", "scenes", "text", "folder", "shards"]
+    kind: Annotated[str, Among(SOURCES)]
     path: str = ""
     weight: Annotated[float, Range(0)] = 1.0
     zoom: tuple[Positive, Positive] = (0.5, 1.5)
@@ -175,14 +179,13 @@ class ShardFolder:
         return Sample(_cut(image, image_size, rng), caption, skipped)
 
 
-SOURCES: dict[str, Any] = {
+SOURCES |= {
     "photographs": Photographs,
     "scenes": Scenes,
     "text": Text,
     "folder": Folder,
     "shards": ShardFolder,
 }
-"""Sources by kind."""
 
 
 def _cut(image: Image.Image, image_size: tuple[int, int], rng: random.Random) -> Image.Image:

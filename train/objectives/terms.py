@@ -22,6 +22,7 @@ from tokenizers_mm.encoders.semantic import (
 )
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.alignment import cosine_distance
+from tokenizers_mm.losses import LOSSES
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
 from tokenizers_mm.losses.discriminators import PatchGANConfig
 from tokenizers_mm.losses.perceptual import LPIPS, load_lpips
@@ -65,9 +66,9 @@ class LossConfig:
     """Terms and their weights.
 
     weights: weight of each term by its name: "pixel", "perceptual", "semantic", "generator" (the discriminator's loss
-    has its weight too), and every term of the tokenizer's quantizers ("codebook", "commitment", "entropy", ...). A term
-    with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same
-    from the tokenizer's own frozen tower) or "captions" (contrast). gan: the losses of generator and discriminator.
+    has its weight too), losses that were registered, and every term of the tokenizer's quantizers ("codebook",
+    "commitment", "entropy", ...). A term with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none",
+    "teacher" (distillation), "target" (the same from the tokenizer's own frozen tower) or "captions" (contrast). gan: the losses of generator and discriminator.
     gan_start: step of the stage from which both act. adaptive: scale the generator's term by gradient norms. lecam, r1:
     weights of two regularisers of the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
     """
@@ -119,7 +120,10 @@ def check_terms(loss: LossConfig, tokenizer: ImageTokenizer[Any]) -> None:
     of_model = f"a term of this {tokenizer.family} model (its quantizers compute {computed})"
     for name, weight in loss.weights.items():
         off = not weight and name in ("semantic", *PLAIN_TERMS)
-        require(off or name in have or name in ALWAYS, f"{where}.weights.{name}", of_model, name)
+        own = name in LOSSES
+        require(off or own or name in have or name in ALWAYS, f"{where}.weights.{name}", of_model, name)
+        clash = own and name in {*have, *ALWAYS, *PLAIN_TERMS}
+        require(not clash, f"{where}.weights.{name}", "a registered loss with a name of its own", name)
     require(loss.semantic != "target" or "target" in have, f"{where}.semantic", of_model, "target")
     for name in computed:
         named = name in loss.weights
@@ -192,6 +196,9 @@ class ImageTerms:
         for name in {name: None for each in quantized for name in each}:  # in a fixed order
             if weight(name):
                 terms[name] = torch.stack([each[name] for each in quantized if name in each]).sum()
+        for name in LOSSES:
+            if weight(name):
+                terms[name] = LOSSES[name](x, output)
         if adversarial and self.adversary is not None:
             visible = [weight(name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
             terms["generator"] = self.adversary.generator_term(x, output.image, visible, last_layer)
