@@ -14,7 +14,6 @@ from tokenizers_mm.registry import OBJECTIVES as REGISTERED
 
 from .config import OBJECTIVES, RunConfig, objective_class
 
-
 COMMON = {
     "kind": "which of the kinds this is",
     "seed": "of all randomness of the run: weights, order and augmentation of samples, what is dropped",

@@ -1,7 +1,6 @@
 """`tokenizers-mm train` as people use it: presets, help, runs that exist, what it says at the end, its checkpoints."""
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from train.export import export_checkpoint
 from train.export import main as export_main
 from train.log import Pace, brief, read_log
 from train.presets import PRESETS, make_preset, scales
-from train.reference import keys_of, markdown, meanings_of, sections, text
+from train.reference import keys_of, markdown, meanings_of, sections
 from train.summary import curves_of, last_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of config.json; raised when a file of an older library could no longer be read as it is."""
 
+MODEL_TYPE = "tokenizers_mm"
+"""Name of the form for transformers (`tokenizers_mm.llm.automodel`)."""
+
 PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
 
 
@@ -59,6 +62,7 @@ def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
         "library": "tokenizers_mm",
         "library_version": metadata.version("tokenizers_mm"),
         "format": FORMAT,
+        "model_type": MODEL_TYPE,
         "family": tokenizer.family,
         "config": to_mapping(tokenizer.config),
         "provenance": to_mapping(tokenizer.provenance),
@@ -77,9 +81,16 @@ def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
 
 
 def _preprocessor(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
+    """Settings of a stock image processor of transformers, which prepares images as `prepare(..., fit="resize")` does.
+
+    Equal for images of the size that is taken; after a change of size within 1 of 255 (another bicubic). It knows
+    neither EXIF orientation nor colour profiles.
+    """
     size = tokenizer.image_size
     return {
-        "image_processor_type": "tokenizers_mm",
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": size is not None,
+        "resample": 3,
         "do_convert_rgb": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
