@@ -69,8 +69,9 @@ class LossConfig:
     has its weight too), losses that were registered, and every term of the tokenizer's quantizers ("codebook",
     "commitment", "entropy", ...). A term with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none",
     "teacher" (distillation), "target" (the same from the tokenizer's own frozen tower) or "captions" (contrast).
-    gan: the losses of generator and discriminator. gan_start: step of the stage from which both act. adaptive: scale the generator's term by gradient norms. lecam, r1:
-    weights of two regularisers of the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
+    gan: the losses of generator and discriminator. gan_start: step of the stage from which both act. adaptive: scale
+    the generator's term by gradient norms. lecam, r1: weights of two regularisers of the discriminator. lpips_weights:
+    file of VGG16 weights, or "" for torch.hub's cache.
     """
 
     weights: dict[str, Weight] = field(default_factory=lambda: {"pixel": 1.0, "codebook": 1.0, "commitment": 0.25})
