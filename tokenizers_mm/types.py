@@ -44,8 +44,8 @@ class _Batch:
         """The tensor whose first axis counts the images."""
         raise TypeError(f"{type(self).__name__} without a tensor")
 
-    def _with(self: B, tensor: Tensor) -> B:
-        """The same batch with another tensor."""
+    def _map(self: B, change: Callable[[Tensor], Tensor]) -> B:
+        """The same batch with every tensor changed."""
         raise TypeError(f"{type(self).__name__} without a tensor")
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class _Batch:
             index = [int(index)]
         elif not isinstance(index, (slice, list, Tensor, np.ndarray)):
             fail("index", "a number, a slice, a list of numbers or a mask", index)
-        return self._with(tensor[index])
+        return self._map(lambda tensor: tensor[index])
 
     def __iter__(self: B) -> Iterator[B]:
         """Batches of one image each."""
@@ -74,7 +74,7 @@ class _Batch:
 
     def to(self: B, device: torch.device | str) -> B:
         """The same batch on another device."""
-        return self._with(self._tensor().to(device))
+        return self._map(lambda tensor: tensor.to(device))
 
     def numpy(self) -> np.ndarray:
         """The tensor as an array on the CPU; bfloat16, which numpy has not, as float32."""
@@ -132,8 +132,8 @@ class ImageCodes(_Batch):
     def _tensor(self) -> Tensor:
         return self.ids
 
-    def _with(self, tensor: Tensor) -> "ImageCodes":
-        return replace(self, ids=tensor)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "ImageCodes":
+        return replace(self, ids=change(self.ids))
 
     def _place(self) -> tuple[Any, ...]:
         return self.height, self.width, self.streams
@@ -180,8 +180,8 @@ class ImageLatents(_Batch):
     def _tensor(self) -> Tensor:
         return self.values
 
-    def _with(self, tensor: Tensor) -> "ImageLatents":
-        return replace(self, values=tensor)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "ImageLatents":
+        return replace(self, values=change(self.values))
 
     def _place(self) -> tuple[Any, ...]:
         return self.height, self.width, self.grid
