@@ -90,7 +90,8 @@ def test_one_command_trains_on_a_folder(images: Path, tmp_path: Path, capsys: py
     said = capsys.readouterr()
     assert said.out.splitlines()[0].startswith("step 3: pixel")
     assert said.out.splitlines()[-2:] == [f"curves: {out / 'curves.png'}", f"the tokenizer is in {out / 'tokenizer'}"]
-    assert Image.open(out / "curves.png").width > 300
+    with Image.open(out / "curves.png") as image:
+        assert image.width > 300
     tok = tmm.load(out / "tokenizer")
     assert tok.codebook_size == 128
     assert tok.encode(images / "0.png", fit="crop").ids.shape[0] == 1
