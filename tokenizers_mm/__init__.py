@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tokenizers_mm.types import ImageLatents as ImageLatents
     from tokenizers_mm.types import Quantized as Quantized
     from tokenizers_mm.types import Stream as Stream
-    from tokenizers_mm.types import VQTerms as VQTerms
 
     __version__: str
 
@@ -31,7 +30,6 @@ _HOMES = {
     "ImageLatents": "types",
     "Quantized": "types",
     "Stream": "types",
-    "VQTerms": "types",
 }
 """Public name -> the module that defines it."""
 
