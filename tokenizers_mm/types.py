@@ -121,7 +121,7 @@ class ImageCodes(_Batch):
             object.__setattr__(self, "ids", check_ids(self.ids, self.streams))
 
     def stream(self, name: str) -> Tensor:
-        """The ids of one stream, int64 [B, n]."""
+        """The ids of one stream, int64 [B, n]; ValueError for a name that is none."""
         start = 0
         for stream in self.streams:
             if stream.name == name:

@@ -201,7 +201,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         return [index for index, _ in members], self.encode_tensor(self.prepare([image for _, image in members]))
 
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
-        """Images of one size as a checked float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device."""
+        """Images of one size as a float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device, or ValueError."""
         if not isinstance(images, Tensor):
             pictures = [self.fit_picture(open_image(item, name), fit) for name, item in name_images(images)]
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
@@ -237,6 +237,8 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         """Images float [B, 3, H, W] from plain ids [B, L], integers of any kind (a tensor, a numpy array, lists).
 
         height and width may be left out where the tokenizer takes one size. No gradients: `decode` has them.
+
+        Raises: ValueError for ids that are not of the streams of this size.
         """
         height, width = self.own_size(height, width)
         streams = self.streams(height, width)

@@ -128,7 +128,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         return semantic, self.pixel_head(self.pixel_encoder(x).permute(0, 2, 3, 1)), target
 
     def quantize(self, semantic: Tensor, pixel: Tensor) -> dict[str, Quantized]:
-        """Both streams, by name."""
+        """Semantic [B, h', w', D] and pixel features [B, h, w, E] quantized, by the name of the stream."""
         return {"semantic": self.semantic_quantizer.quantize(semantic), "pixel": self.pixel_quantizer.quantize(pixel)}
 
     def merge(self, semantic: Tensor, pixel: Tensor) -> Tensor:

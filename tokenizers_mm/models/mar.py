@@ -122,7 +122,7 @@ class MAR(ImageTokenizer[ImageLatents]):
 
     @property
     def feature_dim(self) -> int:
-        """Channels of `features`."""
+        """Channels C of `features`, those of the encoder."""
         return self.config.encoder.width
 
     def streams(self, height: int, width: int) -> tuple[Stream, ...]:
@@ -167,7 +167,7 @@ class MAR(ImageTokenizer[ImageLatents]):
 
     @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
-        """The autoencoder alone: the image decoded from the mean of the posterior."""
+        """The autoencoder alone: images [B, 3, H, W] decoded from the mean of the posterior, without disturbance."""
         require(disturbance == UNDISTURBED, "disturbance", "none (MAR has no codes)", disturbance)
         latents = self.encode_tensor(x)
         return Reconstruction(self.decode(latents), None, None, {}, self.vectors(latents))
