@@ -1,4 +1,4 @@
-"""Pages that are generated when the documentation is built: the configuration reference."""
+"""What is generated when the documentation is built: the configuration reference and the table of checkpoints."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,8 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+CHECKPOINTS = "<!-- table of checkpoints -->"
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add configuration.md."""
@@ -15,3 +17,12 @@ def on_files(files: Files, config: Any) -> Files:
 
     files.append(File.generated(config, "configuration.md", content=markdown()))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the table of published checkpoints in its place."""
+    if CHECKPOINTS not in markdown:
+        return markdown
+    from tokenizers_mm.checkpoints.convert import table
+
+    return markdown.replace(CHECKPOINTS, "\n".join(table(markdown=True)))

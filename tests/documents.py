@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import ROOT
+import tokenizers_mm as tmm
+from tests.cases import ROOT, case
+from tests.weights_by_rule import tokenflow_weights
 from tokenizers_mm.cli import main
 from tokenizers_mm.data.photographs import fixed_crops
 
@@ -20,6 +22,10 @@ SMALL = ("steps=2", "batch_size=2", "accumulate=1", "objective.data.workers=0", 
 
 PROGRAMS = {"pip", "make", "accelerate"}
 """Programs of shell lines that are not run: installers, and those that start many processes."""
+
+
+PUBLISHED = case("tokenflow/clipb_256_enhanced")
+"""A small model with the names of a published file."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ def run_line(line: str) -> None:
         return
     assert arguments[0] == "tokenizers-mm", line
     arguments = arguments[1:]
+    if arguments[0] == "convert" and "--list" not in arguments:
+        arguments += ["--config", str(PUBLISHED.folder / "config.json")]
     if arguments[0] == "train" and "--check" not in arguments:
         own = {word.partition("=")[0] for word in arguments if "=" in word}
         arguments += [value for value in SMALL if value.partition("=")[0] not in own]
@@ -93,9 +101,8 @@ def make_workplace(folder: Path) -> None:
     for index, crop in enumerate(fixed_crops("heldout", 4, 96)):
         crop.resize((96 + 8 * index, 80)).save(folder / "photos" / f"{index}.png")
     (folder / "photos" / "broken.jpg").write_bytes(b"no image")
-    from tokenizers_mm import load
-
-    load("tokenizers_mm/demo-64").save(folder / "my_tokenizer")
+    tmm.load("tokenizers_mm/demo-64").save(folder / "my_tokenizer")
+    torch.save(tokenflow_weights(PUBLISHED), folder / "tokenflow_clipb_32k_enhanced.pt")
 
 
 def make_language_model(folder: Path) -> None:

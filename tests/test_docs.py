@@ -87,6 +87,7 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     assert {path.with_suffix(".html").name for path in pages()} <= {path.name for path in site.glob("*.html")}
     reference = (site / "configuration.html").read_text(encoding="utf-8")
     assert "samples of a micro-batch" in reference
+    assert "tokenflow_clipb_32k_enhanced.pt</td>" in (site / "zoo.html").read_text(encoding="utf-8")
     for page in site.glob("*.html"):
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:link|script|img)[^>]+(?:href|src)="(https?://[^"]+)"', text)

@@ -1,5 +1,7 @@
 """Codes and reconstructions as people use them: indexing, iteration, comparison, arrays, short forms."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +117,8 @@ def test_a_reconstruction_shows_its_images() -> None:
     assert [image.size for image in found.to_pil()] == [(16, 16)] * 2
     assert found._repr_png_().startswith(b"\x89PNG")
     assert repr(found) == "Reconstruction(image [2, 3, 16, 16], vectors [2, 4, 4, 8], quantized [])"
+    without: Any = Reconstruction(None, None, None, {}, torch.zeros(2, 4, 4, 8))  # type: ignore[arg-type]
+    assert repr(without) == "Reconstruction(vectors [2, 4, 4, 8], quantized [])"
+    assert without._repr_png_() is None
+    with pytest.raises(ValueError, match="image: expected a tokenizer with a pixel decoder"):
+        without.to_pil()

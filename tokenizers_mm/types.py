@@ -228,20 +228,22 @@ class Reconstruction:
     vectors: Tensor
 
     def to_pil(self) -> "list[Image]":
-        """The images as PIL images, clamped."""
+        """The images as PIL images, clamped; ValueError for a tokenizer without pixels."""
         from tokenizers_mm._images import tensor_to_images  # Pillow, where an image is looked at
 
+        if self.image is None:
+            fail("image", "a tokenizer with a pixel decoder", "None")
         return tensor_to_images(self.image)
 
     def __repr__(self) -> str:
-        parts = {"semantic": self.semantic, "target": self.target, "vectors": self.vectors}
-        shapes = "".join(f", {name} {list(part.shape)}" for name, part in parts.items() if part is not None)
-        return f"Reconstruction(image {list(self.image.shape)}{shapes}, quantized {list(self.quantized)})"
+        parts = {"image": self.image, "semantic": self.semantic, "target": self.target, "vectors": self.vectors}
+        shapes = "".join(f"{name} {list(part.shape)}, " for name, part in parts.items() if part is not None)
+        return f"Reconstruction({shapes}quantized {list(self.quantized)})"
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
         from tokenizers_mm._display import MAX_SHOWN, png, sheet
 
-        return png(sheet([self.to_pil()[:MAX_SHOWN]]))
+        return None if self.image is None else png(sheet([self.to_pil()[:MAX_SHOWN]]))
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,23 @@ from tests.models.test_dualvitok import tiny_config as tiny_dualvitok_config
 from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.cli import main
 from tokenizers_mm.models import MAR, DualViTok, Provenance, TokenFlow
-from tokenizers_mm.models.card import bits_per_image, card
+from tokenizers_mm.models.card import bits_per_image, card, measurements
 from tokenizers_mm.models.publishing import push
 
 REPORT = {
-    "protocol": {"fit": "crop", "psnr": "range 1", "sizes": {"height": 32}},
-    "images": 3,
-    "psnr": 21.53125,
-    "bits_per_image": 126,
-    "codebook": {"shared": {"usage": 0.5}},
-    "skipped": ["a | b"] * 20,
-    "rfid": None,
+    "protocol": {"name": "default", "fit": "crop", "hash": "a | b"},
+    "images": {"source": "photos", "count": 3, "skipped": ["a | b"] * 20},
+    "tokenizers": [
+        {
+            "name": "tok",
+            "metrics": {
+                "psnr": {"mean": 21.53125, "low": 20.0, "high": 22.5},
+                "bits": {"mean": 126.0, "low": 126.0, "high": 126.0},
+                "rfid": {"mean": None, "low": None, "high": None},
+            },
+            "codebook": {"shared": {"usage": 0.5}},
+        },
+    ],
 }
 FILES = {
     *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "app.py", "requirements.txt"),
@@ -76,7 +82,7 @@ def test_the_command(tokenizer: TokenFlow, hub: Hub, tmp_path: Path, capsys: pyt
     assert hub.created[1]["sdk"] == "gradio"
     text = hub.repositories["models/me/tok"]["README.md"].decode()
     assert "license: mit" in text
-    assert "| psnr | 21.53 |" in text
+    assert "| psnr | 21.53 (20 to 22.5) |" in text
     assert main(["push", "me/tok", "--out", str(tmp_path / "files"), str(tmp_path / "run" / "tokenizer")]) == 2, "order"
     assert main(["push", "--out", str(tmp_path / "files"), where, "me/tok"]) == 0
     assert "no licence is stated" in capsys.readouterr().err
@@ -160,12 +166,22 @@ def test_the_header_has_the_licence(tokenizer: TokenFlow, license: str, expected
 def test_bits_come_first_and_the_protocol_is_inside(tokenizer: TokenFlow) -> None:
     text = card(tokenizer, REPORT)
     assert "**126 bits per image** of 32 x 32 pixels (0.123 bits per pixel)" in text  # 21 ids of 6 bits
-    rows = [line for line in text.splitlines() if line.startswith("| ") and line != "| | |"]
-    assert rows[0] == "| bits_per_image | 126 |"
-    assert "| codebook.shared.usage | 0.5 |" in rows
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == ["| bits | 126 |", "| psnr | 21.53 (20 to 22.5) |", "| rfid | - |"]
+    assert "## Measured on 3 images (photos)" in text
     assert "- fit: crop" in text
-    assert "- sizes.height: 32" in text
-    assert not any("protocol" in row or "rfid" in row for row in rows)
+    assert "- hash: a \\| b" in text
+
+
+def test_a_report_is_of_this_tokenizer() -> None:
+    two = REPORT | {"tokenizers": [*REPORT["tokenizers"], {"name": "other", "metrics": {}}]}  # type: ignore[misc]
+    assert [row["name"] for row in measurements(two, "other")["tokenizers"]] == ["other"]
+    assert measurements({"psnr": 1.0, "report": REPORT})["tokenizers"] == REPORT["tokenizers"]
+    with pytest.raises(ValueError, match="report: expected one of mine, got tok, other"):
+        measurements(two, "mine")
+    for other in ({}, {"tokenizers": []}, {"tokenizers": [3]}, {"report": 3}):
+        with pytest.raises(ValueError, match="report: expected a report of tokenizers-mm eval, got another file"):
+            measurements(other)
 
 
 def test_bits_of_other_kinds() -> None:

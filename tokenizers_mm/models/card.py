@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tokenizers_mm._check import fail, require
+
 if TYPE_CHECKING:
     from tokenizers_mm.models.base import ImageTokenizer
 
@@ -78,38 +80,38 @@ def _license(text: str) -> list[str]:
     return [f"license: {name}"] if name in LICENSES else ["license: other", f"license_name: {_quoted(text)}"]
 
 
+def measurements(report: Mapping[str, Any], name: str = "") -> Mapping[str, Any]:
+    """The entry of one tokenizer in a report of `tokenizers-mm eval`: the only one, or the one of this name.
+
+    Raises: ValueError for another file, and for a report of several tokenizers without this one.
+    """
+    found = report.get("report", report)
+    rows = found.get("tokenizers") if isinstance(found, Mapping) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        fail("report", "a report of tokenizers-mm eval", "another file")
+    names = [str(row.get("name")) for row in rows]
+    require(len(rows) == 1 or name in names, "report", f"one of {name or 'one tokenizer'}", ", ".join(names))
+    return {**found, "tokenizers": [rows[names.index(name)] if name in names else rows[0]]}
+
+
 def _measured(report: Mapping[str, Any]) -> list[str]:
     """Numbers of a report as a table, bits first, with the protocol under it."""
-    numbers = {
-        name: value
-        for name, value in _flat(report)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith("protocol")
-    }
-    ordered = sorted(numbers, key=lambda name: "bits" not in name)  # stable: else as in the report
-    rows = [f"| {name} | {_number(numbers[name])} |" for name in ordered]
-    lines = ["## Measured", "", "| | |", "|---|---|", *rows]
-    protocol = [
-        f"- {name.removeprefix('protocol.')}: {_inline(value)}"
-        for name, value in _flat(report)
-        if name.startswith("protocol")
-    ]
-    return [*lines, "", "Protocol:", "", *protocol] if protocol else lines
+    report = measurements(report)
+    metrics = report["tokenizers"][0].get("metrics", {})
+    values = {name: value for name, value in metrics.items() if isinstance(value, Mapping) and "mean" in value}
+    ordered = sorted(values, key=lambda name: "bits" not in name)  # stable: else as in the report
+    rows = [f"| {_inline(name)} | {_interval(values[name])} |" for name in ordered]
+    images = report.get("images", {})
+    lines = [f"## Measured on {_inline(images.get('count'))} images ({_inline(images.get('source'))})", ""]
+    lines += ["| metric | mean (95 % interval) |", "|---|---|", *rows, "", "Protocol:", ""]
+    return lines + [f"- {_inline(name)}: {_inline(value)}" for name, value in report.get("protocol", {}).items()]
 
 
-def _flat(value: Mapping[str, Any], before: str = "", depth: int = 3) -> list[tuple[str, Any]]:
-    """Entries of nested mappings by dotted names, lists left out."""
-    found: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        name = f"{before}{key}"
-        if isinstance(item, Mapping) and depth:
-            found += _flat(item, f"{name}.", depth - 1)
-        elif not isinstance(item, Mapping) and not (isinstance(item, list) and len(item) > 8):
-            found.append((name, item))
-    return found
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _interval(value: Mapping[str, Any]) -> str:
+    """A mean and its interval, where it has one."""
+    numbers = [value.get(name) for name in ("mean", "low", "high")]
+    texts = [f"{number:,.4g}" if isinstance(number, (int, float)) else "-" for number in numbers]
+    return texts[0] if "-" in texts[1:] or texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def _inline(value: Any) -> str:
