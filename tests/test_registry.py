@@ -105,6 +105,29 @@ def test_values_that_are_not_of_the_kind(kind: str, value: Any, message: str) ->
         tmm.register(kind, "mine", value)
 
 
+def test_configurations_name_what_was_registered() -> None:
+    from tokenizers_mm.config import from_mapping
+    from tokenizers_mm.data.sources import SourceConfig
+    from tokenizers_mm.models.tokenflow import TokenFlowConfig
+    from train.config import objective_class
+
+    source: dict[str, Any] = {"kind": "mine", "path": "somewhere"}
+    with pytest.raises(ValueError, match=r"config.kind: expected one of \['folder', .*\], got mine"):
+        from_mapping(SourceConfig, source)
+    tmm.register("source", "mine", lambda config: None)
+    assert from_mapping(SourceConfig, source).kind == "mine"
+    objective = type("Objective", (), {"kind": "mine", "Config": SourceConfig})
+    with pytest.raises(ValueError, match=r"config.objective.kind: expected one of \['joint', .*\], got mine"):
+        objective_class("mine")
+    tmm.register("objective", "mine", objective)
+    assert objective_class("mine") is objective
+    (mark,) = TokenFlowConfig.__annotations__["quantizer"].__metadata__
+    with pytest.raises(ValueError, match=r"where.kind: expected one of .*, got mine"):
+        mark.convert({"kind": "mine"}, "where")
+    tmm.register("quantizer", "mine", quantizer("mine"))
+    assert mark.convert({"kind": "mine", "dim": 3}, "where").dim == 3
+
+
 def test_the_option_is_found_anywhere() -> None:
     given = ["encode", "--import", "a.py", "x.png", "--import=b.py", "--out", "y"]
     assert split_imports(given) == (["encode", "x.png", "--out", "y"], ["a.py", "b.py"])
