@@ -115,11 +115,10 @@ def make_language_model(folder: Path) -> None:
     text = words(["draw a photograph . this is a what ? Draw This What A :"])
     text.save_pretrained(str(place))
     torch.manual_seed(0)
+    end: Any = text.eos_token_id
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    config = Qwen3Config(
-        vocab_size=len(text), max_position_embeddings=1024, eos_token_id=text.eos_token_id, **sizes, **heads
-    )
+    config: Any = Qwen3Config(vocab_size=len(text), max_position_embeddings=1024, eos_token_id=end, **sizes, **heads)
     Qwen3ForCausalLM(config).save_pretrained(place)
 
 

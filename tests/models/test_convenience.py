@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +41,13 @@ def test_reconstruct_takes_images_of_every_kind(
     tok = tokenizers[name]
     noise().save(tmp_path / "a.png")
     x = tok.prepare(noise())
-    expected = tok.reconstruct(x)
+    expected: Any = tok.reconstruct(x)
     assert expected.image.requires_grad
     for images in (noise(), tmp_path / "a.png", str(tmp_path / "a.png"), [noise()]):
-        found = tok.reconstruct(images)
+        found: Any = tok.reconstruct(images)
         torch.testing.assert_close(found.image, expected.image, rtol=0, atol=0)
         assert not found.image.requires_grad
-    odd = tok.reconstruct(noise(37), fit="crop")
+    odd: Any = tok.reconstruct(noise(37), fit="crop")
     assert odd.image.shape == x.shape
     with pytest.raises(ValueError, match="expected"):
         tok.reconstruct(noise(37))
@@ -60,7 +61,8 @@ def test_every_family_takes_images_of_every_kind() -> None:
 def test_gradients_reach_the_image_and_the_weights_through_a_tensor(tokenizers: dict[str, ImageTokenizer]) -> None:
     tok = tokenizers["tokenflow"]
     x = tok.prepare(noise()).requires_grad_()
-    tok.reconstruct(x).image.square().mean().backward()
+    output: Any = tok.reconstruct(x)
+    output.image.square().mean().backward()
     assert x.grad is not None
     assert float(x.grad.abs().sum()) > 0
     assert float(tok.last_layer.grad.abs().sum()) > 0  # type: ignore[union-attr]

@@ -116,7 +116,9 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         """[B, T, C]: what a language model reads for understanding."""
 
     @abstractmethod
-    def reconstruct(self, images: ImageInput, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
+    def reconstruct(
+        self, images: ImageInput, disturbance: Disturbance = UNDISTURBED, fit: Fit = "refuse"
+    ) -> Reconstruction:
         """Encode, quantize and decode in one pass.
 
         images: a tensor [B, 3, H, W], through which gradients flow (the forward pass of training); or what `encode`

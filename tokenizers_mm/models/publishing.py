@@ -57,7 +57,8 @@ def push(
     Gradio Space that is made too and shows the tokenizer. options: of `HfApi` (`endpoint`, `token`) and of its
     `upload_folder` (`revision`, `create_pr`, `commit_message`).
 
-    Raises: ValueError with one sentence where the hub cannot be reached or refuses.
+    Raises: ValueError with one sentence where the hub cannot be reached or refuses (an HTTPError of requests or of
+    httpx, by the version of huggingface_hub).
     """
     from huggingface_hub import HfApi, errors  # network code: loaded when asked for
 
@@ -78,11 +79,7 @@ def push(
                 api.create_repo(space, private=private, exist_ok=True, repo_type="space", space_sdk="gradio")
                 api.upload_folder(repo_id=space, folder_path=place, repo_type="space", commit_message="Upload app")
             return address
-    except (
-        OSError,
-        errors.HFValidationError,
-        errors.HTTPError,
-    ) as error:  # HTTPError: of requests or of httpx, by version
+    except (OSError, errors.HFValidationError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         text = f"{type(error).__name__}: {shorten(str(error), 150)}"
         fail("repo", "a hub that can be reached and a repository that you may write to", f"{repo_id!r} ({text})", 400)
 
