@@ -123,17 +123,6 @@ class Choice:
         return _build(self.table[kind].Config, plain, where)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Among:
-    """A text that is a key of a table, which may grow at any time."""
-
-    table: Mapping[str, Any]
-
-    def check(self, value: Any, where: str) -> None:
-        """Refuse any other text."""
-        require(value in self.table, where, f"one of {sorted(self.table)}", value)
-
-
 Width = Annotated[int, Range(1, 1 << 16)]
 """Channels of a layer."""
 

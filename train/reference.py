@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
-from tokenizers_mm.config import Among, Choice, Keys, Length, Pattern, Range
+from tokenizers_mm.config import Choice, Keys, Length, Pattern, Range
 from tokenizers_mm.models import MODELS
 from tokenizers_mm.registry import OBJECTIVES as REGISTERED
 
@@ -188,8 +188,6 @@ def _mark(mark: Any) -> str:
         return mark.meaning
     if isinstance(mark, Choice):
         return f"with kind: {' or '.join(mark.table)} (by default {mark.default})"
-    if isinstance(mark, Among):
-        return f"one of {', '.join(mark.table)}"
     if isinstance(mark, Keys):
         return "of " + ", ".join(typing.get_type_hints(mark.schema))
     return str(mark)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import image_to_tensor, read_image
-from tokenizers_mm.config import Among, Range
+from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
 from tokenizers_mm.data.captions import read_caption
 from tokenizers_mm.data.files import FileList
@@ -40,6 +40,17 @@ SOURCES: dict[str, Any] = {}
 """Sources by kind: classes of a `SourceConfig`, with the methods of `Source`."""
 
 
+class KnownSource:
+    """Limit of a text: a key of SOURCES, which may grow at any time."""
+
+    def check(self, value: str, where: str) -> None:
+        """Refuse any other text."""
+        require(value in SOURCES, where, f"one of {sorted(SOURCES)}", value)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(SOURCES)}"
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One part of a mixture.
@@ -51,7 +62,7 @@ class SourceConfig:
     channels change places. turns: turn by multiples of 90 degrees too.
     """
 
-    kind: Annotated[str, Among(SOURCES)]
+    kind: Annotated[str, KnownSource()]
     path: str = ""
     weight: Annotated[float, Range(0)] = 1.0
     zoom: tuple[Positive, Positive] = (0.5, 1.5)
