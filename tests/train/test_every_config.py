@@ -54,13 +54,13 @@ def small(path: Path, place: Path) -> dict[str, Any]:
 
 def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, Any]:
     model = objective["model"]
+    if model["family"] == "vqgan":
+        return small_vqgan()
     if model["family"] == "dualvitok":
         edits: dict[str, Any] = {"objective.model.config": to_mapping(test_dualvitok.tiny_config())}
         if "buckets" in objective["data"]:
             return edits | {"objective.data.buckets": {"min_pixels": 1024, "max_pixels": 4096, "cell": 16, "step": 32}}
         return edits | {"objective.data.image_size": [64, 64]}
-    if model["family"] == "vqgan":
-        return small_vqgan()
     if objective["loss"].get("teacher", {}).get("package"):  # published weights of an optional package
         tower = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
         model["config"]["semantic_decoder"]["out_dim"] = 48
@@ -75,15 +75,6 @@ def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, An
             model["start_from"] = str(place / "clipb_224")
         reduced_model(objective)
     return {}
-
-
-def small_vqgan() -> dict[str, Any]:
-    pixel = {"channels": 16, "multipliers": [1, 1], "num_blocks": 1, "attention_levels": [], "num_groups": 8}
-    return {
-        "objective.data.image_size": [32, 32],
-        "objective.model.config.encoder": {"out_channels": 16, "stem_patch": 4, **pixel},
-        "objective.model.config.decoder": {"in_channels": 16, "head_patch": 4, **pixel},
-    }
 
 
 def small_mar(objective: dict[str, Any], place: Path) -> dict[str, Any]:
@@ -130,6 +121,15 @@ def small_joint(objective: dict[str, Any], place: Path) -> dict[str, Any]:
         name = objective["loss"]["teacher"]["name"].partition(".")[0]
         edits["objective.loss.teacher"] = {"name": name, "options": {**tower, "num_classes": 0}, "pretrained": False}
     return edits
+
+
+def small_vqgan() -> dict[str, Any]:
+    pixel = {"channels": 16, "multipliers": [1, 1], "num_blocks": 1, "attention_levels": [], "num_groups": 8}
+    return {
+        "objective.data.image_size": [32, 32],
+        "objective.model.config.encoder": {"out_channels": 16, "stem_patch": 4, **pixel},
+        "objective.model.config.decoder": {"in_channels": 16, "head_patch": 4, **pixel},
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
