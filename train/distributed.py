@@ -3,7 +3,6 @@
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
 from tokenizers_mm._check import require
@@ -13,12 +12,9 @@ def make_accelerator(precision: str, device: str) -> Accelerator:
     """Accelerator of this process, on the device of the configuration, which must exist; "auto" is CUDA or the CPU."""
     kind = "" if device == "auto" else device.partition(":")[0]
     require(kind in ("", "cpu", "cuda"), "config.device", "auto, cpu or cuda", device)
-    engine = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    accelerator = Accelerator(
-        cpu=kind == "cpu" or not torch.cuda.is_available(),
-        mixed_precision="no" if precision == "fp32" else precision,
-        kwargs_handlers=[engine],
-    )
+    cpu = kind == "cpu" or not torch.cuda.is_available()
+    require(precision != "fp16" or not cpu, "config.precision", "fp32 or bf16 on a CPU", precision)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
     here = accelerator.device.type
     require(kind in ("", here), "config.device", f"a device of this machine, such as {here}", device)
     return accelerator

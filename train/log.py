@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,10 @@ class Log:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             stream.write(json.dumps(finite, allow_nan=False) + "\n")
 
-    def show(self, state: State) -> None:
-        """Sample images of the present step."""
+    def show(self, state: State, networks: Mapping[str, Any]) -> None:
+        """Sample images of the present step by these networks."""
         if self.active:
-            state.objective.show(state.averaged, self.folder / "samples" / f"step_{state.step:09d}.png")
+            state.objective.show(networks, self.folder / "samples" / f"step_{state.step:09d}.png")
 
     def close(self) -> None:
         """Flush and close."""

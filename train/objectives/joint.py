@@ -26,7 +26,7 @@ from tokenizers_mm.llm.transformers_api import embeddings
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from ..step import weighted_sum
-from .base import Moment, Objective, Player, Stage, Terms
+from .base import Moment, Networks, Objective, Player, Stage, Terms
 from .codebook_health import CodebookHealth, RevivalConfig
 from .guard import Guard, GuardConfig
 from .language import (
@@ -109,6 +109,8 @@ class Joint(Objective):
     def check_config(cls, run: RunConfig) -> None:
         config: JointConfig = run.objective
         require(run.steps == 0, "config.steps", "0 or nothing (the stages of a joint run say it)", run.steps)
+        require(run.engine == "ddp", "config.engine", "ddp for joint tuning (its guard takes back whole networks)",
+                run.engine)  # fmt: skip
         require(run.precision != "fp16", "config.precision", "fp32 or bf16 for joint tuning", run.precision)
         require(len(config.stages) > 0, "config.objective.stages", "at least one stage", "none")
         for index, stage in enumerate(config.stages):
@@ -234,7 +236,7 @@ class Joint(Objective):
         values["vq"] = weighted_sum(terms, self.terms.weights(adversarial)).detach()
         return {"caption": caption, **terms}, values
 
-    def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
+    def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
         """The guard's first measurement, before the first joint stage."""
         first = self.stages[stage].name == "joint" and not self.guard.before
         return [self.guard.measure(self._guarded(), start // max(1, self._step_size()))] if first else []
@@ -268,7 +270,7 @@ class Joint(Objective):
     def skipped(self, batch: Batch | Rows) -> Sequence[str]:
         return batch.skipped if isinstance(batch, Batch) else ()
 
-    def save(self, averaged: nn.Module | None, folder: Path) -> None:
+    def save(self, networks: Networks, folder: Path) -> None:
         """The language model as `language` saves it, and the image tokenizer in `tokenizer` below it."""
         save_language_model(self.model, self.processor, self.projector, folder)
         self.tokenizer.eval().save(folder / "tokenizer")

@@ -41,7 +41,7 @@ from tokenizers_mm.llm.transformers_api import (
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
-from .base import Moment, Objective, Player, Terms
+from .base import Moment, Networks, Objective, Player, Terms
 from .start import saved_size
 
 
@@ -103,8 +103,13 @@ class Learning:
     """Weights that learn, by name: a checkpoint holds these and not the frozen ones."""
 
     def __init__(self, networks: dict[str, nn.Module]) -> None:
-        named = [(f"{name}.{key}", p) for name, module in networks.items() for key, p in module.named_parameters()]
-        self.parameters = {key: p for key, p in named if p.requires_grad}
+        self.networks = networks
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The weights; an engine may put others in their places."""
+        named = [(f"{name}.{key}", p) for name, module in self.networks.items() for key, p in module.named_parameters()]
+        return {key: p for key, p in named if p.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights."""
@@ -113,13 +118,14 @@ class Learning:
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore them; names and shapes must be these."""
-        shapes = [{name: tuple(t.shape) for name, t in group.items()} for group in (self.parameters, tensors)]
+        mine = self.parameters
+        shapes = [{name: tuple(t.shape) for name, t in group.items()} for group in (mine, tensors)]
         other = sorted(
             name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
         )
         if other:
             raise ValueError(f"another {other[0]}")
-        for name, parameter in self.parameters.items():
+        for name, parameter in mine.items():
             parameter.copy_(tensors[name])
 
 
@@ -217,12 +223,11 @@ class Language(Objective):
             loss = next_token_loss(self.model, embed(self.model, batch, self.projector))
         return {self.config.method: loss}, {}
 
-    def save(self, averaged: nn.Module | None, folder: Path) -> None:
+    def save(self, networks: Networks, folder: Path) -> None:
         """Model (adapters merged), text tokenizer, visual_vocab.json and projector, in the run's folder itself."""
-        model: Any = self.model
-        save_language_model(
-            model.merge_and_unload() if self.config.learns == "lora" else model, self.processor, self.projector, folder
-        )
+        model = networks["model"]
+        model = model.merge_and_unload() if self.config.learns == "lora" else model
+        save_language_model(model, self.processor, networks.get("projector"), folder)
 
 
 def save_language_model(

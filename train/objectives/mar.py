@@ -31,7 +31,7 @@ from tokenizers_mm.models.saving import save_tensors
 from ..config import RunConfig
 from ..distributed import sum_over_ranks
 from ..optim import Learner, OptimizerConfig
-from .base import Moment, Objective, Player, Stage, Terms
+from .base import Moment, Networks, Objective, Player, Stage, Terms
 from .reconstruction import FIXED_DATA, image_batches, show_reconstructions
 from .start import saved_size
 
@@ -210,7 +210,7 @@ class MARTraining(Objective):
         return {"noise": terms.noise, "bound": terms.bound}
 
     @torch.no_grad()
-    def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
+    def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
         """After the autoencoder's stage the scale is one over the standard deviation of the next step's latents."""
         if stage == 0 or not self.learns_latents(stage):
             return []
@@ -218,7 +218,7 @@ class MARTraining(Objective):
         batches = itertools.islice(self.batches(stage, start), self.run.accumulate)
         rank, world = self.rank()
         for index, batch in enumerate(batches):
-            posterior = self.model.tokenizer.autoencoder.posterior(batch.images.to(sums.device))
+            posterior = networks["generator"].tokenizer.autoencoder.posterior(batch.images.to(sums.device))
             moment = Moment(self.run.seed, stage, 0, row=(index * world + rank) * self.run.batch_size)
             values = posterior.sample(_latent_noise(moment.rows(len(batch.images)), posterior.mean)).double()
             sums += torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
@@ -241,15 +241,17 @@ class MARTraining(Objective):
     def _set_scale(self, model: Generator, latent_scale: float) -> None:
         model.tokenizer.config = dataclasses.replace(model.tokenizer.config, latent_scale=latent_scale)
 
-    def show(self, averaged: Any, path: Path) -> None:
+    def show(self, networks: Networks, path: Path) -> None:
         """Images through the autoencoder; drawing comes at the end."""
         if self._shown is not None:
-            show_reconstructions(self.model.tokenizer, self._shown, path)
+            self._set_scale(networks["generator"], self.model.tokenizer.config.latent_scale)
+            show_reconstructions(networks["generator"].tokenizer, self._shown, path)
 
-    def save(self, averaged: Any, folder: Path) -> None:
+    def save(self, networks: Networks, folder: Path) -> None:
         """The tokenizer in our format, the captions' embedding beside it, curves, and drawn scenes."""
         from .mar_samples import draw_curves, draw_scenes  # matplotlib
 
+        averaged = networks["generator"]
         self._set_scale(averaged, self.model.tokenizer.config.latent_scale)
         averaged.eval().tokenizer.save(folder / "tokenizer")
         save_tensors(averaged.captions.state_dict(), folder / "captions.safetensors")
