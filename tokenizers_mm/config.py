@@ -7,6 +7,7 @@ dataclasses. Limits stand beside the fields:
     betas: tuple[Annotated[float, Range(0, 1, high_open=True)], ...]
     names: Annotated[tuple[str, ...], Length(1, 8)]
     options: Annotated[dict[str, Any], Keys(SomeTypedDict)]
+    quantizer: Annotated[Any, Choice(QUANTIZERS, "vq")]
     name: Annotated[str, Pattern(r"[a-z0-9_]+", "a plain name")]
 
 What holds between fields is checked by an optional method `check(self)`, which raises with `require` and names relative
@@ -101,6 +102,25 @@ class Keys:
     def check(self, value: Any, where: str) -> None:
         """Refuse other keys and values."""
         _convert_typed_dict(self.schema, value, where)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """The configuration of one class out of a table, chosen by its `kind`.
+
+    table: classes with a `Config`, by kind; it may grow at any time. default: kind of a mapping that names none.
+    """
+
+    table: Mapping[str, Any]
+    default: str
+
+    def convert(self, value: Any, where: str) -> Any:
+        """The checked configuration of the kind that `value` (a mapping or a configuration) names."""
+        plain = to_mapping(value) if dataclasses.is_dataclass(value) else value
+        require(isinstance(plain, Mapping), where, "a mapping with a kind", plain)
+        kind = plain.get("kind", self.default)
+        require(isinstance(kind, str) and kind in self.table, f"{where}.kind", f"one of {sorted(self.table)}", kind)
+        return _build(self.table[kind].Config, plain, where)
 
 
 Width = Annotated[int, Range(1, 1 << 16)]
@@ -258,6 +278,9 @@ def _convert(hint: Any, value: Any, where: str, marks: tuple[Any, ...] = ()) -> 
     schema: Any = hint
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        for mark in hint.__metadata__:
+            if isinstance(mark, Choice):
+                return mark.convert(value, where)
         keys = next((mark.schema for mark in hint.__metadata__ if isinstance(mark, Keys)), arguments[0])
         value = _convert(keys, value, where, hint.__metadata__)
         for mark in hint.__metadata__:

@@ -93,24 +93,17 @@ Codes = TypeVar("Codes", ImageCodes, ImageLatents)
 
 
 @dataclass(frozen=True)
-class VQTerms:
-    """Unweighted scalar terms of a vector quantizer; a weight is given to each once, in the training configuration."""
-
-    codebook: Tensor
-    commitment: Tensor
-    entropy: Tensor
-
-
-@dataclass(frozen=True)
 class Quantized:
-    """What a quantizer returns: straight-through `vectors` [..., D], `ids` int64, and `terms` in training mode.
+    """Result of a quantizer.
 
-    `queries` [..., D] are the vectors that were searched for, detached, in the order of the ids (for codebook upkeep).
+    vectors: [..., D], straight-through. ids: int64 [...], or [..., groups] with several ids per vector. terms:
+    unweighted scalars by name, in training mode; the training configuration gives each a weight. queries: [..., D], the
+    vectors that were searched for, detached, in the order of the ids (for the revival of codes).
     """
 
     vectors: Tensor
     ids: Tensor
-    terms: VQTerms | None = None
+    terms: Mapping[str, Tensor] | None = None
     queries: Tensor | None = None
 
 

@@ -19,9 +19,9 @@ from tokenizers_mm.models import DualViTok, ImageTokenizer, TokenFlow
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.quantizers.fsq import FSQ, FSQConfig
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
-from tokenizers_mm.quantizers.residual import ResidualQuantizer
+from tokenizers_mm.quantizers.residual import ResidualConfig, ResidualQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
-from tokenizers_mm.quantizers.vq import VQ, SimVQ, SimVQConfig
+from tokenizers_mm.quantizers.vq import VQ, SimVQ, SimVQConfig, VQConfig
 
 CAPTIONS = ["a red circle", "a blue square on black"]
 BUILD: dict[str, Any] = {
@@ -115,12 +115,12 @@ def test_alpha_scales_the_tokenizers_own_loss(setting: Setting) -> None:
 
 
 QUANTIZERS: list[tuple[str, Quantizer, set[str]]] = [
-    ("vq", VQ(32, 4), set()),
+    ("vq", VQ(VQConfig(32, 4)), set()),
     ("simvq", SimVQ(SimVQConfig(32, 4)), set()),
     ("simvq, rotation", SimVQ(SimVQConfig(32, 4, rotation=True)), set()),
     ("shared index", SharedIndexQuantizer(SharedIndexConfig(32, (2, 2))), set()),
-    ("multi-scale", MultiScaleQuantizer(VQ(32, 4), [(1, 1), (2, 2)]), set()),
-    ("residual", ResidualQuantizer([VQ(32, 4), VQ(32, 4)]), set()),
+    ("multi-scale", MultiScaleQuantizer(VQ(VQConfig(32, 4)), [(1, 1), (2, 2)]), set()),
+    ("residual", ResidualQuantizer(ResidualConfig(VQConfig(32, 4), 2)), set()),
     (
         "fsq",
         FSQ(FSQConfig((5, 5), 4)),

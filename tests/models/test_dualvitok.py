@@ -103,7 +103,7 @@ def test_what_learns_and_what_does_not() -> None:
     assert not output.target.requires_grad
     terms = [t for q in output.quantized.values() if (t := q.terms) is not None]
     loss = output.image.square().mean() + output.semantic.square().mean()
-    (loss + sum(t.codebook + t.commitment for t in terms)).backward()
+    (loss + sum(t["codebook"] + t["commitment"] for t in terms)).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
     assert without == {name for name, _ in model.named_parameters() if name.startswith("semantic_encoder.tower.")}
 

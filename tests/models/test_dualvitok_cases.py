@@ -64,7 +64,7 @@ def test_every_stage(name: str, image: str) -> None:
         sure = out[f"{stream.name}_gap"] > GAP
         assert torch.equal(result.ids[sure], expected[sure])
         assert result.terms is not None  # the original's loss: codebook + 0.25 commitment
-        loss = result.terms.codebook + 0.25 * result.terms.commitment
+        loss = result.terms["codebook"] + 0.25 * result.terms["commitment"]
         torch.testing.assert_close(loss, out[f"commit_{stream.name}"], rtol=1e-4, atol=1e-6)
 
     merged = model.merge(quantized["semantic"].vectors, quantized["pixel"].vectors)

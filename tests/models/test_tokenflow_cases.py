@@ -72,8 +72,8 @@ def test_train_step(name: str) -> None:
     assert out.quantized["shared"].terms is not None
     terms = {
         "rec_loss": (inputs["image"] - out.image).square().mean(),
-        "vq_loss": out.quantized["shared"].terms.codebook,
-        "commit_loss": 0.25 * out.quantized["shared"].terms.commitment,
+        "vq_loss": out.quantized["shared"].terms["codebook"],
+        "commit_loss": 0.25 * out.quantized["shared"].terms["commitment"],
         "semantic_loss": (1 - torch.cosine_similarity(out.semantic, inputs["target"], dim=-1)).mean(),
     }
     for key, value in terms.items():

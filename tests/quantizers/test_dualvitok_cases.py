@@ -11,7 +11,7 @@ from tests.cases import case
 from tests.dualvitok_weights import by_rule
 from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids
 from tokenizers_mm.quantizers.fsq import FSQ, FSQConfig
-from tokenizers_mm.quantizers.residual import ResidualQuantizer
+from tokenizers_mm.quantizers.residual import ResidualConfig, ResidualQuantizer
 from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
 
 NAMES = ["st", "rot", "frozendim", "chlast_w", "blocks", "dim32_32k", "dim32_98k"]
@@ -51,7 +51,9 @@ def test_simvq(name: str) -> None:
     def loss_of(terms) -> Tensor:
         # The original weights the whole by commitment_weight and the encoder's term by another factor.
         weight = options.get("commitment_weight", 1.0)
-        return weight * (terms.codebook + options.get("input_to_quantize_commit_loss_weight", 0.25) * terms.commitment)
+        return weight * (
+            terms["codebook"] + options.get("input_to_quantize_commit_loss_weight", 0.25) * terms["commitment"]
+        )
 
     z = t["z"].requires_grad_()
     result = quantizer.quantize(last(z))
@@ -81,8 +83,8 @@ def test_each_term_moves_one_side_only() -> None:
     z = torch.randn(5, 4, requires_grad=True)
     terms = quantizer.quantize(z).terms
     assert terms is not None
-    assert torch.autograd.grad(terms.codebook, z, retain_graph=True, allow_unused=True)[0] is None
-    commitment = torch.autograd.grad(terms.commitment, quantizer.transform.weight, allow_unused=True)[0]
+    assert torch.autograd.grad(terms["codebook"], z, retain_graph=True, allow_unused=True)[0] is None
+    commitment = torch.autograd.grad(terms["commitment"], quantizer.transform.weight, allow_unused=True)[0]
     assert commitment is None
     assert [name for name, _ in quantizer.named_parameters()] == ["transform.weight"]
 
@@ -96,13 +98,12 @@ def test_residual_of_three() -> None:
     own = case("dualvitok/quantizer")
     description = json.loads((own.folder / "cases.json").read_text())["residual"]
     t = load_file(own.folder / "residual.safetensors")
-    stages = [SimVQ(SimVQConfig(64, 8)) for _ in range(3)]
-    for index, stage in enumerate(stages):
+    quantizer = ResidualQuantizer(ResidualConfig(SimVQConfig(64, 8), 3)).train()
+    for index, stage in enumerate(quantizer.stages):
         names = {"frozen": "frozen_codebook", "transform.weight": "code_transform.weight"}
         shapes, place = description["weight_keys"], f"layers.{index}."
         state = {k: by_rule(f"q.{place}{v}", shapes[place + v], description["seed"], {}) for k, v in names.items()}
         stage.load_state_dict(state)
-    quantizer = ResidualQuantizer(stages).train()
     z = t["z"].requires_grad_()
     result = quantizer.quantize(z.movedim(1, -1))
     assert torch.equal(result.ids, t["indices"])
@@ -110,17 +111,17 @@ def test_residual_of_three() -> None:
     looked_up = quantizer.look_up(result.ids)
     torch.testing.assert_close(looked_up, t["output_from_indices"].movedim(1, -1), atol=1e-6, rtol=0)
     assert result.terms is not None
-    loss = result.terms.codebook + 0.25 * result.terms.commitment
+    loss = result.terms["codebook"] + 0.25 * result.terms["commitment"]
     torch.testing.assert_close(loss, t["loss"], rtol=1e-5, atol=0)
     total = (result.vectors * t["g"].movedim(1, -1)).sum() + loss
-    weights = [stage.transform.weight for stage in stages]
+    weights = [stage.transform.weight for stage in quantizer.stages]
     for objective, suffix in ((loss, "_loss_only"), (total, "")):
         to_z, *to_weights = torch.autograd.grad(objective, (z, *weights), retain_graph=True)
         close(to_z, t[f"grad_z{suffix}"], f"grad_z{suffix}")
         for index, gradient in enumerate(to_weights):
             close(gradient, t[f"grad{suffix}.layers.{index}.code_transform.weight"], f"grad{suffix} {index}")
-    with pytest.raises(ValueError, match="codebooks of one size and width"):
-        ResidualQuantizer([stages[0], SimVQ(SimVQConfig(32, 8))])
+    with pytest.raises(ValueError, match="stage: expected a quantizer with one id per vector"):
+        ResidualQuantizer(ResidualConfig(ResidualConfig(SimVQConfig(64, 8), 2), 2))
 
 
 def test_fsq() -> None:
@@ -138,12 +139,13 @@ def test_fsq() -> None:
     everything = torch.arange(1000)
     assert torch.equal(levels_to_ids(ids_to_levels(everything, (8, 5, 5, 5)), (8, 5, 5, 5)), everything)
     assert result.terms is not None
-    assert float(result.terms.commitment) == float(t["loss"]) == 0
+    assert result.terms == {}
+    assert float(t["loss"]) == 0
     (result.vectors * t["g"].movedim(1, -1)).sum().backward()
     close(z.grad, t["grad_z"], "grad_z")  # type: ignore[arg-type]
     for name, parameter in quantizer.named_parameters():
         assert parameter.grad is not None
         close(parameter.grad, t[f"grad.{name}"], name)
-    for refuse in (quantizer.set_codes, ResidualQuantizer([quantizer]).set_codes):
+    for refuse in (quantizer.set_codes, ResidualQuantizer(ResidualConfig(SimVQConfig(8, 6), 1)).set_codes):
         with pytest.raises(ValueError, match=r"got a request for it|got all of them"):
             refuse(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 6))

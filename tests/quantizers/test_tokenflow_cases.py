@@ -32,9 +32,9 @@ def close(actual: Tensor | None, expected: Tensor, name: str) -> None:
 
 def losses(terms, config) -> dict[str, Tensor]:
     return {
-        "vq": terms.codebook,
-        "commit": config["beta"] * terms.commitment,
-        "entropy": config["entropy_ratio"] * terms.entropy,
+        "vq": terms["codebook"],
+        "commit": config["beta"] * terms["commitment"],
+        "entropy": config["entropy_ratio"] * terms["entropy"],
     }
 
 

@@ -10,20 +10,20 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.quantizers.fsq import FSQ, FSQConfig
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
-from tokenizers_mm.quantizers.residual import ResidualQuantizer
+from tokenizers_mm.quantizers.residual import ResidualConfig, ResidualQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
-from tokenizers_mm.quantizers.vq import VQ, SimVQ, SimVQConfig
+from tokenizers_mm.quantizers.vq import VQ, SimVQ, SimVQConfig, VQConfig
 
 DIM = 4
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
-    "vq": lambda: VQ(16, DIM),
+    "vq": lambda: VQ(VQConfig(16, DIM)),
     "simvq": lambda: SimVQ(SimVQConfig(16, DIM)),
     "simvq, rotation": lambda: SimVQ(SimVQConfig(16, DIM, rotation=True)),
     "fsq": lambda: FSQ(FSQConfig((5, 4), DIM)),
     "shared index": lambda: SharedIndexQuantizer(SharedIndexConfig(16, (3, 1), (1.0, 2.0), entropy_temperature=0.1)),
-    "residual": lambda: ResidualQuantizer([VQ(16, DIM), VQ(16, DIM)]),
+    "residual": lambda: ResidualQuantizer(ResidualConfig(VQConfig(16, DIM), 2)),
     "multiscale": lambda: MultiScaleQuantizer(SharedIndexQuantizer(SharedIndexConfig(16, (2, 2))), [(1, 1), (2, 2)]),
-    "multiscale vq": lambda: MultiScaleQuantizer(VQ(16, DIM), [(1, 2), (2, 2)]),
+    "multiscale vq": lambda: MultiScaleQuantizer(VQ(VQConfig(16, DIM)), [(1, 2), (2, 2)]),
 }
 STRAIGHT = {"vq", "simvq"}  # the derivative of the vectors is that of the features, nothing else
 
@@ -47,7 +47,7 @@ def loss(quantizer: Quantizer, z: Tensor) -> Tensor:
     found = quantizer.quantize(z)
     total = (found.vectors * torch.linspace(-1, 1, found.vectors.numel()).view_as(found.vectors)).sum()
     if found.terms is not None:
-        total = total + found.terms.codebook + found.terms.commitment + found.terms.entropy
+        total = total + sum(found.terms.values())
     return total
 
 

@@ -23,7 +23,7 @@ from train.log import read_log
 from train.loop import run
 from train.objectives.reconstruction import NoiseConfig, ReconstructionConfig
 from train.objectives.start import ModelConfig
-from train.objectives.terms import LossConfig, TermWeights
+from train.objectives.terms import LossConfig
 from train.optim import OptimizerConfig
 
 
@@ -32,7 +32,14 @@ def test_published_recipes(name: str) -> None:
     run = read_run(str(ROOT / "configs" / f"{name}.yaml"), [])
     config = run.objective
     assert from_mapping(DualViTokConfig, config.model.config) == read_config(PUBLISHED)
-    assert config.loss.weights == TermWeights(1.0, 1.0, 1.0, 1.0, 0.25, 0.0, 0.5)
+    assert config.loss.weights == {
+        "pixel": 1.0,
+        "perceptual": 1.0,
+        "semantic": 1.0,
+        "codebook": 1.0,
+        "commitment": 0.25,
+        "generator": 0.5,
+    }
     assert (config.loss.pixel, config.loss.gan, config.loss.gan_start) == ("l2", "hinge", 20000)
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.clip) == (1e-4, (0.9, 0.95), 1.0)
     assert run.batch_size * run.accumulate * 8 == 256
@@ -43,7 +50,7 @@ def test_published_recipes(name: str) -> None:
 
 
 def tiny_run(out: Path, data: DataConfig) -> RunConfig:
-    weights = TermWeights(pixel=1.0, semantic=1.0, codebook=1.0, commitment=0.25, generator=0.5)
+    weights = {"pixel": 1.0, "semantic": 1.0, "codebook": 1.0, "commitment": 0.25, "generator": 0.5}
     loss = LossConfig(weights, semantic="target", gan_start=1, discriminator=PatchGANConfig(4, 2))
     model = ModelConfig("dualvitok", to_mapping(tiny_config()))
     objective = ReconstructionConfig(model, data=data, loss=loss, noise=NoiseConfig(0.5, 0.5))

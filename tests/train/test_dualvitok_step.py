@@ -24,7 +24,7 @@ from tokenizers_mm.models import DualViTok
 from train.config import RunConfig
 from train.objectives.reconstruction import NoiseConfig, ReconstructionConfig
 from train.objectives.start import ModelConfig
-from train.objectives.terms import LossConfig, TermWeights
+from train.objectives.terms import LossConfig
 from train.optim import OptimizerConfig
 from train.state import State, build_state
 from train.step import train_step
@@ -47,7 +47,7 @@ def state_of(
     """A run of the reference's model, at rates of zero; LPIPS is the stand-in."""
     model = convert(dualvitok_weights(reference), reference.name, reference.config).train()
     loss = LossConfig(
-        TermWeights(pixel=1.0, perceptual=1.0, semantic=1.0, codebook=1.0, commitment=0.25, generator=0.5),
+        {"pixel": 1.0, "perceptual": 1.0, "semantic": 1.0, "codebook": 1.0, "commitment": 0.25, "generator": 0.5},
         pixel="l2",
         semantic="target",
         gan_start=gan_start,

@@ -103,6 +103,10 @@ DUALVITOK = {
     "objective.revival.every": 0,
 }
 MAR = {"objective.model": {"family": "mar", "config": to_mapping(mar_config())}, "objective.data.image_size": [32, 32]}
+FSQ = {
+    "objective.model.config.quantizer": {"kind": "fsq", "levels": [5, 5, 5], "dim": 24},
+    "objective.model.config.dims": [16, 8],
+}
 NO_GAN = {f"{WEIGHTS}.generator": 0.0, "objective.loss.adaptive": False, "objective.loss.gan_start": 0}
 NO_GAN |= {"objective.loss.discriminator": {}}
 
@@ -137,7 +141,10 @@ NO_GAN |= {"objective.loss.discriminator": {}}
         (DUALVITOK | {"objective.scale_drop": 0.5}, "scale_drop: expected 0 (this model has one scale), got 0.5"),
         (DUALVITOK | {"objective.revival.every": 5}, "revival.every: expected 0 (no codebook of this model has codes"),
         (DUALVITOK | {f"{WEIGHTS}.entropy": 0.1}, "weights.entropy: expected a term of this dualvitok model"),
-        (MAR | {f"{WEIGHTS}.entropy": 0.0}, "scale_drop: expected 0 (this model has one scale)"),
+        (MAR | {f"{WEIGHTS}.entropy": 0.0}, "weights.semantic: expected a term of this mar model"),
+        ({f"{WEIGHTS}.pixl": 1.0}, "weights.pixl: expected a term of this tokenflow model"),
+        ({WEIGHTS: {"pixel": 1.0, "semantic": 0.2, "generator": 0.1}}, "weights.codebook: expected a weight for each"),
+        (FSQ, "weights.codebook: expected a term of this tokenflow model (its quantizers compute [])"),
         (MAR | {"objective.scale_drop": 0.0}, "expected a term of this mar model"),
         ({"objective.trainable": ["nothing."]}, "trainable: expected prefixes of parameter names, got ['nothing.']"),
         ({"objective.model.start_from": "nowhere"}, "source: expected a directory written by save"),

@@ -41,7 +41,7 @@ def test_full_size_configuration_is_the_released_model(name: str) -> None:
     assert tokenizer.streams(*config.objective.model.config["image_size"])[0].num_ids == SIZES[name][1]
     config = config.objective
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.clip) == (1e-4, (0.9, 0.95), 1.0)
-    assert (config.loss.gan_start, config.loss.weights.generator, config.scale_drop) == (20000, 0.5, 0.1)
+    assert (config.loss.gan_start, config.loss.weights["generator"], config.scale_drop) == (20000, 0.5, 0.1)
     assert config.loss.pixel == "l2"
 
 

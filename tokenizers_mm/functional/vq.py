@@ -11,8 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokenizers_mm.types import VQTerms
-
 ENTROPY_TILE = 1 << 22
 """Probabilities held at a time by `codebook_entropy`: 16 MB in float32."""
 
@@ -32,13 +30,12 @@ def rotate_to(z: Float[Tensor, "*n d"], vectors: Float[Tensor, "*n d"]) -> Float
     return rotated * (norm_v / norm_z.clamp_min(1e-6)).detach()
 
 
-def vq_terms(z: Float[Tensor, "*n d"], vectors: Float[Tensor, "*n d"], entropy: Tensor | None = None) -> VQTerms:
+def vq_terms(z: Float[Tensor, "*n d"], vectors: Float[Tensor, "*n d"]) -> dict[str, Tensor]:
     """Unweighted terms, means over all elements: `codebook` moves only the codes, `commitment` only the encoder."""
-    return VQTerms(
-        codebook=(vectors - z.detach()).square().mean(),
-        commitment=(vectors.detach() - z).square().mean(),
-        entropy=z.new_zeros(()) if entropy is None else entropy,
-    )
+    return {
+        "codebook": (vectors - z.detach()).square().mean(),
+        "commitment": (vectors.detach() - z).square().mean(),
+    }
 
 
 def codebook_entropy(

@@ -133,8 +133,8 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     def loss_terms(self) -> frozenset[str]:
         """Names of the loss terms that a `Reconstruction` of this model supports.
 
-        "pixel" always; "semantic" with a semantic decoder, "target" with a frozen tower; "codebook", "commitment" and
-        "entropy" where a quantizer computes them.
+        "pixel" always; "semantic" with a semantic decoder, "target" with a frozen tower; and the `loss_terms` of the
+        quantizers.
         """
         return frozenset(["pixel"])
 

@@ -6,6 +6,7 @@ pixel codes, make the image; alone they give back the tower's features.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -13,14 +14,21 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm._images import Fit, fit_image
-from tokenizers_mm.config import checked
+from tokenizers_mm.config import Choice, checked
 from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanticEncoder
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.multiscale import bicubic_up
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
 from tokenizers_mm.models.base import ImageInput, ImageTokenizer, within_memory
-from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
+from tokenizers_mm.quantizers.base import (
+    QUANTIZERS,
+    Quantizer,
+    build_quantizer,
+    join_groups,
+    make_streams,
+    split_groups,
+)
 from tokenizers_mm.resolutions import Resolutions
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream
 
@@ -34,10 +42,10 @@ class DualViTokConfig:
     """
 
     semantic_encoder: DualSemanticConfig
-    semantic_quantizer: SimVQConfig
+    semantic_quantizer: Annotated[Any, Choice(QUANTIZERS, "simvq")]
     semantic_decoder: RotaryTransformerConfig
     pixel_encoder: PixelEncoderConfig
-    pixel_quantizer: SimVQConfig
+    pixel_quantizer: Annotated[Any, Choice(QUANTIZERS, "simvq")]
     pixel_decoder: PixelDecoderConfig
     resolutions: Resolutions = field(default_factory=Resolutions)
 
@@ -64,8 +72,8 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         config: DualViTokConfig,
         semantic_encoder: DualSemanticEncoder,
         pixel_encoder: PixelEncoder,
-        semantic_quantizer: SimVQ,
-        pixel_quantizer: SimVQ,
+        semantic_quantizer: Quantizer,
+        pixel_quantizer: Quantizer,
         semantic_decoder: RotaryTransformer,
         pixel_decoder: PixelDecoder,
     ) -> None:
@@ -89,8 +97,8 @@ class DualViTok(ImageTokenizer[ImageCodes]):
             config,
             DualSemanticEncoder(config.semantic_encoder, semantic_dim),
             PixelEncoder(config.pixel_encoder),
-            SimVQ(config.semantic_quantizer),
-            SimVQ(config.pixel_quantizer),
+            build_quantizer(config.semantic_quantizer),
+            build_quantizer(config.pixel_quantizer),
             RotaryTransformer(semantic_dim, target_dim, config.semantic_decoder),
             PixelDecoder(config.pixel_decoder),
         )
@@ -105,10 +113,8 @@ class DualViTok(ImageTokenizer[ImageCodes]):
 
     def streams(self, height: int, width: int) -> tuple[Stream, ...]:
         self.check_size(height, width)
-        return (
-            Stream("semantic", self.semantic_quantizer.codebook_size, (self.resolutions.semantic_grid(height, width),)),
-            Stream("pixel", self.pixel_quantizer.codebook_size, (self.resolutions.pixel_grid(height, width),)),
-        )
+        semantic = make_streams("semantic", self.semantic_quantizer, [self.resolutions.semantic_grid(height, width)])
+        return semantic + make_streams("pixel", self.pixel_quantizer, [self.resolutions.pixel_grid(height, width)])
 
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
         """As the base class says; "resize" also keeps the area in the bounds of `config.resolutions`."""
@@ -139,7 +145,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         """Features [B, h' * w', C] in the tower's space from semantic vectors [B, h', w', D]."""
         return self.semantic_decoder(vectors.to(self.dtype)).flatten(1, 2)
 
-    def quantizers(self) -> dict[str, SimVQ]:
+    def quantizers(self) -> dict[str, Quantizer]:
         return {"semantic": self.semantic_quantizer, "pixel": self.pixel_quantizer}
 
     @property
@@ -148,7 +154,8 @@ class DualViTok(ImageTokenizer[ImageCodes]):
 
     @property
     def loss_terms(self) -> frozenset[str]:
-        return frozenset(["pixel", "semantic", "target", "codebook", "commitment"])
+        terms = self.semantic_quantizer.loss_terms | self.pixel_quantizer.loss_terms
+        return frozenset(["pixel", "semantic", "target"]) | terms
 
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
@@ -167,16 +174,23 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         semantic, pixel, _ = self.encode_features(x)
         quantized = self.quantize(semantic, pixel)
         height, width = x.shape[-2:]
-        ids = torch.cat([part.ids.flatten(1) for part in quantized.values()], dim=1)
+        groups = {name: quantizer.groups for name, quantizer in self.quantizers().items()}
+        ids = torch.cat([join_groups(part.ids.flatten(1, 2), groups[name]) for name, part in quantized.items()], dim=1)
         return ImageCodes(ids, height, width, self.streams(height, width))
 
     def stream_vectors(self, codes: ImageCodes) -> tuple[Tensor, Tensor]:
         """The codes of each stream on its own grid: semantic [B, h', w', D] and pixel [B, h, w, E]."""
-        semantic, pixel = codes.streams
-        return (
-            self.semantic_quantizer.look_up(codes.stream("semantic").unflatten(1, semantic.grids[0])),
-            self.pixel_quantizer.look_up(codes.stream("pixel").unflatten(1, pixel.grids[0])),
+        grids = (
+            self.resolutions.semantic_grid(codes.height, codes.width),
+            self.resolutions.pixel_grid(codes.height, codes.width),
         )
+        quantizers = (self.semantic_quantizer, self.pixel_quantizer)
+        counts = [quantizer.groups * grid[0] * grid[1] for quantizer, grid in zip(quantizers, grids, strict=True)]
+        semantic, pixel = (
+            quantizer.look_up(split_groups(ids, quantizer.groups).unflatten(1, grid))
+            for quantizer, ids, grid in zip(quantizers, codes.ids.split(counts, dim=1), grids, strict=True)
+        )
+        return semantic, pixel
 
     def vectors(self, codes: ImageCodes) -> Tensor:
         return self.merge(*self.stream_vectors(codes)).to(self.dtype)

@@ -5,21 +5,22 @@ ids [B, L] and vectors [B, h, w, D] -> both decoders.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
-from tokenizers_mm.config import Cells, Length, Pixels, checked
+from tokenizers_mm.config import Cells, Choice, Length, Pixels, Width, checked
 from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.decoders.semantic import SemanticDecoder, SemanticDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 from tokenizers_mm.models.base import ImageTokenizer, within_memory
+from tokenizers_mm.quantizers.base import QUANTIZERS, build_quantizer, join_groups, make_streams, split_groups
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
-from tokenizers_mm.quantizers.shared_index import SharedIndexConfig, SharedIndexQuantizer
+from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
 
@@ -28,23 +29,37 @@ class TokenFlowConfig:
     """All that defines a TokenFlow model.
 
     image_size: (height, width) of the images. scales: grids from coarse to fine; the last one is the grid of both
-    encoders; one entry gives a single-scale tokenizer. pixel_size: what the pixel encoder and decoder work at, where
-    it differs from image_size (resized bicubically both ways).
+    encoders; one entry gives a single-scale tokenizer. quantizer: of any kind. pixel_size: what the pixel encoder and
+    decoder work at, where it differs from image_size (resized bicubically both ways). dims: semantic and pixel channels
+    of the codes; None for a shared index, which states them.
     """
 
     image_size: tuple[Pixels, Pixels]
     scales: Annotated[tuple[tuple[Cells, Cells], ...], Length(1, 256)]
-    quantizer: SharedIndexConfig
+    quantizer: Annotated[Any, Choice(QUANTIZERS, "shared_index")]
     semantic_encoder: SemanticEncoderConfig
     pixel_encoder: PixelEncoderConfig
     semantic_decoder: SemanticDecoderConfig
     pixel_decoder: PixelDecoderConfig
     pixel_size: tuple[Pixels, Pixels] | None = None
+    dims: tuple[Width, Width] | None = None
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Semantic and pixel channels of the codes."""
+        if isinstance(self.quantizer, SharedIndexConfig):
+            require(len(self.quantizer.dims) == 2, "quantizer.dims", "semantic and pixel channels", self.quantizer.dims)
+            semantic, pixel = self.quantizer.dims
+            require(self.dims is None, "dims", "nothing beside quantizer.dims", self.dims)
+            return semantic, pixel
+        dims = self.dims or (0, 0)
+        expected = f"semantic and pixel channels that add up to the quantizer's {self.quantizer.dim}"
+        require(sum(dims) == self.quantizer.dim, "dims", expected, self.dims)
+        return dims
 
     def check(self) -> None:
         """Refuse parts that do not go together."""
-        dims, grid = self.quantizer.dims, self.scales[-1]
-        require(len(dims) == 2, "quantizer.dims", "semantic and pixel channels", dims)
+        _, grid = self.parts, self.scales[-1]
         fits = all(rows <= grid[0] and columns <= grid[1] for rows, columns in self.scales)
         require(fits, "scales", "grids no larger than the last one", self.scales)
         decoder_grid = self.semantic_decoder.grid
@@ -77,7 +92,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         self.quantizer = quantizer
         quantizer.name_queries("semantic_head", "pixel_head")
         self.semantic_decoder, self.pixel_decoder = semantic_decoder, pixel_decoder
-        self.dims = semantic_dim, pixel_dim = config.quantizer.dims
+        self.dims = semantic_dim, pixel_dim = config.parts
         width = semantic_encoder.dim
         self.semantic_head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, semantic_dim))
         self.pixel_head = nn.Linear(config.pixel_encoder.out_channels, pixel_dim)
@@ -90,8 +105,8 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
             config,
             SemanticEncoder(config.semantic_encoder),
             PixelEncoder(config.pixel_encoder),
-            MultiScaleQuantizer(SharedIndexQuantizer(config.quantizer), config.scales),
-            SemanticDecoder(config.quantizer.dims[0], config.semantic_decoder),
+            MultiScaleQuantizer(build_quantizer(config.quantizer), config.scales),
+            SemanticDecoder(config.parts[0], config.semantic_decoder),
             PixelDecoder(config.pixel_decoder),
         )
 
@@ -105,7 +120,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
 
     def streams(self, height: int, width: int) -> tuple[Stream, ...]:
         self.check_size(height, width)
-        return (Stream("shared", self.quantizer.codebook_size, self.quantizer.grids),)
+        return make_streams("shared", self.quantizer, self.quantizer.grids)
 
     def encode_features(self, x: Tensor) -> Tensor:
         """Features [B, h, w, D] before quantization, semantic channels first."""
@@ -139,8 +154,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
 
     @property
     def loss_terms(self) -> frozenset[str]:
-        entropy = [] if self.config.quantizer.entropy_temperature is None else ["entropy"]
-        return frozenset(["pixel", "semantic", "codebook", "commitment", *entropy])
+        return frozenset(["pixel", "semantic"]) | self.quantizer.loss_terms
 
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
@@ -152,12 +166,12 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         return Reconstruction(image, semantic, None, {"shared": quantized}, quantized.vectors)
 
     def encode_tensor(self, x: Tensor) -> ImageCodes:
-        ids = self.quantizer.quantize(self.encode_features(x)).ids
+        ids = join_groups(self.quantizer.quantize(self.encode_features(x)).ids, self.quantizer.groups)
         height, width = x.shape[-2:]
         return ImageCodes(ids, height, width, self.streams(height, width))
 
     def vectors(self, codes: ImageCodes) -> Tensor:
-        return self.quantizer.look_up(codes.ids).to(self.dtype)
+        return self.quantizer.look_up(split_groups(codes.ids, self.quantizer.groups)).to(self.dtype)
 
     def decode(self, codes: ImageCodes) -> Tensor:
         return self.decode_pixels(self.vectors(codes))

@@ -1,16 +1,14 @@
 """What every quantizer offers: features [..., D] to ids and vectors, and ids back to vectors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tokenizers_mm.types import Quantized, VQTerms
-
-Self = TypeVar("Self", bound="Quantizer")
+from tokenizers_mm.types import Quantized, Stream
 
 
 class Quantizer(nn.Module, ABC):
@@ -18,11 +16,17 @@ class Quantizer(nn.Module, ABC):
 
     Features that hold NaN or infinity are an error; on CUDA, where nothing is read back, their ids are -1, which
     ImageCodes refuses, and their vectors NaN.
-    `codebook_size` codes of `dim` channels. All computing is in float32 whatever the autocast state.
+    All computing is in float32 whatever the autocast state.
+
+    Config: a frozen dataclass with a `kind` and `dim`. codebook_size: number of codes of one id. dim: channels. groups:
+    ids per vector; with several, ids are [..., groups]. loss_terms: names of the terms of `quantize` in training mode.
     """
 
+    Config: ClassVar[type]
     codebook_size: int
     dim: int
+    groups: int = 1
+    loss_terms: frozenset[str] = frozenset()
     query_names: tuple[str, ...] = ("z",)
     """What errors call the features, one name for each part of their channels."""
 
@@ -67,13 +71,37 @@ def in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def mean_terms(parts: Sequence[Quantized]) -> VQTerms | None:
+QUANTIZERS: dict[str, type[Quantizer]] = {}
+"""Quantizer classes by the `kind` of their configuration; `tokenizers_mm.quantizers` fills it.
+
+A field of a configuration that takes every kind: `quantizer: Annotated[Any, Choice(QUANTIZERS, "vq")]`.
+"""
+
+
+def build_quantizer(config: Any) -> Quantizer:
+    """The quantizer of a configuration, with random codes."""
+    return QUANTIZERS[config.kind](config)  # type: ignore[call-arg]
+
+
+def make_streams(name: str, quantizer: Quantizer, grids: Sequence[tuple[int, int]]) -> tuple[Stream, ...]:
+    """Streams of the ids of a quantizer: one, or one for each of its groups, named `name0`, `name1`, ..."""
+    names = [name] if quantizer.groups == 1 else [f"{name}{group}" for group in range(quantizer.groups)]
+    return tuple(Stream(each, quantizer.codebook_size, tuple(grids)) for each in names)
+
+
+def join_groups(ids: Tensor, groups: int) -> Tensor:
+    """Ids [B, n] or [B, n, groups] as [B, groups * n], one group after the other: the order of `make_streams`."""
+    return ids if groups == 1 else ids.transpose(1, 2).flatten(1)
+
+
+def split_groups(ids: Tensor, groups: int) -> Tensor:
+    """The inverse of `join_groups`."""
+    return ids if groups == 1 else ids.unflatten(1, (groups, -1)).transpose(1, 2)
+
+
+def mean_terms(parts: Sequence[Quantized]) -> Mapping[str, Tensor] | None:
     """Terms averaged over the scales or stages used: equal weight for each, not for each id."""
     terms = [part.terms for part in parts if part.terms is not None]
     if not terms:
         return None
-    return VQTerms(
-        codebook=torch.stack([t.codebook for t in terms]).mean(),
-        commitment=torch.stack([t.commitment for t in terms]).mean(),
-        entropy=torch.stack([t.entropy for t in terms]).mean(),
-    )
+    return {name: torch.stack([each[name] for each in terms]).mean() for name in terms[0]}

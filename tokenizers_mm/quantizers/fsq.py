@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from tokenizers_mm._check import require
 from tokenizers_mm.config import Length, Range, Width, checked
 from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids, round_to_levels
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
-from tokenizers_mm.types import Quantized, VQTerms
+from tokenizers_mm.types import Quantized
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class FSQConfig:
 
     levels: Annotated[tuple[Annotated[int, Range(2, 1 << 16)], ...], Length(1, 64)]
     dim: Width
+    kind: Literal["fsq"] = "fsq"
 
     def check(self) -> None:
         """Refuse more codes than ids can count."""
@@ -30,7 +31,9 @@ class FSQConfig:
 
 
 class FSQ(Quantizer):
-    """z [..., dim] -> ids of [..., prod(levels)] and vectors; its terms are zero."""
+    """z [..., dim] -> ids below prod(levels) and vectors; it has no loss terms."""
+
+    Config = FSQConfig
 
     def __init__(self, config: FSQConfig) -> None:
         super().__init__()
@@ -43,8 +46,7 @@ class FSQ(Quantizer):
     def quantize(self, z: Tensor) -> Quantized:
         levels = self.config.levels
         whole = round_to_levels(_linear(self.project_in, z), levels)
-        zero = z.new_zeros(())
-        terms = VQTerms(zero, zero, zero) if self.training else None
+        terms = {} if self.training else None
         ids = kernels.finite_ids(z, levels_to_ids(whole, levels), self.query_names[0])
         return Quantized(self._expand(whole), ids, terms, queries=z.detach())
 

@@ -15,10 +15,10 @@ from tokenizers_mm.types import Quantized
 
 
 class MultiScaleQuantizer(Quantizer):
-    """z [B, h, w, D] on the last of `grids` -> ids [B, L] coarse to fine, vectors the sum of the upsampled codes.
+    """z [B, h, w, D] on the last of `grids` -> ids [B, L(, groups)], coarse to fine, and vectors [B, h, w, D].
 
-    At each scale the residual is averaged down, quantized, and the codes, upsampled, are taken from it. The codebook is
-    shared by all scales.
+    At each scale the residual is averaged down, quantized, and the codes, upsampled, are taken from it; the vectors are
+    the sum of the upsampled codes. The codebook is shared by all scales.
     """
 
     def __init__(self, quantizer: Quantizer, grids: Sequence[Grid]) -> None:
@@ -26,7 +26,8 @@ class MultiScaleQuantizer(Quantizer):
         require(len(grids) > 0, "grids", "at least one grid", "none")
         self.quantizer = quantizer
         self.grids = tuple((int(rows), int(columns)) for rows, columns in grids)
-        self.codebook_size, self.dim = quantizer.codebook_size, quantizer.dim
+        self.codebook_size, self.dim, self.groups = quantizer.codebook_size, quantizer.dim, quantizer.groups
+        self.loss_terms = quantizer.loss_terms
 
     def name_queries(self, *names: str) -> None:
         super().name_queries(*names)
@@ -44,12 +45,12 @@ class MultiScaleQuantizer(Quantizer):
             up = bicubic_up(part.vectors, last)
             total, residual = total + up, residual - up.detach()
             parts.append(part)
-        ids = torch.cat([part.ids.flatten(1) for part in parts], dim=1)
+        ids = torch.cat([part.ids.flatten(1, 2) for part in parts], dim=1)
         queries = [part.queries.flatten(1, 2) for part in parts if part.queries is not None]
         return Quantized(total, ids, mean_terms(parts), torch.cat(queries, dim=1) if queries else None)
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Vectors [B, h, w, D] of ids [B, L]; L may end after any whole scale."""
+        """Vectors [B, h, w, D] of ids [B, L(, groups)]; L may end after any whole scale."""
         ends = list(accumulate(rows * columns for rows, columns in self.grids))
         require(ids.shape[1] in ends, "ids", "a whole number of scales", ids)
         vectors, last = self.quantizer.look_up(ids), self.grids[-1]

@@ -1,29 +1,48 @@
 """Residual quantization: each takes what the ones before it left over (SoundStream, arXiv 2107.03312, 3.3)."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
-from tokenizers_mm.quantizers.base import Quantizer, in_float32, mean_terms
+from tokenizers_mm.config import Choice, Range, checked
+from tokenizers_mm.quantizers.base import QUANTIZERS, Quantizer, build_quantizer, in_float32, mean_terms
 from tokenizers_mm.types import Quantized
 
 
-class ResidualQuantizer(Quantizer):
-    """z [..., D] -> ids [..., n], one per quantizer, coarse to fine, and the sum of their vectors.
+@dataclass(frozen=True)
+class ResidualConfig:
+    """depth stages, each a quantizer of its own that is configured by `stage`."""
 
-    All have codebooks of one size. What a stage takes away carries no gradient, so z receives the gradient of the sum
+    stage: Annotated[Any, Choice(QUANTIZERS, "vq")]
+    depth: Annotated[int, Range(1, 64)]
+    kind: Literal["residual"] = "residual"
+
+    @property
+    def dim(self) -> Any:
+        """Channels of a stage."""
+        return self.stage.dim
+
+
+class ResidualQuantizer(Quantizer):
+    """z [..., D] -> ids [..., depth], one per stage, coarse to fine, and the sum of their vectors.
+
+    What a stage takes away carries no gradient, so z receives the gradient of the sum
     once from every stage. The terms are means over the stages.
     """
 
-    def __init__(self, stages: Sequence[Quantizer]) -> None:
+    Config = ResidualConfig
+
+    def __init__(self, config: ResidualConfig) -> None:
         super().__init__()
-        require(len(stages) > 0, "stages", "at least one quantizer", "none")
-        sizes = {(stage.codebook_size, stage.dim) for stage in stages}
-        require(len(sizes) == 1, "stages", "codebooks of one size and width", sorted(sizes))
+        self.config = config = checked(config)
+        stages = [build_quantizer(config.stage) for _ in range(config.depth)]
+        require(stages[0].groups == 1, "stage", "a quantizer with one id per vector", config.stage.kind)
         self.stages = nn.ModuleList(stages)
-        self.codebook_size, self.dim = stages[0].codebook_size, stages[0].dim
+        self.codebook_size, self.dim, self.groups = stages[0].codebook_size, stages[0].dim, config.depth
+        self.loss_terms = stages[0].loss_terms
 
     def name_queries(self, *names: str) -> None:
         super().name_queries(*names)

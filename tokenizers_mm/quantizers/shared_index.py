@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ class SharedIndexConfig:
     weights: Annotated[tuple[Annotated[float, Range(0, 1e6)], ...], Length(1, 64)] = (1.0, 1.0)
     normalize: bool = True
     entropy_temperature: Annotated[float, Range(0, 1e6, low_open=True)] | None = None
+    kind: Literal["shared_index"] = "shared_index"
+
+    @property
+    def dim(self) -> int:
+        """Channels of all parts."""
+        return sum(self.dims)
 
     def check(self) -> None:
         """Refuse weights that do not belong to the parts."""
@@ -40,10 +46,14 @@ class SharedIndexConfig:
 class SharedIndexQuantizer(Quantizer):
     """z [..., sum(dims)] -> the code whose parts are nearest in the weighted sum of squared distances."""
 
+    Config = SharedIndexConfig
+
     def __init__(self, config: SharedIndexConfig) -> None:
         super().__init__()
         self.config = config = checked(config)
-        self.codebook_size, self.dim = config.codebook_size, sum(config.dims)
+        self.codebook_size, self.dim = config.codebook_size, config.dim
+        entropy = [] if config.entropy_temperature is None else ["entropy"]
+        self.loss_terms = frozenset(["codebook", "commitment", *entropy])
         bound = 1.0 / config.codebook_size
         parts = [torch.empty(config.codebook_size, dim).uniform_(-bound, bound) for dim in config.dims]
         self.query_names = ("z",) * len(config.dims)
@@ -72,7 +82,7 @@ class SharedIndexQuantizer(Quantizer):
             names=self.query_names,
         )
         vectors = look_up(codebook, ids)
-        terms = vq_terms(z, vectors, self._entropy(z, codebook)) if self.training else None
+        terms = vq_terms(z, vectors) | self._entropy(z, codebook) if self.training else None
         return Quantized(straight_through(z, vectors), ids, terms, queries=z.detach())
 
     def look_up(self, ids: Tensor) -> Tensor:
@@ -86,10 +96,11 @@ class SharedIndexQuantizer(Quantizer):
     def _normalized(self, x: Tensor) -> Tensor:
         return normalize_parts(x, self.config.dims) if self.config.normalize else x
 
-    def _entropy(self, z: Tensor, codebook: Tensor) -> Tensor | None:
+    def _entropy(self, z: Tensor, codebook: Tensor) -> dict[str, Tensor]:
         if self.config.entropy_temperature is None:
-            return None
+            return {}
         root = torch.cat(
             [z.new_full((dim,), w**0.5) for dim, w in zip(self.config.dims, self.config.weights, strict=True)]
         )
-        return codebook_entropy((z * root).flatten(0, -2), codebook * root, self.config.entropy_temperature)
+        scaled = (z * root).flatten(0, -2), codebook * root
+        return {"entropy": codebook_entropy(*scaled, self.config.entropy_temperature)}

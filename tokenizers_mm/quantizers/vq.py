@@ -1,6 +1,7 @@
 """The plain vector quantizer (arXiv 1711.00937), and SimVQ (arXiv 2411.02038): frozen codes behind a linear map."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,26 @@ from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
 
 
+@dataclass(frozen=True)
+class VQConfig:
+    """codebook_size codes of `dim` channels."""
+
+    codebook_size: Codes
+    dim: Width
+    kind: Literal["vq"] = "vq"
+
+
 class VQ(Quantizer):
     """Nearest row of a learned codebook [K, D]."""
 
-    def __init__(self, codebook_size: int, dim: int) -> None:
+    Config = VQConfig
+    loss_terms = frozenset(["codebook", "commitment"])
+
+    def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        self.codebook_size, self.dim = codebook_size, dim
-        self.codes = nn.Parameter(torch.randn(codebook_size, dim) * dim**-0.5)
+        self.config = config = checked(config)
+        self.codebook_size, self.dim = config.codebook_size, config.dim
+        self.codes = nn.Parameter(torch.randn(config.codebook_size, config.dim) * config.dim**-0.5)
 
     def codebook(self) -> Tensor:
         """The codes as they are compared and decoded, [K, D]."""
@@ -47,10 +61,14 @@ class SimVQConfig:
     dim: Width
     frozen_dim: Width | None = None
     rotation: bool = False
+    kind: Literal["simvq"] = "simvq"
 
 
 class SimVQ(Quantizer):
     """Nearest row of frozen @ transform.T; only the transform learns."""
+
+    Config = SimVQConfig
+    loss_terms = frozenset(["codebook", "commitment"])
 
     def __init__(self, config: SimVQConfig) -> None:
         super().__init__()

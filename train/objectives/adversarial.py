@@ -60,7 +60,7 @@ class Adversary:
 
     def weights(self) -> dict[str, float]:
         """Weights of the terms of `terms`, by name."""
-        found = {"discriminator": self.config.weights.generator, "lecam": self.config.lecam, "r1": self.config.r1}
+        found = {"discriminator": self.config.weight("generator"), "lecam": self.config.lecam, "r1": self.config.r1}
         return {name: weight for name, weight in found.items() if weight}
 
     def terms(self) -> dict[str, Tensor]:

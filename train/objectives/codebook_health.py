@@ -28,6 +28,10 @@ class RevivalConfig:
     until: Annotated[float, Range(0, 1)] = 0.8
 
 
+MAX_COUNTED = 1 << 22
+"""Limit of the codes whose use is counted. Larger codebooks are made of bits: nothing in them can be revived."""
+
+
 class CodebookHealth:
     """Counts which codes were used, in a window of the log and since the last revival; exact over all ranks.
 
@@ -40,16 +44,22 @@ class CodebookHealth:
         movable = len(self.quantizers) > 0 and not fixed
         require(not revival.every or movable, "config.objective.revival.every",
                 "0 (no codebook of this model has codes that can be moved)", revival.every)  # fmt: skip
+        self.counted = {name: q for name, q in self.quantizers.items() if q.codebook_size * q.groups <= MAX_COUNTED}
         self._step: dict[str, Tensor] = {}
         self._last: dict[str, Quantized] = {}
-        self.shown = {name: torch.zeros(q.codebook_size, dtype=torch.int64) for name, q in self.quantizers.items()}
+        self.shown = {
+            name: torch.zeros(q.codebook_size * q.groups, dtype=torch.int64) for name, q in self.counted.items()
+        }
         self.unrevived = {name: counts.clone() for name, counts in self.shown.items()}
 
     def count(self, quantized: Mapping[str, Quantized]) -> None:
         """Add a micro-batch of this process."""
         self._last = dict(quantized)
-        for name, result in quantized.items():
-            counts = count_ids(result.ids, self.quantizers[name].codebook_size)
+        for name, quantizer in self.counted.items():
+            ids = quantized[name].ids
+            if quantizer.groups > 1:
+                ids = ids + torch.arange(quantizer.groups, device=ids.device) * quantizer.codebook_size
+            counts = count_ids(ids, quantizer.codebook_size * quantizer.groups)
             self._step[name] = self._step.get(name, 0) + counts
 
     def after_step(self, moment: Moment) -> dict[str, float]:

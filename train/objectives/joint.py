@@ -117,7 +117,7 @@ class Joint(Objective):
             _check_stage(stage, f"config.objective.stages[{index}]")
         check_loss(config.loss)
         own = config.discriminator_optimizer
-        require(own is None or bool(config.loss.weights.generator), "config.objective.discriminator_optimizer",
+        require(own is None or bool(config.loss.weight("generator")), "config.objective.discriminator_optimizer",
                 "nothing where loss.weights.generator is 0", "one")  # fmt: skip
         require(config.data.buckets is None, "config.objective.data.buckets", "nothing (one image size)", "buckets")
 

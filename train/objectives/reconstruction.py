@@ -15,7 +15,7 @@ from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import Batch, DataConfig, Mixture, Positions, list_images, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
-from tokenizers_mm.models import ImageTokenizer
+from tokenizers_mm.models import MODELS, ImageTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow
 from tokenizers_mm.types import Disturbance
 
@@ -24,7 +24,7 @@ from ..optim import Learner, OptimizerConfig
 from .base import Moment, Objective, Player, Terms
 from .codebook_health import CodebookHealth, RevivalConfig
 from .start import ModelConfig, build_tokenizer, check_model, model_size, parse_model
-from .terms import ImageTerms, LossConfig, check_loss
+from .terms import ImageTerms, LossConfig, check_loss, check_terms
 from .validation import ValidationConfig, held_out, measure
 from .warm_start import WarmStartConfig, check_warm_start, warm_start
 
@@ -82,14 +82,17 @@ class Reconstruction(Objective):
         config: ReconstructionConfig = run.objective
         check_model(config.model)
         check_loss(config.loss)
+        if config.model.config:
+            with torch.device("meta"):
+                check_terms(config.loss, MODELS[config.model.family].from_config(parse_model(config.model)))
         own = config.discriminator_optimizer
-        require(own is None or bool(config.loss.weights.generator), "config.objective.discriminator_optimizer",
+        require(own is None or bool(config.loss.weight("generator")), "config.objective.discriminator_optimizer",
                 "nothing where loss.weights.generator is 0", "one")  # fmt: skip
         if config.warm_start is not None:
             check_warm_start(parse_model(config.model), "config.objective.warm_start")
         quantizer = config.model.config.get("quantizer")
         temperature = quantizer.get("entropy_temperature") if isinstance(quantizer, dict) else None
-        idle = temperature is not None and not config.loss.weights.entropy and not config.model.start_from
+        idle = temperature is not None and not config.loss.weight("entropy") and not config.model.start_from
         require(not idle, "config.objective.model.config.quantizer.entropy_temperature",
                 "nothing where loss.weights.entropy is 0", temperature)  # fmt: skip
 

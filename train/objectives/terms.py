@@ -1,7 +1,7 @@
 """The image terms of a tokenizer's loss: pixels, perception, semantics, quantizer terms and the adversarial term."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -34,20 +34,11 @@ from .base import Terms
 Weight = Annotated[float, Range(0)]
 
 
-@dataclass(frozen=True)
-class TermWeights:
-    """Weight of each term, by the term's name; a term with weight 0 is not computed.
+ALWAYS = ("pixel", "perceptual", "generator")
+"""Terms that every model that makes images has."""
 
-    The discriminator's loss has the weight of `generator`.
-    """
-
-    pixel: Weight = 1.0
-    perceptual: Weight = 0.0
-    semantic: Weight = 0.0
-    codebook: Weight = 1.0
-    commitment: Weight = 0.25
-    entropy: Weight = 0.0
-    generator: Weight = 0.0
+PLAIN_TERMS = ("codebook", "commitment", "entropy")
+"""Terms that may be named with weight 0 for any quantizer."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +64,15 @@ class TeacherConfig:
 class LossConfig:
     """Terms and their weights.
 
-    pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same from the tokenizer's own frozen
-    tower) or "captions" (contrast). gan: the losses of generator and discriminator. gan_start: step of the stage from
-    which both act. adaptive: scale the generator's term by gradient norms. lecam, r1: weights of two regularisers of
-    the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
+    weights: weight of each term by its name: "pixel", "perceptual", "semantic", "generator" (the discriminator's loss
+    has its weight too), and every term of the tokenizer's quantizers ("codebook", "commitment", "entropy", ...). A term
+    with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same
+    from the tokenizer's own frozen tower) or "captions" (contrast). gan: the losses of generator and discriminator.
+    gan_start: step of the stage from which both act. adaptive: scale the generator's term by gradient norms. lecam, r1:
+    weights of two regularisers of the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
     """
 
-    weights: TermWeights = field(default_factory=TermWeights)
+    weights: dict[str, Weight] = field(default_factory=lambda: {"pixel": 1.0, "codebook": 1.0, "commitment": 0.25})
     pixel: Literal["l1", "l2"] = "l2"
     semantic: Literal["none", "teacher", "target", "captions"] = "none"
     teacher: TeacherConfig | None = None
@@ -92,14 +85,19 @@ class LossConfig:
     r1: Weight = 0.0
     lpips_weights: str = ""
 
+    def weight(self, name: str) -> float:
+        """Weight of a term; 0 where none is named."""
+        return self.weights.get(name, 0.0)
+
 
 def check_loss(loss: LossConfig) -> None:
     """Refuse a weight without a term, a term without a weight, and options of a term that is off."""
-    weights, where = loss.weights, "config.objective.loss"
+    where = "config.objective.loss"
     require((loss.semantic == "teacher") == (loss.teacher is not None), f"{where}.teacher",
             "a teacher for semantic: teacher only", "nothing" if loss.teacher is None else loss.semantic)  # fmt: skip
-    both = bool(weights.semantic) == (loss.semantic != "none")
-    require(both, f"{where}.weights.semantic", "above 0 where semantic is not none, and only there", weights.semantic)
+    weight = loss.weight("semantic")
+    both = bool(weight) == (loss.semantic != "none")
+    require(both, f"{where}.weights.semantic", "above 0 where semantic is not none, and only there", weight)
     plain = LossConfig()
     for term, keys in (
         ("generator", ("adaptive", "gan_start", "discriminator", "gan", "lecam", "r1")),
@@ -107,22 +105,30 @@ def check_loss(loss: LossConfig) -> None:
         ("pixel", ("pixel",)),
     ):
         for key in keys:
-            idle = not getattr(weights, term) and getattr(loss, key) != getattr(plain, key)
+            idle = not loss.weight(term) and getattr(loss, key) != getattr(plain, key)
             require(not idle, f"{where}.{key}", f"nothing where weights.{term} is 0", getattr(loss, key))
     require(loss.semantic == "captions" or loss.captions == plain.captions, f"{where}.captions",
             "nothing where semantic is not captions", "some values")  # fmt: skip
-    require(any(asdict(weights).values()), f"{where}.weights", "a weight above 0", "none")
+    require(any(loss.weights.values()), f"{where}.weights", "a weight above 0", "none")
 
 
 def check_terms(loss: LossConfig, tokenizer: ImageTokenizer[Any]) -> None:
-    """Refuse weights whose term this tokenizer does not compute."""
-    wanted = [name for name in ("semantic", "codebook", "commitment", "entropy") if getattr(loss.weights, name)]
-    wanted += ["target"] if loss.semantic == "target" else []
-    for name in wanted:
-        place = "semantic" if name == "target" else f"weights.{name}"
-        hint = " (its quantizer has no entropy_temperature)" if name == "entropy" else ""
-        have = name in tokenizer.loss_terms
-        require(have, f"config.objective.loss.{place}", f"a term of this {tokenizer.family} model{hint}", name)
+    """Refuse weights whose term this tokenizer does not compute, and terms of its quantizers without a weight."""
+    where, have = "config.objective.loss", tokenizer.loss_terms
+    computed = sorted(quantizer_terms(tokenizer))
+    of_model = f"a term of this {tokenizer.family} model (its quantizers compute {computed})"
+    for name, weight in loss.weights.items():
+        off = not weight and name in ("semantic", *PLAIN_TERMS)
+        require(off or name in have or name in ALWAYS, f"{where}.weights.{name}", of_model, name)
+    require(loss.semantic != "target" or "target" in have, f"{where}.semantic", of_model, "target")
+    for name in computed:
+        named = name in loss.weights
+        require(named, f"{where}.weights.{name}", "a weight for each term of the quantizers (0 leaves it out)", "none")
+
+
+def quantizer_terms(tokenizer: ImageTokenizer[Any]) -> frozenset[str]:
+    """Names of the terms that the quantizers of a tokenizer compute."""
+    return frozenset().union(*(quantizer.loss_terms for quantizer in tokenizer.quantizers().values()))
 
 
 class ImageTerms:
@@ -139,7 +145,7 @@ class ImageTerms:
         self.perceptual: LPIPS | None = None
         self.teacher: SemanticEncoder | None = None
         self.captions: CaptionContrast | None = None
-        if loss.weights.perceptual:
+        if loss.weight("perceptual"):
             self.perceptual = load_lpips(loss.lpips_weights or None).to(device)
         if loss.teacher is not None:
             self.teacher = _teacher(loss.teacher).to(device)
@@ -149,7 +155,7 @@ class ImageTerms:
             assert semantic is not None
             self.captions = CaptionContrast(semantic.shape[-1], loss.captions).to(device)
             self.learning["captions"] = self.captions
-        self.adversary = Adversary(loss, device) if loss.weights.generator else None
+        self.adversary = Adversary(loss, device) if loss.weight("generator") else None
 
     def after_step(self) -> None:
         """Work after a step."""
@@ -167,27 +173,27 @@ class ImageTerms:
 
     def weights(self, adversarial: bool) -> dict[str, float]:
         """Weights of the terms of a step, by name."""
-        found = {name: weight for name, weight in asdict(self.config.weights).items() if weight}
+        found = {name: weight for name, weight in self.config.weights.items() if weight}
         return found if adversarial else {name: weight for name, weight in found.items() if name != "generator"}
 
     def __call__(
         self, x: Tensor, output: Reconstruction, batch: Batch, last_layer: nn.Parameter, adversarial: bool
     ) -> tuple[Terms, Terms]:
         """Terms, each a scalar in float32, and PSNR."""
-        weights, image = self.config.weights, output.image.float()
+        weight, image = self.config.weight, output.image.float()
         terms: Terms = {}
-        if weights.pixel:
+        if weight("pixel"):
             terms["pixel"] = F.l1_loss(image, x) if self.config.pixel == "l1" else F.mse_loss(image, x)
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(x, image).mean()
-        if weights.semantic:
+        if weight("semantic"):
             terms["semantic"] = self._semantic(x, output, batch)
         quantized = [q.terms for q in output.quantized.values() if q.terms is not None]
-        for name in ("codebook", "commitment", "entropy"):
-            if getattr(weights, name):
-                terms[name] = torch.stack([getattr(t, name) for t in quantized]).sum()
+        for name in {name: None for each in quantized for name in each}:  # in a fixed order
+            if weight(name):
+                terms[name] = torch.stack([each[name] for each in quantized if name in each]).sum()
         if adversarial and self.adversary is not None:
-            visible = [getattr(weights, name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
+            visible = [weight(name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
             terms["generator"] = self.adversary.generator_term(x, output.image, visible, last_layer)
         return terms, {"psnr": psnr(image.detach(), x).mean()}
 
