@@ -46,9 +46,10 @@ class RunConfig:
     gradient_checkpointing: compute the activations of blocks again in the backward pass instead of keeping them.
     ema: decay of the moving average of weights that is saved, 0 for none. non_finite: "stop" ends the run at a gradient
     that is not finite, "skip" leaves the step out.
+    trackers: accelerate's trackers beside log.jsonl: "tensorboard", "wandb", "trackio".
     log_every, sample_every, validate_every, save_every: in steps, 0 for never (but for the first). keep: number of
-    checkpoints. async_save: write them while training goes on, from a copy in memory. best: the measurement of the validation by which the best networks are kept, in `out/best`; "" keeps
-    none.
+    checkpoints. async_save: write them while training goes on, from a copy in memory. best: the measurement of the
+    validation by which the best networks are kept, in `out/best`; "" keeps none.
     resume: "auto" continues from the newest whole checkpoint in `out`, "never" starts from step 0.
     """
 
@@ -66,6 +67,7 @@ class RunConfig:
     ema: Annotated[float, Range(0, 1, high_open=True)] = 0.0
     non_finite: Literal["stop", "skip"] = "stop"
     seed: Annotated[int, Range(0, 2**62)] = 0
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     log_every: Annotated[int, Range(1)] = 10
     sample_every: Annotated[int, Range(0)] = 0
     validate_every: Annotated[int, Range(0)] = 0
@@ -79,6 +81,7 @@ class RunConfig:
 HARMLESS = frozenset(
     [
         "out",
+        "trackers",
         "log_every",
         "sample_every",
         "save_every",

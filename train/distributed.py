@@ -1,20 +1,35 @@
 """Data-parallel collectives for numbers that engines do not handle. No-ops in a single process."""
 
+import importlib.util
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 
 from tokenizers_mm._check import require
 
+from .config import RunConfig
 
-def make_accelerator(precision: str, device: str) -> Accelerator:
-    """Accelerator of this process, on the device of the configuration, which must exist; "auto" is CUDA or the CPU."""
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerator of this process, on the device of a configuration, which must exist; "auto" is CUDA or the CPU."""
+    device, precision = config.device, config.precision
     kind = "" if device == "auto" else device.partition(":")[0]
     require(kind in ("", "cpu", "cuda"), "config.device", "auto, cpu or cuda", device)
     cpu = kind == "cpu" or not torch.cuda.is_available()
     require(precision != "fp16" or not cpu, "config.precision", "fp32 or bf16 on a CPU", precision)
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
+    for name in config.trackers:
+        here = importlib.util.find_spec(name) is not None
+        require(here, "config.trackers", f"installed packages (pip install {name})", name)
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(config.out, str(Path(config.out) / "trackers")),
+    )
     here = accelerator.device.type
     require(kind in ("", here), "config.device", f"a device of this machine, such as {here}", device)
     return accelerator

@@ -6,7 +6,7 @@ model with its optimizers at a time, so torch's own `fully_shard` and DDP are ca
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from tokenizers_mm.encoders.captions import CaptionEmbedding
 from tokenizers_mm.losses.captions import CaptionContrast
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.quantizers.base import Quantizer
@@ -131,7 +132,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shard_optimizer(optimizer: torch.optim.Optimizer, sharded: dict[nn.Parameter, nn.Parameter]) -> None:
+def shard_optimizer(optimizer: torch.optim.Optimizer, sharded: Mapping[Any, nn.Parameter]) -> None:
     """Let an optimizer step the sharded parameters, given by the whole ones they replaced, with its moments sharded."""
     for group in optimizer.param_groups:
         group["params"] = [sharded.get(p, p) for p in group["params"]]

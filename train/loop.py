@@ -80,8 +80,8 @@ def _validate(state: State) -> dict[str, float]:
     """Measure held-out samples; the best networks so far go to `out/best`."""
     networks = state.whole()
     found = state.objective.validate(networks)
-    value = found.get(state.config.best)
-    if value is not None and (state.best is None or value > state.best):
+    value, better = found.get(state.config.best), state.objective.MEASURES.get(state.config.best, 1)
+    if value is not None and (state.best is None or better * value > better * state.best):
         state.best = value
         if state.accelerator.is_main_process:
             state.objective.save(networks, Path(state.config.out) / "best")

@@ -96,7 +96,8 @@ def descend(
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = total_norm(gradients)
     if norm > clip and math.isfinite(norm):
-        torch._foreach_mul_([local(gradient) for gradient in gradients], clip / (norm + 1e-6))
+        shards = [local(gradient) for gradient in gradients]
+        torch._foreach_mul_(shards, clip / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()

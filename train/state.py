@@ -67,7 +67,7 @@ class State:
     """A run.
 
     step: over all stages. samples: that all processes together have used. seconds: of training, over all stages.
-    best: the highest validated value of `config.best` so far.
+    best: the best validated value of `config.best` so far.
     """
 
     config: RunConfig
@@ -238,7 +238,7 @@ class State:
 
 def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> State:
     """Build networks and the optimizers of the first stage."""
-    accelerator = accelerator or make_accelerator(config.precision, config.device)
+    accelerator = accelerator or make_accelerator(config)
     torch.manual_seed(config.seed)
     objective = objective_class(config.objective.kind)(config, accelerator)
     state = State(config, accelerator, objective)

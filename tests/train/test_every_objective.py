@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 import train.loop
 from tests.train.kinds import (
     KINDS,
+    SMALLER,
     assert_same,
     edited,
     final,
@@ -164,30 +166,63 @@ def test_a_signal_ends_with_a_checkpoint_and_its_code(
     assert_same(final(unbroken(kind)), final(out))
 
 
+ENGINES = [(kind, engine) for kind in KINDS for engine in ("ddp", "fsdp") if (kind, engine) != ("joint", "fsdp")]
+"""Joint tuning is refused under fsdp: its guard takes whole networks back."""
+
+
+@pytest.fixture(scope="module")
+def large_batch(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of 20 steps of one process with 4 samples a step, by kind."""
+    found: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in found:
+            found[kind] = tmp_path_factory.mktemp(f"large_{kind}")
+            run(tiny(kind, place, found[kind], {**twenty(kind), "batch_size": 4}))
+        return found[kind]
+
+    return get
+
+
+def twenty(kind: str) -> dict[str, Any]:
+    """Edits for 20 steps without what mixes the samples of a batch, with checkpoints of the last two tens."""
+    edits = without_dropout(kind) | {"save_every": 10, "keep": 2}
+    if kind == "joint":
+        stages = zip(SMALLER["joint"]["objective.stages"], (4, 12, 4), strict=True)
+        return edits | {"objective.stages": [{**stage, "steps": steps} for stage, steps in stages]}
+    return edits | {"steps": 20} | ({"objective.optimizer.lr": 0.0001} if kind == "reconstruction" else {})
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_and_micro_batches_learn_as_one_large_batch(kind: str, place: Path, tmp_path: Path) -> None:
-    """Two processes of 2 samples, one of 2 x 2, and one of 4; then the two go on as one and as three."""
-    off = without_dropout(kind) | {"save_every": 4}
-    run(tiny(kind, place, tmp_path / "one", {**off, "batch_size": 4}))
-    run(tiny(kind, place, tmp_path / "parts", {**off, "batch_size": 2, "accumulate": 2}))
-    two = plain(kind, place, tmp_path / "two", {**off, "batch_size": 2})
-    assert run_ranks(two, tmp_path / "two.yaml", 2) == [0, 0], (tmp_path / "0_two.yaml.stderr").read_text()
-    for other in ("parts", "two"):
-        for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / other), strict=True):
-            assert a.keys() == b.keys()
-            for name in a:
-                if isinstance(a[name], float):
-                    close = b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5)
-                    assert close, (other, a["step"], name, a[name], b[name])
-        # Adam divides by the size of the gradient: rounding moves a weight whose gradient is nothing but rounding
-        assert_networks(final(tmp_path / "one"), final(tmp_path / other), 2e-4)
+def test_micro_batches_learn_as_one_large_batch(kind: str, place: Path, large_batch: Any, tmp_path: Path) -> None:
+    run(tiny(kind, place, tmp_path, {**twenty(kind), "batch_size": 2, "accumulate": 2}))
+    assert_learned_alike(large_batch(kind), tmp_path)
 
 
-def assert_networks(a: dict[str, Any], b: dict[str, Any], atol: float) -> None:
-    assert a["counters"].items() >= {"step": 8, "samples": 32}.items()
+@pytest.mark.parametrize(("kind", "engine"), ENGINES)
+def test_two_processes_learn_as_one(kind: str, engine: str, place: Path, large_batch: Any, tmp_path: Path) -> None:
+    """Two processes of 2 samples and one of 4, for 20 steps; one or three go on from the checkpoint of two."""
+    data = plain(kind, place, tmp_path / "two", {**twenty(kind), "batch_size": 2, "engine": engine})
+    assert run_ranks(data, tmp_path / "two.yaml", 2) == [0, 0], (tmp_path / "0_two.yaml.stderr").read_text()
+    assert_learned_alike(large_batch(kind), tmp_path / "two")
+    shutil.rmtree(list_checkpoints(tmp_path / "two")[-1][1])  # as if it had been killed at step 10
+    run(parse_config(data | {"batch_size": 4}))
+    assert_learned_alike(large_batch(kind), tmp_path / "two")
+
+
+def assert_learned_alike(one: Path, other: Path) -> None:
+    for a, b in zip(lines(one), lines(other), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if isinstance(a[name], float):
+                close = b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5)
+                assert close, (a["step"], name, a[name], b[name])
+    # Adam divides by the size of the gradient: rounding moves a weight whose gradient is nothing but rounding
+    a, b = final(one), final(other)
+    assert a["counters"].items() >= {"step": 20, "samples": 80}.items()
     for name in a:
         if name.startswith(("network", "average")):
-            assert_same(a[name], b[name], atol, name)
+            assert_same(a[name], b[name], 2e-4, name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,18 +239,3 @@ def test_two_ranks_end_with_the_same_bits(kind: str, place: Path, tmp_path: Path
         log = read_log(tmp_path / "run" / "log.jsonl")
         assert sum(line.get("skipped", 0) for line in log) > 0
         assert sum(line.get("revived", 0) for line in log) > 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_by_two_processes_and_resumed_by_one(kind: str, place: Path, tmp_path: Path) -> None:
-    off = without_dropout(kind) | {"save_every": 4, "keep": 5}
-    run(tiny(kind, place, tmp_path / "one", {**off, "batch_size": 4}))
-    two = plain(kind, place, tmp_path / "two", {**off, "batch_size": 2})
-    assert run_ranks(two, tmp_path / "two.yaml", 2) == [0, 0]
-    newest = list_checkpoints(tmp_path / "two")[-1][1]
-    for path in sorted(newest.iterdir()):
-        path.unlink()
-    newest.rmdir()  # as if it had been killed at step 4
-    state = run(tiny(kind, place, tmp_path / "two", {**off, "batch_size": 4}))
-    assert state.samples == 32
-    assert_networks(final(tmp_path / "one"), final(tmp_path / "two"), 2e-4)

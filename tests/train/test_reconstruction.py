@@ -58,7 +58,7 @@ def test_the_debug_run_leaves_what_it_should(tmp_path: Path) -> None:
     assert sum(line.get("revived", 0) for line in lines) > 0
     assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 20]
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step_000000010.png", "step_000000020.png"}
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert list((tmp_path / "trackers").rglob("events.out.tfevents.*"))
     assert tmm.load(tmp_path / "tokenizer").encode(torch.zeros(1, 3, 32, 32)).ids.shape == (1, 21)
 
 

@@ -84,8 +84,8 @@ class Objective(ABC):
     AVERAGED: ClassVar[str] = ""
     """Name of the network whose moving average `ema` keeps; empty where there is none."""
 
-    MEASURES: ClassVar[tuple[str, ...]] = ()
-    """Names of what `validate` measures, higher values being better."""
+    MEASURES: ClassVar[Mapping[str, int]] = {}
+    """Names of what `validate` measures: 1 where a higher value is better, -1 where a lower one is."""
 
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Keys of its configuration that must stay as they are when a run goes on."""

@@ -19,6 +19,12 @@ from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig, list_images
 from tokenizers_mm.llm import Batch as Rows
 from tokenizers_mm.llm import FeatureProjector, ProjectorConfig
+from tokenizers_mm.llm.building import (
+    LanguageModelConfig,
+    build_language_model,
+    language_model_size,
+    save_language_model,
+)
 from tokenizers_mm.llm.joint import caption_batch, caption_loss, num_labels, read_codes
 from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.transformers_api import embeddings
@@ -29,14 +35,7 @@ from ..step import weighted_sum
 from .base import Moment, Networks, Objective, Player, Stage, Terms
 from .codebook_health import CodebookHealth, RevivalConfig
 from .guard import Guard, GuardConfig
-from .language import (
-    LanguageModelConfig,
-    RecordConfig,
-    build_language_model,
-    model_size,
-    record_batches,
-    save_language_model,
-)
+from .language import LANGUAGE_MODEL, RecordConfig, record_batches
 from .reconstruction import FIXED_DATA, image_batches, image_size
 from .start import saved_size
 from .terms import ImageTerms, LossConfig, check_loss
@@ -124,7 +123,10 @@ class Joint(Objective):
     @classmethod
     def sizes(cls, run: RunConfig) -> dict[str, int | str]:
         config = run.objective
-        return {"tokenizer": saved_size(config.tokenizer), "language model": model_size(config.language_model)}
+        return {
+            "tokenizer": saved_size(config.tokenizer),
+            "language model": language_model_size(config.language_model, LANGUAGE_MODEL),
+        }
 
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         super().__init__(run, accelerator)
@@ -137,7 +139,7 @@ class Joint(Objective):
         require(len(tokenizer.streams(*size)) > 0, "config.objective.tokenizer", "one with codes", "a continuous one")
         self.terms = ImageTerms(config.loss, tokenizer, size)
         self.health = CodebookHealth(tokenizer, RevivalConfig())
-        model, self.processor = build_language_model(config.language_model, tokenizer)
+        model, self.processor = build_language_model(config.language_model, tokenizer, LANGUAGE_MODEL)
         self.model, self.projector = model.to(device), self._projector(model).to(device)
         self.networks: dict[str, nn.Module] = {
             "tokenizer": tokenizer, "projector": self.projector, "language_model": self.model, **self.terms.learning,
