@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tokenizers_mm.encoders.captions import CaptionEmbedding
+from tokenizers_mm.llm import transformers_api
 from tokenizers_mm.losses.captions import CaptionContrast
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.quantizers.base import Quantizer
@@ -44,20 +45,15 @@ def compile_networks(networks: Iterable[nn.Module], backend: str) -> None:
     """Compile, in place, every part that runs through its `forward`: encoders, decoders, language models.
 
     A tokenizer runs through other methods, so its parts are compiled one by one. A quantizer reads back its ids, and
-    the networks of captions read texts: these are not compiled.
+    the networks of captions read texts: these are not compiled, nor are single layers.
     """
     for network in networks:
         if isinstance(network, (Quantizer, CaptionContrast, CaptionEmbedding)):
             continue
-        if isinstance(network, ImageTokenizer) or _only_container(network):
+        if isinstance(network, ImageTokenizer) or type(network).forward is nn.Module.forward:
             compile_networks(network.children(), backend)
-        else:
+        elif not type(network).__module__.startswith("torch."):
             network.compile(backend=backend)
-
-
-def _only_container(network: nn.Module) -> bool:
-    """Whether a module has no `forward` of its own."""
-    return type(network).forward is nn.Module.forward
 
 
 def recompute_activations(network: nn.Module) -> None:
@@ -66,10 +62,8 @@ def recompute_activations(network: nn.Module) -> None:
     Language models of transformers switch it on themselves, since their caches must be off. timm's towers and the
     package's own blocks are wrapped alike, but for those with batch norm, whose statistics would move twice.
     """
-    for module in network.modules():
-        if hasattr(module, "gradient_checkpointing_enable"):
-            module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            return
+    if transformers_api.recompute_activations(network):
+        return
     for block in blocks(network):
         if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in block.modules()):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
