@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-EXTRAS := train,eval,export,llm,dev
+EXTRAS := train,eval,export,llm,data,docs,dev
 VERSIONS := .ci/versions.txt
 # Build tools come first and the build is not isolated, so that they are of the tested set too.
 INSTALL = -m pip install --quiet --disable-pip-version-check

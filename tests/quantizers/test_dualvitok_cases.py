@@ -1,6 +1,7 @@
 """SimVQ against DualViTok's original code: values, ids, loss, and which gradient reaches what."""
 
 import json
+from typing import cast
 
 import pytest
 import torch
@@ -99,7 +100,8 @@ def test_residual_of_three() -> None:
     description = json.loads((own.folder / "cases.json").read_text())["residual"]
     t = load_file(own.folder / "residual.safetensors")
     quantizer = ResidualQuantizer(ResidualConfig(SimVQConfig(64, 8), 3)).train()
-    for index, stage in enumerate(quantizer.stages):
+    stages = cast("list[SimVQ]", list(quantizer.stages))
+    for index, stage in enumerate(stages):
         names = {"frozen": "frozen_codebook", "transform.weight": "code_transform.weight"}
         shapes, place = description["weight_keys"], f"layers.{index}."
         state = {k: by_rule(f"q.{place}{v}", shapes[place + v], description["seed"], {}) for k, v in names.items()}
@@ -114,7 +116,7 @@ def test_residual_of_three() -> None:
     loss = result.terms["codebook"] + 0.25 * result.terms["commitment"]
     torch.testing.assert_close(loss, t["loss"], rtol=1e-5, atol=0)
     total = (result.vectors * t["g"].movedim(1, -1)).sum() + loss
-    weights = [stage.transform.weight for stage in quantizer.stages]
+    weights = [stage.transform.weight for stage in stages]
     for objective, suffix in ((loss, "_loss_only"), (total, "")):
         to_z, *to_weights = torch.autograd.grad(objective, (z, *weights), retain_graph=True)
         close(to_z, t[f"grad_z{suffix}"], f"grad_z{suffix}")

@@ -21,25 +21,40 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                mean = state.setdefault("mean", torch.zeros_like(parameter))
-                mean.lerp_(parameter.grad, 1 - MOMENTUM)
-                update = orthogonal(parameter.grad.lerp(mean, MOMENTUM))
-                rows, columns = parameter.shape
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+                if parameter.grad is not None:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), parameters in alike.items():
+                updates = orthogonal(torch.stack([self._direction(parameter) for parameter in parameters]))
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _direction(self, parameter: nn.Parameter) -> Tensor:
+        """Gradient with Nesterov momentum."""
+        assert parameter.grad is not None
+        mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+        mean.lerp_(parameter.grad, 1 - MOMENTUM)
+        return parameter.grad.lerp(mean, MOMENTUM)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Matrix [A, B] with its singular values brought near 1, by a Newton-Schulz iteration of degree 5."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices [N, A, B] with their singular values brought near 1, by a Newton-Schulz iteration of degree 5.
+
+    Every factor of the iteration is a polynomial in the Gram matrix of the shorter side, so the product of the factors
+    is formed there and applied once.
+    """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    gram, product = x @ x.mT, None
     for _ in range(STEPS):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ (factor @ gram)
+    assert product is not None
+    x = product @ x
+    return x.mT if tall else x
