@@ -1,4 +1,4 @@
-"""Data-parallel collectives for numbers that engines do not handle. No-ops in a single process."""
+"""Processes of a run: the device and settings of this one, and what all agree on after a step."""
 
 import importlib.util
 from pathlib import Path
@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from torch import Tensor
 
 from tokenizers_mm._check import require
+from tokenizers_mm._ranks import several
 
 from .config import RunConfig
 
@@ -33,25 +33,6 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     here = accelerator.device.type
     require(kind in ("", here), "config.device", f"a device of this machine, such as {here}", device)
     return accelerator
-
-
-def several() -> bool:
-    """Whether there is more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum over the ranks, in place."""
-    if several():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def share_from_first(tensor: Tensor) -> Tensor:
-    """Value of rank 0 on all ranks, in place."""
-    if several():
-        dist.broadcast(tensor, 0)
-    return tensor
 
 
 def agree(seconds: float, signal: int, device: torch.device) -> tuple[float, int]:

@@ -19,13 +19,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from tokenizers_mm._ranks import several
 from tokenizers_mm.encoders.captions import CaptionEmbedding
 from tokenizers_mm.llm import transformers_api
 from tokenizers_mm.losses.captions import CaptionContrast
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.quantizers.base import Quantizer
-
-from .distributed import several
 
 BLOCK_NAMES = ("Block", "Layer")
 """Ends of the class names of the blocks that are sharded, and recomputed, one by one."""

@@ -10,8 +10,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tokenizers_mm._ranks import several
+
 from .config import RunConfig, objective_class
-from .distributed import make_accelerator, several
+from .distributed import make_accelerator
 from .engine import (
     average_gradients,
     compile_networks,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import sum_over_ranks
+from tokenizers_mm._ranks import sum_over_ranks
+
 from .engine import gradients_stay_here
 from .objectives.base import Moment, Player, Terms
 from .optim import descend, learning_rate

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import train.checkpoint
+import train.loop
 from tests.train.kinds import assert_same, final, make_place, tiny, without_dropout
 from tokenizers_mm.layers.attention import Block
 from tokenizers_mm.layers.conv import ResBlock
@@ -114,7 +115,7 @@ def test_a_skeleton_filled_is_the_network() -> None:
     network[2].weight = network[0].weight
     empty = skeleton(network)
     assert all(p.is_meta for p in empty.parameters())
-    copy = filled(empty, network)
+    copy: Any = filled(empty, network)
     assert_same(dict(network.state_dict()), dict(copy.state_dict()))
     assert copy[2].weight is copy[0].weight
     x = torch.randn(5, 4)

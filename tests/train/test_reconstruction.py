@@ -281,6 +281,31 @@ def test_validation_keeps_the_best_networks(tmp_path: Path, monkeypatch: pytest.
     assert found == [10.0, 12.0, 11.0, 11.5]
 
 
+def test_validation_with_perceptual_weights_keeps_the_lowest_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    values = iter([0.5, 0.3, 0.4])
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        assert x.shape == y.shape == (4, 3, 32, 32)
+        return torch.full((4,), next(values))
+
+    def load(path: str) -> Any:
+        asked.append(path)
+        return distance
+
+    monkeypatch.setattr("train.objectives.reconstruction.load_lpips", load)
+    edits = {"validate_every": 2, "best": "lpips", "objective.validation.images": 4, "save_every": 0, "steps": 6}
+    with pytest.raises(ValueError, match=r"validation\.lpips_weights: expected a file, for best: lpips, got nothing"):
+        parse_config(tiny(tmp_path, edits))
+    state = run(parse_config(tiny(tmp_path, {**edits, "objective.validation.lpips_weights": "vgg.pth"})))
+    assert asked == ["vgg.pth"]
+    assert state.best == pytest.approx(0.3)
+    found = [line["validation_lpips"] for line in read_log(tmp_path / "log.jsonl") if "validation_lpips" in line]
+    assert found == pytest.approx([0.5, 0.3, 0.4])
+
+
 DINO = {"kind": "dino", "name": "vit_tiny_patch16_224", "options": TOWER, "pretrained": False, "blocks": [0]}
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from tokenizers_mm._ranks import mean_over_ranks
 from tokenizers_mm.functional.adversarial import (
     adaptive_weight,
     hinge_discriminator,
@@ -17,8 +17,6 @@ from tokenizers_mm.functional.adversarial import (
     r1_penalty,
 )
 from tokenizers_mm.losses.discriminators import DISCRIMINATORS, DINODiscriminator
-
-from ..distributed import several, sum_over_ranks
 
 if TYPE_CHECKING:
     from .terms import LossConfig
@@ -89,8 +87,7 @@ class Adversary:
         """Move the averages of logits that LeCam compares with, over all ranks."""
         if not self._logits:
             return
-        mean = sum_over_ranks(torch.stack(self._logits).mean(0))
-        mean, self._logits = mean / (dist.get_world_size() if several() else 1), []
+        mean, self._logits = mean_over_ranks(torch.stack(self._logits).mean(0)), []
         for name, value in zip(("real", "fake"), mean, strict=True):
             self.means[name] = LECAM_DECAY * self.means[name] + (1 - LECAM_DECAY) * value
 

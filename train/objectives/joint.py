@@ -17,6 +17,7 @@ from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig, list_images
+from tokenizers_mm.eval.validation import held_out
 from tokenizers_mm.llm import Batch as Rows
 from tokenizers_mm.llm import FeatureProjector, ProjectorConfig
 from tokenizers_mm.llm.building import (
@@ -28,18 +29,17 @@ from tokenizers_mm.llm.building import (
 from tokenizers_mm.llm.joint import caption_batch, caption_loss, num_labels, read_codes
 from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.transformers_api import embeddings
+from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from ..step import weighted_sum
 from .base import Moment, Networks, Objective, Player, Stage, Terms
-from .codebook_health import CodebookHealth, RevivalConfig
 from .guard import Guard, GuardConfig
 from .language import LANGUAGE_MODEL, RecordConfig, record_batches
 from .reconstruction import FIXED_DATA, image_batches, image_size
 from .start import saved_size
 from .terms import ImageTerms, LossConfig, check_loss
-from .validation import held_out
 
 PARTS = ("tokenizer", "projector", "language_model")
 
@@ -138,7 +138,7 @@ class Joint(Objective):
         self.size = size
         require(len(tokenizer.streams(*size)) > 0, "config.objective.tokenizer", "one with codes", "a continuous one")
         self.terms = ImageTerms(config.loss, tokenizer, size)
-        self.health = CodebookHealth(tokenizer, RevivalConfig())
+        self.health = CodebookHealth(tokenizer.quantizers(), RevivalConfig())
         model, self.processor = build_language_model(config.language_model, tokenizer, LANGUAGE_MODEL)
         self.model, self.projector = model.to(device), self._projector(model).to(device)
         self.networks: dict[str, nn.Module] = {
@@ -245,7 +245,7 @@ class Joint(Objective):
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         self.terms.after_step()
-        values = self.health.after_step(moment)
+        values = self.health.after_step(moment.step + 1, moment.progress, moment.once(3))
         within, guard = moment.step + 1, self.guard
         due = within % self.config.guard.every == 0 or within == self.stages[moment.stage].steps
         if "tokenizer" not in self.learning(moment.stage) or not due:

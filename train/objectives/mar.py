@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import write_json
+from tokenizers_mm._ranks import sum_over_ranks
 from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig
@@ -28,7 +29,6 @@ from tokenizers_mm.models.mar_sampling import SamplingConfig
 from tokenizers_mm.models.saving import save_tensors
 
 from ..config import RunConfig
-from ..distributed import sum_over_ranks
 from ..log import log_curves
 from ..optim import Learner, OptimizerConfig
 from .base import Moment, Networks, Objective, Player, Stage, Terms

@@ -14,19 +14,19 @@ from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import Batch, DataConfig, Mixture, Positions, list_images, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
+from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.losses.perceptual import load_lpips
 from tokenizers_mm.models import MODELS, ImageTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow
+from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
 from tokenizers_mm.types import Disturbance
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from .base import Moment, Networks, Objective, Player, Terms
-from .codebook_health import CodebookHealth, RevivalConfig
 from .start import ModelConfig, build_tokenizer, check_model, model_size, parse_model
 from .terms import ImageTerms, LossConfig, check_loss, check_terms
-from .validation import ValidationConfig, held_out, measure
 from .warm_start import WarmStartConfig, check_warm_start, warm_start
 
 Share = Annotated[float, Range(0, 1)]
@@ -110,7 +110,7 @@ class Reconstruction(Objective):
         self.size = image_size(self.tokenizer, self.config.data)
         self._check_disturbances()
         self.terms = ImageTerms(self.config.loss, self.tokenizer, self.size or (256, 256))
-        self.health = CodebookHealth(self.tokenizer, self.config.revival)
+        self.health = CodebookHealth(self.tokenizer.quantizers(), self.config.revival, "config.objective.revival")
         self.networks: dict[str, nn.Module] = {"tokenizer": self.tokenizer, **self.terms.learning}
         if self.terms.adversary is not None:
             self.networks["discriminator"] = self.terms.adversary.network
@@ -204,7 +204,7 @@ class Reconstruction(Objective):
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         self.terms.after_step()
-        return self.health.after_step(moment), []
+        return self.health.after_step(moment.step + 1, moment.progress, moment.once(3)), []
 
     def validate(self, networks: Networks) -> dict[str, float]:
         config, averaged = self.config.validation, networks["tokenizer"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._images import fit_image, image_to_tensor, read_image
+from tokenizers_mm._ranks import share_from_first
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.files import list_images
 from tokenizers_mm.data.scenes import make_scene
@@ -15,8 +16,6 @@ from tokenizers_mm.eval.fid import rfid
 from tokenizers_mm.eval.image import psnr, ssim
 from tokenizers_mm.eval.report import reconstruct
 from tokenizers_mm.losses.perceptual import LPIPS
-
-from ..distributed import share_from_first
 
 
 @dataclass(frozen=True)
