@@ -57,7 +57,10 @@ ORIGINAL: dict[str, Any] = {
 
 
 def ours(warm: bool) -> dict[str, Any]:
-    """Our recipe for the same model; `warm` fits linear paths and codebook to images before the first step."""
+    """Our recipe for the same model.
+
+    warm: fit linear paths and codebook to images before the first step, and leave the pixel encoder as fitted.
+    """
     data = copy.deepcopy(ORIGINAL)
     objective = data["objective"]
     data["ema"] = 0.98
@@ -68,6 +71,7 @@ def ours(warm: bool) -> dict[str, Any]:
     objective["revival"] = {"every": 20, "until": 0.7}
     if warm:
         objective["warm_start"] = {"images": 256, "iterations": 4}
+        objective["trainable"] = ["semantic", "quantizer", "pixel_decoder"]  # as in configs/demo_64.yaml
     return data
 
 

@@ -23,7 +23,7 @@ from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.models import TokenFlow
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.config import RunConfig, parse_config
-from train.engine import whole
+from train.engine import local, whole
 
 KINDS = ("reconstruction", "mar", "language", "joint")
 FILES = {"reconstruction": "debug", "mar": "mar_scenes", "language": "bridge_debug", "joint": "joint_debug"}
@@ -231,6 +231,14 @@ def _hash(state: Any) -> str:
     return found.hexdigest()
 
 
+def _share_here(state: Any) -> float:
+    """Share of the values of networks and moments that this process holds."""
+    held = [p for network in state.objective.networks.values() for p in network.parameters()]
+    for optimizer in state.optimizers.values():
+        held += [value for moments in optimizer.state.values() for value in moments.values()]
+    return sum(local(tensor).numel() for tensor in held) / sum(tensor.numel() for tensor in held)
+
+
 def _kill_at(name: str, number: int) -> None:
     """Let the process die at the end of a call of a function."""
     module, _, function = name.rpartition(".")
@@ -266,6 +274,7 @@ def _program(file: str, rank: int, world: int, port: int, kill_at: tuple[str, in
     def run(config: Any) -> Any:
         state = whole_run(config)
         Path(f"{file}.hash").write_text(_hash(state))
+        Path(f"{file}.share").write_text(str(_share_here(state)))
         return state
 
     whole_run, program.run = program.run, run
