@@ -264,8 +264,8 @@ def test_validation_keeps_the_best_networks(tmp_path: Path, monkeypatch: pytest.
     values = iter([10.0, 12.0, 11.0, 11.5])
     measured = train.objectives.reconstruction.measure
 
-    def measure(tokenizer: Any, images: torch.Tensor) -> dict[str, float]:
-        found = measured(tokenizer, images)
+    def measure(tokenizer: Any, images: torch.Tensor, **options: Any) -> dict[str, float]:
+        found = measured(tokenizer, images, **options)
         assert found.keys() == {"psnr", "ssim", "usage"}
         return found | {"psnr": next(values)}
 
