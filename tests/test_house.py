@@ -13,7 +13,7 @@ import pytest
 from tests.cases import ROOT
 
 PACKAGE = ROOT / "tokenizers_mm"
-LEAVES = {"types", "_check", "config", "_files", "_images", "_display", "_summary", "resolutions"}
+LEAVES = {"types", "_check", "config", "_files", "_images", "_display", "_summary", "_ranks", "resolutions"}
 PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
@@ -21,6 +21,7 @@ ALLOWED = {
     "_check": set(),
     "_files": {"_check"},
     "_summary": {"_files"},
+    "_ranks": set(),
     "config": {"_check"},
     "types": {"_check", "_display", "_images"},
     "_display": {"_images"},

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.cli import guarded
@@ -25,9 +26,10 @@ def export_checkpoint(run: str, out: str, step: int | None = None) -> int:
     if step not in found:
         fail("step", f"one of {sorted(found)}", step)
     config = parse_config(read_json(found[step] / CONFIG))
-    state = build_state(dataclasses.replace(config, out=out, device="cpu", precision="fp32"))
+    plain: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "ddp", "compile": "", "trackers": ()}
+    state = build_state(dataclasses.replace(config, out=out, **plain))
     state.load_state_dict(read_checkpoint(found[step]))
-    state.objective.save(state.averaged, Path(out))
+    state.objective.save(state.whole(), Path(out))
     return step
 
 
