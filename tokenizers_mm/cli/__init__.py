@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from tokenizers_mm.cli import (
+    compare,
     completion,
     configs,
     convert,
@@ -35,6 +36,7 @@ VERBS: dict[str, Any] = {
     "encode": encode,
     "decode": decode,
     "eval": evaluate,
+    "compare": compare,
     "convert": convert,
     "train": train,
     "configs": configs,
