@@ -11,6 +11,7 @@ import tokenizers_mm as tmm
 from tokenizers_mm import registry
 from tokenizers_mm.cli import main
 from tokenizers_mm.cli.imports import split_imports
+from tokenizers_mm.eval.base import Metric
 from tokenizers_mm.models import MODELS, TokenFlow
 from tokenizers_mm.quantizers import QUANTIZERS, Quantizer
 
@@ -50,6 +51,7 @@ def test_every_table_is_there_and_takes_an_entry() -> None:
         "family": Mine,
         "quantizer": quantizer("mine"),
         "objective": type("Objective", (), {"kind": "mine", "Config": Config}),
+        "metric": type("Mine", (Metric,), {"name": "mine", "label": "Mine"}),
     }
     for kind, spec in registry.KINDS.items():
         entry = entries.get(kind, lambda *_: None)
@@ -97,6 +99,7 @@ def test_names_that_are_taken_or_bad() -> None:
         ("family", TokenFlow, "family 'mine': family: expected 'mine', got 'tokenflow'"),
         ("quantizer", lambda: None, "quantizer 'mine': expected a subclass of Quantizer"),
         ("quantizer", type("Mine", (Quantizer,), {}), "quantizer 'mine': expected a dataclass as its Config"),
+        ("metric", type("Mine", (Metric,), {"name": "other"}), "metric 'mine': name: expected 'mine', got 'other'"),
         ("objective", type("Mine", (), {"kind": "mine"}), "objective 'mine': expected a dataclass as its Config"),
     ],
 )

@@ -34,7 +34,7 @@ KINDS = {
     "quantizer": Kind("quantizers", "QUANTIZERS", ("quantizers.base", "Quantizer"), config=True, says="Config.kind"),
     "loss": Kind("losses", "LOSSES"),
     "source": Kind("data.sources", "SOURCES"),
-    "metric": Kind("eval.metrics", "METRICS"),
+    "metric": Kind("eval.metrics", "METRICS", ("eval.base", "Metric"), says="name"),
     "objective": Kind("registry", "OBJECTIVES", config=True, says="kind"),
 }
 """What can be registered, and the table that holds it."""
@@ -46,9 +46,10 @@ def register(kind: str, name: str, value: Any = None) -> Any:
     """Add a class or function to a table of the library; returns it. Without `value`, a decorator.
 
     kind: "family" (an `ImageTokenizer`), "quantizer" (a `Quantizer`), "loss" (a function of the images and the
-    `Reconstruction`), "source" (samples of training, see `data.sources.Source`), "metric" or "objective". name: lower
-    case letters, digits and underscores, as configurations will say it. value: the class or function; one that was
-    registered before by the same name from the same place (a cell of a notebook that runs again) is replaced.
+    `Reconstruction`), "source" (samples of training, see `data.sources.Source`), "metric" (an `eval.base.Metric`) or
+    "objective". name: lower case letters, digits and underscores, as configurations will say it. value: the class or
+    function; one that was registered before by the same name from the same place (a cell of a notebook that runs again)
+    is replaced.
 
     Raises: ValueError for a name that is taken, and for a value that is not of the kind.
 
