@@ -54,6 +54,8 @@ COMMON = {
     "quantizer": "features to ids and vectors",
     "encoder": "image to features",
     "decoder": "vectors to image",
+    "pixel_encoder": "image to pixel features",
+    "pixel_decoder": "vectors to image",
     "semantic_decoder": "vectors to the features of a teacher or tower",
     "workers": "processes that decode samples; 0 for none beside the main one",
     "token_dim": "channels of a latent",
