@@ -24,6 +24,14 @@ def test_help_is_quick() -> None:
     assert min(times) <= 0.5
 
 
+def test_a_shipped_tokenizer_is_told_without_torch() -> None:
+    code = "import sys; from tokenizers_mm.cli import main; main(['info', 'tokenizers_mm/demo-64'])\n"
+    code += "assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    assert result.returncode == 0, result.stderr
+    assert "shared: 121 ids, 4096 codes" in result.stdout
+
+
 def test_every_verb_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
     for verb, module in VERBS.items():
         if verb == "train":  # tests/train: it lists all keys
