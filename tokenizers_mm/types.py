@@ -105,7 +105,8 @@ class ImageCodes(_Batch):
 
     `ids` is int64 [B, L]: all streams one after the other, each coarse to fine, row-major. A whole number of scales of
     the last stream may be missing at the end (partial decoding). Integers of any kind are taken (other tensors, numpy
-    arrays, lists of lists) and become int64.
+    arrays, lists of lists) and become int64. `margins`, float32 [B, L], are there after `encode(..., stable=True)`: by
+    how much farther, not squared, the second code was (see `kernels.nearest_code`).
 
     `codes[i]` is the batch of image i alone, `codes[a:b]` one of several; iterating gives batches of one. `==` compares
     sizes, streams and ids. `codes.numpy()` are the ids as an array.
@@ -115,6 +116,7 @@ class ImageCodes(_Batch):
     height: int
     width: int
     streams: tuple[Stream, ...]
+    margins: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():  # values cannot be looked at inside a graph
@@ -133,7 +135,7 @@ class ImageCodes(_Batch):
         return self.ids
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "ImageCodes":
-        return replace(self, ids=change(self.ids))
+        return replace(self, ids=change(self.ids), margins=None if self.margins is None else change(self.margins))
 
     def _place(self) -> tuple[Any, ...]:
         return self.height, self.width, self.streams
@@ -267,7 +269,9 @@ def join_codes(parts: Sequence[Codes]) -> Codes:
     sizes = sorted({(part.height, part.width) for part in parts})
     require(len(sizes) == 1, "codes", "codes of one size", sizes)
     if isinstance(first, ImageCodes):
-        return replace(first, ids=torch.cat([part.ids for part in parts]))  # pyright: ignore[reportAttributeAccessIssue]
+        margins = [part.margins for part in parts if part.margins is not None]  # pyright: ignore[reportAttributeAccessIssue]
+        joined = torch.cat(margins) if len(margins) == len(parts) else None
+        return replace(first, ids=torch.cat([part.ids for part in parts]), margins=joined)  # pyright: ignore[reportAttributeAccessIssue]
     return replace(first, values=torch.cat([part.values for part in parts]))  # pyright: ignore[reportAttributeAccessIssue]
 
 

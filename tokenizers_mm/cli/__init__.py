@@ -23,6 +23,7 @@ from tokenizers_mm.cli import (
     export_checkpoint,
     info,
     push,
+    tokenize,
     train,
 )
 from tokenizers_mm.cli import eval as evaluate
@@ -35,6 +36,7 @@ VERBS: dict[str, Any] = {
     "info": info,
     "encode": encode,
     "decode": decode,
+    "tokenize": tokenize,
     "eval": evaluate,
     "compare": compare,
     "convert": convert,

@@ -20,12 +20,14 @@ from tokenizers_mm._images import (
     image_to_tensor,
     name_images,
     open_image,
+    run_ahead,
 )
 from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
 from tokenizers_mm.models.convenience import Convenience
 from tokenizers_mm.models.convenience import ImageInput as ImageInput
 from tokenizers_mm.models.convenience import from_images as from_images
+from tokenizers_mm.models.stable import Stability, stable_encoder
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import UNDISTURBED, Codes, Disturbance, ImageCodes, Reconstruction, Stream, join_codes
 
@@ -76,6 +78,9 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     Config: ClassVar[type]
     DISTURBANCES: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Disturbance` that `reconstruct` honours; it refuses the others."""
+
+    ONLY_DECODE: ClassVar[frozenset[str]] = frozenset()
+    """Names of the children that encoding does not need; `models.stable` makes no float64 copy of them."""
 
     config: Any
     provenance: Provenance = Provenance()
@@ -144,13 +149,15 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         return frozenset(["pixel"])
 
     @overload
-    def encode(self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse") -> Codes: ...
+    def encode(
+        self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse", *, stable: bool = False
+    ) -> Codes: ...
 
     @overload
-    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Any: ...
+    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Any: ...
 
     @torch.no_grad()
-    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes | list[Codes]:
+    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | list[Codes]:
         """Images to codes (latents for a continuous tokenizer).
 
         images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s), which are opened a few at a time. Those
@@ -158,49 +165,74 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         `encode_each` returns.
         fit: for PIL images and paths of another size than the tokenizer takes: "refuse" (an error), "crop", "pad" or
         "resize" (see `fit_picture`).
+        stable: ids that depend on the image and the weights only, not on batch, threads, machine or dtype, with
+        margins (see `models.stable`; `stability` tells what was done). ValueError for a tokenizer that cannot promise
+        it.
         """
         if isinstance(images, Tensor):
-            return self.encode_tensor(self.prepare(images))
-        parts = list(self.encode_batches(images, fit))
-        if len({(codes.height, codes.width) for _, codes in parts}) == 1:
-            return cast(Codes, join_codes([cast(Any, codes) for _, codes in parts]))
-        return _in_order(parts)
+            if stable:
+                return cast(Codes, stable_encoder(self).encode(self._checked(images)))
+            return self._encode_prepared(images)
+        each = self.encode_each(images, fit, stable=stable)
+        if len({(codes.height, codes.width) for codes in each}) == 1:
+            return cast(Codes, join_codes(cast(Any, each)))
+        return each
 
-    def encode_each(self, images: ImageInput, fit: Fit = "refuse") -> list[Codes]:
+    def encode_each(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> list[Codes]:
         """Codes of every image by itself, in order; images of one size go through the networks together."""
-        return _in_order(self.encode_batches(images, fit))
+        return _in_order(self.encode_batches(images, fit, stable=stable))
 
     def encode_batches(
-        self, images: ImageInput, fit: Fit = "refuse", refused: Callable[[int, ValueError], None] | None = None
+        self,
+        images: ImageInput | Iterator[tuple[str, Any]],
+        fit: Fit = "refuse",
+        refused: Callable[[int, ValueError], None] | None = None,
+        *,
+        stable: bool = False,
+        batch_size: int | None = None,
+        workers: int = 0,
     ) -> Iterator[tuple[list[int], Codes]]:
         """Batches of images of one size, as (positions in `images`, codes), with few images in memory at a time.
 
-        A batch holds up to `BATCH_PIXELS` pixels. refused: called with the position and the error of an image that
-        cannot be read or is of a wrong size; by default the error is raised.
+        images: as for `encode`, no tensor; or an iterator of pairs: the name that an error about an image begins with,
+        and the image, its path, or a function that gives it.
+        refused: called with the position and the error of an image that cannot be read or is of a wrong size; by
+        default the error is raised. batch_size: images of a batch; by default it holds up to `BATCH_PIXELS` pixels.
+        workers: threads that read images ahead. stable: as for `encode`.
         """
-        limit = BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cuda"])
-        waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
-        for index, (name, item) in enumerate(name_images(images)):
-            try:
-                image = self.fit_picture(open_image(item, name), fit)
-                self.check_size(image.height, image.width, name)
-            except ValueError as error:
-                if refused is None:
-                    raise
-                refused(index, error)
-                continue
-            waiting.setdefault(image.size, []).append((index, image))
-            area = {size: size[0] * size[1] * len(members) for size, members in waiting.items()}
-            if area[image.size] + image.width * image.height > limit:
-                yield self._encode_waiting(waiting.pop(image.size))
-            elif sum(area.values()) > WAITING_BATCHES * limit:
-                yield self._encode_waiting(waiting.pop(max(area, key=lambda size: area[size])))
-        for members in waiting.values():
-            yield self._encode_waiting(members)
+
+        def open_fitted(pair: tuple[str, Any]) -> Image.Image:
+            name, item = pair
+            image = self.fit_picture(open_image(item() if callable(item) else item, name), fit)
+            self.check_size(image.height, image.width, name)
+            return image
+
+        require(batch_size is None or batch_size > 0, "batch_size", "at least 1", batch_size)
+        require(workers >= 0, "workers", "0 or more threads", workers)
+        pairs = images if isinstance(images, Iterator) else name_images(images)
+        groups = _grouped(run_ahead(open_fitted, pairs, workers), refused, self.device.type, batch_size)
+        batches = ((list(numbers), torch.stack(list(map(image_to_tensor, found)))) for numbers, found in groups)
+        if stable:
+            encoded = stable_encoder(self).encode_many((numbers, self._checked(x)) for numbers, x in batches)
+            yield from cast("Iterator[tuple[list[int], Codes]]", encoded)
+            return
+        for numbers, x in batches:
+            yield numbers, self._encode_prepared(x)
 
     @torch.no_grad()
-    def _encode_waiting(self, members: list[tuple[int, Image.Image]]) -> tuple[list[int], Codes]:
-        return [index for index, _ in members], self.encode_tensor(self.prepare([image for _, image in members]))
+    def _encode_prepared(self, images: Tensor) -> Codes:
+        return self.encode_tensor(self.prepare(images))
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """A tensor of images [B, 3, H, W] on the tokenizer's device, in its own dtype."""
+        check_images(images)
+        self.check_size(*images.shape[-2:])
+        return images.to(self.device)
+
+    @property
+    def stability(self) -> Stability:
+        """Report of what `encode(..., stable=True)` did with this tokenizer so far."""
+        return stable_encoder(self).report
 
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
         """Images of one size as a float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device, or ValueError."""
@@ -209,10 +241,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
-        check_images(images)
-        height, width = images.shape[-2:]
-        self.check_size(height, width)
-        return images.to(self.device, self.dtype)
+        return self._checked(images).to(self.dtype)
 
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
         """A picture brought to a size that `encode` takes; with "refuse", as it is, for `check_size` to judge.
@@ -260,6 +289,38 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors, preprocessor_config.json and README.md, atomically."""
         saving.write(self, directory)
+
+
+def _grouped(
+    opened: Iterable[tuple[int, Image.Image | ValueError]],
+    refused: Callable[[int, ValueError], None] | None,
+    device: str,
+    batch_size: int | None,
+) -> Iterator[tuple[tuple[int, ...], tuple[Image.Image, ...]]]:
+    """Positions and images, all of one size, as they become enough for a batch."""
+    limit = BATCH_PIXELS.get(device, BATCH_PIXELS["cuda"])
+    waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
+    for index, image in opened:
+        if isinstance(image, ValueError):
+            if refused is None:
+                raise image
+            refused(index, image)
+            continue
+        waiting.setdefault(image.size, []).append((index, image))
+        area = {size: size[0] * size[1] * len(members) for size, members in waiting.items()}
+        pixels = image.width * image.height
+        most = limit if batch_size is None else batch_size * pixels
+        ready = None
+        if area[image.size] + pixels > most:
+            ready = image.size
+        elif sum(area.values()) > WAITING_BATCHES * max(limit, most):
+            ready = max(area, key=lambda size: area[size])
+        if ready is not None:
+            numbers, images = zip(*waiting.pop(ready), strict=True)
+            yield numbers, images
+    for members in waiting.values():
+        numbers, images = zip(*members, strict=True)
+        yield numbers, images
 
 
 def _in_order(parts: Iterable[tuple[list[int], Codes]]) -> list[Codes]:

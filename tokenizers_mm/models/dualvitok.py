@@ -19,6 +19,7 @@ from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanticEncoder
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.multiscale import bicubic_up
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
 from tokenizers_mm.models.base import ImageInput, ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers.base import (
@@ -66,6 +67,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     family = "dualvitok"
     Config = DualViTokConfig
     DISTURBANCES = frozenset(["perturb"])
+    ONLY_DECODE = frozenset(["semantic_decoder", "pixel_decoder"])
 
     def __init__(
         self,
@@ -134,7 +136,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     def merge(self, semantic: Tensor, pixel: Tensor) -> Tensor:
         """Semantic [B, h', w', D] and pixel vectors [B, h, w, E] joined on the pixel grid, [B, h, w, D + E]."""
         rows, columns = pixel.shape[1:3]
-        return torch.cat([bicubic_up(semantic.float(), (rows, columns)).to(pixel.dtype), pixel], dim=-1)
+        return torch.cat([bicubic_up(at_least_float32(semantic), (rows, columns)).to(pixel.dtype), pixel], dim=-1)
 
     def decode_pixels(self, vectors: Tensor) -> Tensor:
         """Image [B, 3, H, W] from joined vectors [B, h, w, D + E]."""

@@ -4,11 +4,14 @@ config.json and the metadata of model.safetensors carry the same `save_id` (see 
 are never taken for one tokenizer. Reading it back is `models.loading.load_directory`.
 """
 
+import json
 import os
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,6 +70,17 @@ def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
         "config": to_mapping(tokenizer.config),
         "provenance": to_mapping(tokenizer.provenance),
     }
+
+
+def fingerprint(tokenizer: "ImageTokenizer[Any]") -> str:
+    """A digest of family, configuration and weights, the same whatever the device: equal ones give equal ids."""
+    facts = {"family": tokenizer.family, "config": to_mapping(tokenizer.config)}
+    found = sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {data.dtype} {list(data.shape)}".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:

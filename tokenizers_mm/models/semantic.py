@@ -66,6 +66,7 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
     family = "semantic"
     Config = SemanticConfig
     DISTURBANCES = frozenset(["perturb"])
+    ONLY_DECODE = frozenset(["pixel_decoder", "semantic_decoder"])
 
     def __init__(
         self,

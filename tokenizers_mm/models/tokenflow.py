@@ -76,6 +76,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
     family = "tokenflow"
     Config = TokenFlowConfig
     DISTURBANCES = frozenset(["keep"])
+    ONLY_DECODE = frozenset(["semantic_decoder", "pixel_decoder"])
 
     def __init__(
         self,

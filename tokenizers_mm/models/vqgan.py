@@ -84,6 +84,7 @@ class VQGAN(ImageTokenizer[ImageCodes]):
     family = "vqgan"
     Config = VQGANConfig
     DISTURBANCES = frozenset(["keep", "perturb"])
+    ONLY_DECODE = frozenset(["decoder", "semantic_decoder"])
 
     def __init__(
         self,
