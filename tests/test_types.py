@@ -122,3 +122,14 @@ def test_a_reconstruction_shows_its_images() -> None:
     assert without._repr_png_() is None
     with pytest.raises(ValueError, match="image: expected a tokenizer with a pixel decoder"):
         without.to_pil()
+
+
+def test_margins_follow_their_ids() -> None:
+    ids = codes().ids
+    whole = ImageCodes(ids, 32, 32, STREAMS, torch.arange(ids.numel()).view_as(ids).float())
+    part = whole[[2, 0]]
+    assert part.margins is not None
+    assert whole.margins is not None
+    assert torch.equal(part.margins, whole.margins[[2, 0]])
+    assert [one.margins.shape for one in whole if one.margins is not None] == [(1, 21)] * 3
+    assert whole == codes(), "the ids and their places count"
