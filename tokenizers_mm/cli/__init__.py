@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         command = argparse.ArgumentParser(prog=f"tokenizers-mm {verb}", description=VERBS[verb].SUMMARY)
         VERBS[verb].add_arguments(command)
-        options = command.parse_intermixed_args(arguments[1:])
+        asked = {"-h", "--help"} & set(arguments)  # while it mixes, argparse hides the defaults that help shows
+        options = (command.parse_args if asked else command.parse_intermixed_args)(arguments[1:])
 
     def run() -> int | None:
         run_imports(files)
