@@ -58,6 +58,7 @@ SCALES = [(1, 1), (2, 2), (4, 4), (8, 8)]
 SCALE_CODES = 181
 REVIVE_EVERY, REVIVE_UNTIL = 50, 0.8
 PLAIN = {"codebook": 1.0, "commitment": 0.25}
+BITS = {"commitment": 0.05, "entropy": 0.01}
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ def kinds() -> dict[str, Kind]:
         "fvq": Kind(FVQConfig(CODES, DIM, group=16, width=64), PLAIN),
         "ibq": Kind(
             IBQConfig(CODES, DIM, entropy_temperature=0.01),
-            {"assignment": 1.0, "commitment": 1.0, "codebook": 0.25, "entropy": 0.05},
+            {"assignment": 0.1, "commitment": 0.1, "codebook": 0.25, "entropy": 0.005},
         ),
         "ibq, unit": Kind(
-            IBQConfig(CODES, DIM, 2.0, normalize=True), {"assignment": 1.0, "commitment": 1.0, "codebook": 0.25}
+            IBQConfig(CODES, DIM, 0.1, normalize=True), {"assignment": 0.1, "commitment": 0.1, "codebook": 0.25}
         ),
         "shared_index": Kind(SharedIndexConfig(CODES, (4, 4)), PLAIN),
-        "lfq": Kind(LFQConfig(10), {"commitment": 0.25, "entropy": 0.1}),
-        "lfq, 2 groups": Kind(LFQConfig(10, groups=2), {"commitment": 0.25, "entropy": 0.1}),
+        "lfq": Kind(LFQConfig(10), BITS),
+        "lfq, 2 groups": Kind(LFQConfig(10, groups=2), BITS),
         "bsq": Kind(BSQConfig(10), {"commitment": 0.0, "entropy": 0.1}),
         "fsq": Kind(FSQConfig((8, 8, 4, 4), DIM)),
         "fsq, symmetric": Kind(FSQConfig((8, 8, 4, 4), DIM, "symmetric")),
@@ -189,8 +190,8 @@ def train(kind: Kind, images: Tensor, steps: int) -> tuple[AutoEncoder, Quantize
             used += count_ids(ids, len(used))
             if (step + 1) % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * steps:
                 unused, queries = (used == 0).nonzero()[:, 0], found.queries.flatten(0, -2)
-                chosen = torch.randint(0, len(queries), (len(unused),))
-                quantizer.set_codes(unused, queries[chosen])
+                unused = unused[torch.randperm(len(unused))[: len(queries)]]
+                quantizer.set_codes(unused, queries[torch.randperm(len(queries))[: len(unused)]])
                 used.zero_()
     return model.eval(), None if quantizer is None else quantizer.eval(), (time.process_time() - start) / steps
 

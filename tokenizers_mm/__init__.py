@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers_mm.models import MODELS as MODELS
     from tokenizers_mm.models.base import ImageTokenizer as ImageTokenizer
+    from tokenizers_mm.models.from_encoder import tokenizer_from as tokenizer_from
     from tokenizers_mm.models.loading import from_pretrained as from_pretrained
     from tokenizers_mm.models.loading import load as load
     from tokenizers_mm.registry import register as register
@@ -26,6 +27,7 @@ _HOMES = {
     "register": "registry",
     "MODELS": "models",
     "ImageTokenizer": "models.base",
+    "tokenizer_from": "models.from_encoder",
     "ImageCodes": "types",
     "ImageLatents": "types",
     "Quantized": "types",
