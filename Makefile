@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(RUN) -m tokenizers_mm.cli demo
 
 test: $(STAMP) lint
-	$(RUN) -m pytest -m "not full"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not full"
 
 test-full: $(STAMP)
 	$(RUN) -m pytest -m full

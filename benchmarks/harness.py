@@ -50,7 +50,8 @@ CAPS = {
         "OPENBLAS_CORETYPE": "Haswell",
     },
 }
-"""Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS."""
+"""Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS. On
+ARM64 there is none."""
 CAPS["avx_vnni"] = {**CAPS["avx2"], "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 CAPS["avx512_vnni"] = {}
 
@@ -60,7 +61,7 @@ def cap_isa(isa: str, module: str, arguments: list[str]) -> None:
 
     They read the environment when they are loaded, so that it has to be there before. Returns in the new process.
     """
-    wanted = {**CAPS[isa], "TOKENIZERS_MM_ISA": isa}
+    wanted = {**CAPS.get(isa, {}), "TOKENIZERS_MM_ISA": isa}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         command = [sys.executable, "-m", module, *arguments]
         os.execve(sys.executable, command, {**os.environ, **wanted})

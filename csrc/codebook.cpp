@@ -180,10 +180,12 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
     made->scale = std::max(known.largest, 1e-30f) / isa->code_levels;
   }
   const int64_t wide = made->wide, wide_steps = wide / 2;
-  const int64_t steps = made->steps = wide_steps + (d - wide + per_word - 1) / per_word;
-  // Bytes are stored as q + code_levels + 1, without a sign, in 8 bits or 7: that flips the highest of them.
+  const int64_t depth = which == kInt8 ? isa->depth : 1;
+  const int64_t steps = made->steps = wide_steps + ((d - wide + per_word - 1) / per_word + depth - 1) / depth * depth;
+  // Bytes with an offset, in 8 bits or 7, have no sign: that flips the highest of them.
   const int64_t narrow_from = which == kInt8 ? wide_steps : steps;
-  const uint32_t levels = static_cast<uint32_t>(isa->code_levels), flip = 0x01010101u * (levels + 1), bits = 0x01010101u * (2 * levels + 1);
+  const uint32_t levels = static_cast<uint32_t>(isa->code_levels), bits = 0x01010101u * (2 * levels + 1);
+  const uint32_t flip = 0x01010101u * static_cast<uint32_t>(isa->code_offset);
   std::mutex merge;
   if (wide) {
     std::vector<float> top(d, 1e-30f);
@@ -226,11 +228,16 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
         worst = std::max<double>(worst, isa->quantise[which](row.get(), padded, made->scale, words.get()).residual2);
         source = words.get();
       }
-      int32_t* out = &made->codes[code / panel * panel * steps + vector / isa->tile * pass * steps + vector % isa->tile * lanes + lane];
-      for (int64_t step = 0; step < steps; ++step, out += pass) {
+      const char* from = static_cast<const char*>(source);
+      const int64_t place = vector % isa->tile * lanes + lane, next = depth * pass - depth + 1;
+      int32_t* out = &made->codes[code / panel * panel * steps + vector / isa->tile * pass * steps + place];
+      for (int64_t step = 0; step < narrow_from; ++step, out += pass, from += 4) std::memcpy(out, from, 4);
+      out += (depth - 1) * place;
+      for (int64_t step = narrow_from; step < steps; ++step, from += 4) {
         uint32_t word;
-        std::memcpy(&word, static_cast<const char*>(source) + 4 * step, 4);
-        *out = static_cast<int32_t>(step < narrow_from ? word : (word & bits) ^ flip);
+        std::memcpy(&word, from, 4);
+        *out = static_cast<int32_t>((word & bits) ^ flip);
+        out += (step - narrow_from + 1) & (depth - 1) ? 1 : next;
       }
       const float start = which == kDifference ? 0.0f : known.bias[code < k ? code : 0];
       made->bias[code / panel * panel + vector * lanes + lane] = wins ? start : -std::numeric_limits<float>::infinity();

@@ -115,9 +115,11 @@ struct Isa {
   int tile;  // vectors in a pass; it divides `vectors`
   bool has[kRungs];
   void (*scan[kRungs])(const ScanArgs&);
-  // int8 rung: the largest |q| of a code, which is stored as q + code_levels + 1, without a sign. The scale of a token is at least
+  // int8 rung: the largest |q| of a code, which is stored as q + code_offset: code_levels + 1, without a sign, or 0. `depth` steps,
+  // 1 or 2, of a code lie side by side: [vectors / tile][step / depth][tile][lane][depth]. The scale of a token is at least
   // max |x| / kTokenLevels and, where the rung has runs of steps, at least this, of `padded` values (a multiple of 16); else null.
   float code_levels;
+  int code_offset, depth;
   float (*run_scale)(const float* x, int64_t padded);
   // out = (row - mean) * scale, zero-padded to a multiple of 16.
   RowStats (*centre_f32)(const float* row, const float* mean, float scale, int64_t d, float* out);
@@ -143,8 +145,11 @@ static inline int64_t grid_scratch(int64_t supers) {
 const Isa* avx512_isa();    // null where the compiler does not know it
 const Isa* avx_vnni_isa();  // needs avx2_isa() too
 const Isa* avx2_isa();
+const Isa* neon_i8mm_isa();  // needs neon_isa() too
+const Isa* neon_dot_isa();   // the same
+const Isa* neon_isa();
 const Isa* portable_isa();
 const Isa* current_isa();   // the one that codebooks made now get
-extern const TreeLoops kTreeAvx512, kTreeAvx2;
+extern const TreeLoops kTreeAvx512, kTreeAvx2, kTreeNeon;
 
 }  // namespace tmm

@@ -32,6 +32,7 @@ const Isa* avx_vnni_isa() {
     table.scan[kInt8] = scan<EightBits>;
     table.scan[kInt16] = scan<Plain<IntegerTop, add_words>>;
     table.code_levels = 127.0f;
+    table.code_offset = 128;
     table.run_scale = nullptr;
     table.choice.cycles[kInt8] = 0.0144f;
     table.choice.cycles[kInt16] = 0.024f;

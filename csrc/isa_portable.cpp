@@ -1,4 +1,4 @@
-// Any CPU: the float32 rungs on 128-bit vectors (SSE2, NEON).
+// Any CPU: the float32 rungs on 128-bit vectors.
 #define TMM_LANES 4
 #define TMM_MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #include "isa_generic.h"
@@ -14,6 +14,8 @@ const Isa* portable_isa() {
                           {false, false, true, true},
                           {nullptr, nullptr, scan<FloatRung>, scan<DifferenceRung>},
                           0,
+                          0,
+                          1,
                           nullptr,
                           centre<float>,
                           centre<double>,

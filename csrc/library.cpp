@@ -1,6 +1,10 @@
 // The library's entry points other than the searches: versions, choice of instruction set, lifetime of codebooks.
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <atomic>
@@ -16,25 +20,43 @@ namespace tmm {
 namespace {
 
 #if defined(__x86_64__) || defined(__i386__)
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 // The system's support of the registers is that of AVX2. Not by name: compilers learned the name late.
 bool runs_avx_vnni() {
   unsigned a, b, c, d;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  return runs_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
-bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#else
-bool runs_avx512() { return false; }
-bool runs_avx_vnni() { return false; }
-bool runs_avx2() { return false; }
+#elif defined(__aarch64__) && defined(__linux__)
+// The bits of the kernel's interface, which older headers do not name.
+bool runs_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool runs_i8mm() { return getauxval(26) >> 13 & 1; }  // AT_HWCAP2
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+bool runs_dot() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool runs_i8mm() { return has_feature("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__aarch64__)
+bool runs_dot() { return false; }
+bool runs_i8mm() { return false; }
 #endif
 
+// The strongest instruction set, or the one of that name, of those that this CPU has.
 const Isa* find(const char* name) {
+#if defined(__x86_64__) || defined(__i386__)
   const Isa* all[] = {runs_avx512() ? avx512_isa() : nullptr, runs_avx_vnni() ? avx_vnni_isa() : nullptr,
                       runs_avx2() ? avx2_isa() : nullptr, portable_isa()};
+#elif defined(__aarch64__)
+  const Isa* all[] = {runs_i8mm() ? neon_i8mm_isa() : nullptr, runs_dot() ? neon_dot_isa() : nullptr, neon_isa(), portable_isa()};
+#else
+  const Isa* all[] = {portable_isa()};
+#endif
   for (const Isa* isa : all)
     if (isa && (!name || std::strcmp(isa->name, name) == 0)) return isa;
   return nullptr;

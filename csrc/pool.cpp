@@ -19,6 +19,8 @@ constexpr int kSpins = 2000;  // a few microseconds: back-to-back calls find the
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
 #endif
 }
 

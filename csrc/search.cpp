@@ -110,7 +110,7 @@ class BlockSearch {
                                               : isa_.quantise[rung_](x_.get(), book_.padded, scale, words_.get());
       source = words_.get();
       state.unit = static_cast<double>(scale) * pack_.scale;
-      state.offset = rung_ == kInt8 ? static_cast<int64_t>(isa_.code_levels + 1) * quantised.sum : 0;  // as the codes are stored
+      state.offset = rung_ == kInt8 ? int64_t{isa_.code_offset} * quantised.sum : 0;  // as the codes are stored
       const double residual = std::sqrt(static_cast<double>(quantised.residual2)) * 1.001;
       state.bound = 1.0001 * (residual * known_.radius + (norm + residual) * pack_.residual) + 0.51 * state.unit + 0x1p-22 * rounding;
     }
@@ -302,13 +302,20 @@ Stats search_all_in_full(const Query& query, const Summary& known) {
       });
 }
 
+// The next rung with a tighter bound, but for one that takes as long as float32.
+int next_rung(const Isa& isa, int rung) {
+  const float* cycles = isa.choice.cycles;
+  for (++rung; rung < kRungs; ++rung)
+    if (isa.has[rung] && (rung >= kFloat32 || cycles[rung] < cycles[kFloat32])) break;
+  return rung;
+}
+
 // Whether the next rung's slower pass costs less than what this rung leaves to score in double precision.
 int better_rung(const Codebook& book, int rung, const Stats& stats) {
   const double products = static_cast<double>(book.k) * static_cast<double>(book.d);
   const double scored = stats.rows ? static_cast<double>(stats.codes) / static_cast<double>(stats.rows) : 0;
   const double excess = (scored - 2.0 * book.isa->vectors) * (0.5 * static_cast<double>(book.d) + 16);
-  int next = rung + 1;
-  while (next < kRungs && !book.isa->has[next]) ++next;
+  const int next = next_rung(*book.isa, rung);
   if (next == kRungs || (next == kDifference && book.dtype != TMM_F32)) return rung;  // it needs the values themselves
   return excess > products * static_cast<double>(book.isa->choice.cycles[next] - book.isa->choice.cycles[rung]) ? next : rung;
 }
@@ -317,7 +324,7 @@ int lowest_rung(const Codebook& book, bool margins) {
   const int known = book.rung[margins].load(std::memory_order_relaxed);
   if (known >= 0) return known;
   if (book.isa->has[kInt8] && book.d <= kMaxInt8Dim) return kInt8;
-  return book.isa->has[kInt16] && book.d < 1000000 ? kInt16 : kFloat32;
+  return book.d < 1000000 ? next_rung(*book.isa, kInt8) : kFloat32;
 }
 
 void raise_rung(std::atomic<int>* rung, int least) {

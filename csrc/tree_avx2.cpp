@@ -3,6 +3,8 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 
+#include <immintrin.h>
+
 #include "tree_search.h"
 
 namespace tmm {
@@ -71,6 +73,7 @@ struct Avx2 {
   }
   TMM_INLINE Ints rounded(Floats a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
   TMM_INLINE Ints as_ints(Floats a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
+  TMM_INLINE float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
   TMM_INLINE Ints add(Ints a, Ints b) { return TMM_BOTH(Ints, _mm256_add_epi32); }
   TMM_INLINE Ints min(Ints a, Ints b) { return TMM_BOTH(Ints, _mm256_min_epi32); }

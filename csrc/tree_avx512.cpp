@@ -3,6 +3,8 @@
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
+#include <immintrin.h>
+
 #include "tree_search.h"
 
 namespace tmm {
@@ -33,6 +35,7 @@ struct Avx512 {
   static inline Floats absolute(Floats a) { return _mm512_abs_ps(a); }
   static inline Ints rounded(Floats a) { return _mm512_cvtps_epi32(a); }
   static inline Ints as_ints(Floats a) { return _mm512_castps_si512(a); }
+  static inline float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
   static inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static inline Ints min(Ints a, Ints b) { return _mm512_min_epi32(a, b); }

@@ -12,8 +12,6 @@
 // distances fit 32 bits by the width of the grid.
 #pragma once
 
-#include <immintrin.h>
-
 #include "isa.h"
 
 namespace tmm {
@@ -165,9 +163,9 @@ inline __attribute__((always_inline)) typename V::Ints grid_distances(const int3
   return sum;
 }
 
+template <class V>
 inline int32_t reach_of(int32_t m, float slack) {
-  const float exact = _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(static_cast<float>(m))));
-  const float root = exact * (1.0f + 0x1p-20f) + slack;
+  const float root = V::root(static_cast<float>(m)) * (1.0f + 0x1p-20f) + slack;
   const float reach = root * root * (1.0f + 0x1p-20f) + 1.0f;
   return reach < kFarthestReach ? static_cast<int32_t>(reach) : kFar;
 }
@@ -232,7 +230,7 @@ struct GridSearch {
     const auto rest = V::choose(V::equal(V::lanes(), V::fill(first)), near, V::fill(kFar));
     const int second = lane_of<V>(rest, V::least(rest));
     const auto d2 = V::min(leaf(home * kLeaf + first, z), leaf(home * kLeaf + second, z));
-    reach[row] = reach_of(least_of<V>(d2, kFar, two), tree.slack);
+    reach[row] = reach_of<V>(least_of<V>(d2, kFar, two), tree.slack);
   }
 
   // Replaces the distances to the super boxes by the list of those in reach; returns how many.
@@ -280,7 +278,7 @@ struct GridSearch {
       keys = V::choose(V::equal(keys, V::fill(key)), keys, V::fill(kFar));
       d2 = V::min(d2, leaf(leaves.index[first + (key & kPlace)], z));
     }
-    const int32_t nearer = reach_of(least_of<V>(d2, kFar, two), tree.slack);
+    const int32_t nearer = reach_of<V>(least_of<V>(d2, kFar, two), tree.slack);
     reach[row] = nearer < reach[row] ? nearer : reach[row];
     const auto limit = V::fill(reach[row]);
     int64_t kept = first;
@@ -298,7 +296,7 @@ struct GridSearch {
       V::store(distances + i * kLeaf, d2);
       nearest = V::min(nearest, d2);
     }
-    const auto limit = V::fill(reach_of(least_of<V>(nearest, kFar, two), tree.slack));
+    const auto limit = V::fill(reach_of<V>(least_of<V>(nearest, kFar, two), tree.slack));
     for (int64_t i = count; i % 4; ++i) V::store(distances + i * kLeaf, V::fill(kFar));
     int64_t found = 0;
     for (int64_t i = 0; i < count; i += 4) {

@@ -19,6 +19,7 @@ from tests.models.test_dualvitok import tiny_config as tiny_dualvitok_config
 from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.cli import TRACEBACK, guarded, main
 from tokenizers_mm.data.codes import read_codes
+from tokenizers_mm.eval.candidates import Encoded, Ours
 from tokenizers_mm.models import MAR, DualViTok, TokenFlow
 
 
@@ -215,7 +216,8 @@ def test_a_lossless_report_is_json(saved: Path, tmp_path: Path, monkeypatch: pyt
     def strict(text: str) -> None:
         raise ValueError(text)
 
-    monkeypatch.setattr("tokenizers_mm.eval.report.reconstruct", lambda _, x: (x, []))
+    monkeypatch.setattr(Ours, "encode", lambda _, x, target=None: Encoded(x, [1.0] * len(x)))
+    monkeypatch.setattr(Ours, "decode", lambda _, encoded: encoded.value)
     out = tmp_path / "report.json"
     command = ["eval", "--tokenizer", str(saved / "tok"), "--images", str(saved / "images"), "--out", str(out)]
     assert main(command) == 0
@@ -224,14 +226,16 @@ def test_a_lossless_report_is_json(saved: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_outputs_are_judged_before_the_work(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    os.mkfifo(tmp_path / "fifo.npz")
+    for name in ("fifo.npz", "a.json"):
+        os.mkfifo(tmp_path / name)
     image, tok = str(saved / "images" / "0.png"), str(saved / "tok")
     evaluate = ["eval", "--images", str(saved / "images"), "--tokenizer", tok, "--out"]
     for arguments, message in [
         (["encode", image, "--tokenizer", tok, "--out", str(tmp_path / "x.jpg")], "ends in .safetensors or .npz, got"),
         (["encode", image, "--tokenizer", tok, "--out", str(tmp_path / "fifo.npz")], "got a FIFO"),
         ([*evaluate, "/dev/null"], "got a device"),
-        ([*evaluate, str(tmp_path)], "got a folder"),
+        ([*evaluate, image], "expected a folder, a new name or a .json file, got a file"),
+        ([*evaluate, str(tmp_path / "a.json")], "got a FIFO"),
     ]:
         assert main(arguments) == 2, arguments
         said = capsys.readouterr().err

@@ -27,7 +27,7 @@ _TABLES = (
 def tokenflow_weights(case: Case) -> dict[str, Tensor]:
     """The state dict of a TokenFlow case, from state_keys.json."""
     keys, seed = json.loads((case.folder / "state_keys.json").read_text()), case.config["weights"]["seed"]
-    return {name: _tensor(name, spec, seed) for name, spec in keys.items()}
+    return {name: rule_tensor(name, spec, seed) for name, spec in keys.items()}
 
 
 def uniform(name: str, shape: list[int] | tuple[int, ...], seed: int) -> np.ndarray:
@@ -59,7 +59,7 @@ def offset_and_amplitude(name: str, shape: list[int] | tuple[int, ...]) -> tuple
     return 0.0, float(np.sqrt(3.0 / np.prod(shape[1:])) * 1.2)
 
 
-def _tensor(name: str, spec: dict, seed: int) -> Tensor:
+def rule_tensor(name: str, spec: dict, seed: int) -> Tensor:
     shape = spec["shape"]
     if "value" in spec:
         return torch.tensor(spec["value"], dtype=torch.float32).reshape(shape)

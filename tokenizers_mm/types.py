@@ -111,13 +111,13 @@ class Quantized:
 class Reconstruction:
     """A forward pass of a tokenizer, all that the training terms need.
 
-    `image` [B, 3, H, W]; `semantic` [B, T, C], the prediction of the semantic decoder, None for a model without one;
-    `target` [B, T, C], its target, None for a model without a frozen tower; `quantized` by stream; `vectors`
-    [B, h, w, D], all of them on the decoder's grid: the value of `ImageTokenizer.vectors`, with the gradient of the
-    features that were quantized.
+    `image` [B, 3, H, W], None for a model without pixels; `semantic` [B, T, C], the prediction of the semantic decoder,
+    None for a model without one; `target` [B, T, C], its target, None for a model without a frozen tower; `quantized`
+    by stream; `vectors` [B, h, w, D], all of them on the decoder's grid: the value of `ImageTokenizer.vectors`, with
+    the gradient of the features that were quantized.
     """
 
-    image: Tensor
+    image: Tensor | None
     semantic: Tensor | None
     target: Tensor | None
     quantized: Mapping[str, Quantized]

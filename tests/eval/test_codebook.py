@@ -2,7 +2,7 @@
 
 import torch
 
-from tokenizers_mm.eval.codebook import codebook_health
+from tokenizers_mm.eval.codebook import CodebookCounts, codebook_health
 from tokenizers_mm.eval.semantics import linear_probe
 from tokenizers_mm.types import ImageCodes, Stream
 
@@ -28,3 +28,31 @@ def test_linear_probe_reads_what_is_linear_and_nothing_else() -> None:
     for labels, low, high in ((linear, 0.97, 1.0), (ring, 0.0, 0.65)):
         hits = linear_probe((x[:400], labels[:400]), (x[400:], labels[400:]), 2)
         assert low <= float(hits.double().mean()) <= high
+
+
+def test_entropies_and_code_lengths() -> None:
+    """Ids that repeat row by row: nothing is left to say given the id above, and an adaptive coder learns them."""
+    stream = Stream("a", 16, ((8, 8),))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 16, (400, 1, 8), generator=generator).expand(-1, 8, -1)
+    counts = CodebookCounts()
+    for part in rows.flatten(1).split(64):
+        counts.add(ImageCodes(part, 8, 8, (stream,)))
+    report = counts.report()["a"]
+    assert report["dead"] == 0
+    assert report["bits"]["nominal"] == 64 * 4
+    assert abs(report["entropy"] - 4) < 0.05
+    assert abs(report["bits"]["entropy_coded"] - 64 * report["entropy"]) < 1
+    assert report["conditional"]["up"]["bits"] < 0.01
+    assert report["conditional"]["previous"]["bits"] > 3.5
+    assert report["conditional"]["previous"]["reliable"]
+    random = torch.randint(0, 4096, (1, 64), generator=generator)
+    few = codebook_health([ImageCodes(random, 8, 8, (Stream("a", 4096, ((8, 8),)),))])["a"]
+    assert not few["conditional"]["previous"]["reliable"]
+    assert few["bits"]["entropy_coded"] <= few["bits"]["nominal"]
+    again = CodebookCounts()
+    again.restore(counts.state())
+    assert again.report() == counts.report()
+    empty = CodebookCounts()
+    empty.add(ImageCodes(torch.zeros(1, 1, dtype=torch.int64), 8, 8, (Stream("a", 1 << 40, ((1, 1),)),)))
+    assert empty.report() == {}, "a codebook that no table can hold"

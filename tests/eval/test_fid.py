@@ -78,4 +78,4 @@ def test_frechet_distance_equals_the_formula() -> None:
 
     (m1, c1), (m2, c2) = moments(a), moments(b)
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * np.real(sqrtm(c1 @ c2)))
-    assert value == pytest.approx(expected, rel=1e-4)
+    assert value == pytest.approx(expected, rel=1e-6)

@@ -1,8 +1,10 @@
 """Going down and up between scales, against formulas."""
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from tokenizers_mm.functional.multiscale import area_down, bicubic_up
+from tokenizers_mm.functional.multiscale import area_down, bicubic_up, nearest_tick, upsample
 from tokenizers_mm.functional.usage import count_ids, perplexity, usage
 
 
@@ -39,3 +41,18 @@ def test_counts() -> None:
     assert usage(counts) == 2 / 5
     assert abs(perplexity(torch.ones(8, dtype=torch.int64)) - 8) < 1e-9
     assert perplexity(torch.zeros(8, dtype=torch.int64)) == 0
+
+
+def test_ticks_are_those_of_var() -> None:
+    """argmin over numpy's linspace, as the original code has it, for 10 scales and every number of blocks."""
+    for count in range(1, 11):
+        part = 3 if count == 4 else 2
+        ticks = np.linspace(1 / part / count, 1 - 1 / part / count, count)
+        for scale in range(10):
+            assert nearest_tick(scale / 9, count) == int(np.argmin(np.abs(ticks - scale / 9)))
+
+
+def test_bilinear_is_trilinear_over_one_frame() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    expected = F.interpolate(x.permute(0, 3, 1, 2)[:, :, None], size=(1, 6, 7), mode="trilinear")[:, :, 0]
+    torch.testing.assert_close(upsample(x, (6, 7), "bilinear"), expected.permute(0, 2, 3, 1))

@@ -4,16 +4,16 @@ import math
 
 import torch
 
-from tokenizers_mm.functional import vq
+from tokenizers_mm.functional import assignment, vq
 
 
 def test_each_term_reaches_its_own_tensor() -> None:
     z = torch.randn(5, 3, requires_grad=True)
     e = torch.randn(5, 3, requires_grad=True)
     terms = vq.vq_terms(z, e)
-    assert torch.autograd.grad(terms.codebook, (z, e), allow_unused=True, retain_graph=True)[0] is None
-    assert torch.autograd.grad(terms.commitment, (z, e), allow_unused=True)[1] is None
-    torch.testing.assert_close(terms.codebook, ((e - z) ** 2).mean())
+    assert torch.autograd.grad(terms["codebook"], (z, e), allow_unused=True, retain_graph=True)[0] is None
+    assert torch.autograd.grad(terms["commitment"], (z, e), allow_unused=True)[1] is None
+    torch.testing.assert_close(terms["codebook"], ((e - z) ** 2).mean())
     st = vq.straight_through(z, e)
     torch.testing.assert_close(st, e)
     to_z, to_e = torch.autograd.grad((st * torch.arange(3.0)).sum(), (z, e), allow_unused=True)
@@ -37,7 +37,7 @@ def test_entropy_equals_the_full_matrix_and_its_gradients(monkeypatch) -> None:
     torch.manual_seed(0)
     z = torch.randn(37, 4, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
-    monkeypatch.setattr(vq, "ENTROPY_TILE", 11 * 5)  # several tiles
+    monkeypatch.setattr(assignment, "TILE", 11 * 5)  # several tiles
     value = vq.codebook_entropy(z, codebook, temperature=0.7)
     p = torch.softmax(-(z[:, None] - codebook).square().sum(-1) / 0.7, -1)
     mean = p.mean(0)

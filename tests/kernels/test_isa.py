@@ -63,5 +63,5 @@ def test_unknown_instruction_set_is_one_sentence(command: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_MM_ISA": "avx3"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode != 0
-    assert "TOKENIZERS_MM_ISA: expected one of portable, avx2, avx_vnni, avx512_vnni, got avx3" in done.stderr
+    assert f"TOKENIZERS_MM_ISA: expected one of {', '.join(_native.ISAS)}, got avx3" in done.stderr
     assert "Traceback" not in done.stderr

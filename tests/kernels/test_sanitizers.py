@@ -16,11 +16,13 @@ from tokenizers_mm.kernels import _native, _ops
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = {
+X86_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma",
     "avx_vnni": "-mavx2 -mfma -mavxvnni",
     "avx2": "-mavx2 -mfma",
 }
+ARM_FLAGS = {"neon_dot": "-march=armv8.2-a+dotprod", "neon_i8mm": "-march=armv8.2-a+dotprod+i8mm"}
+FLAGS = {"x86_64": X86_FLAGS, "AMD64": X86_FLAGS, "aarch64": ARM_FLAGS, "arm64": ARM_FLAGS}
 
 
 def build(folder: Path, sanitizer: str) -> Path:
@@ -32,10 +34,10 @@ def build(folder: Path, sanitizer: str) -> Path:
     probe.write_text("int main() { return 0; }\n")
     if subprocess.run([*common, str(probe), "-o", str(folder / "probe")], capture_output=True, check=False).returncode:
         pytest.skip(f"this compiler has no -fsanitize={sanitizer}")
-    wide = platform.machine() in ("x86_64", "AMD64")
+    known = FLAGS.get(platform.machine(), {})
     objects, running = [], []
     for source in [*sorted((ROOT / "csrc").glob("*.cpp")), Path(__file__).with_name("races.cpp")]:
-        flags = next((value.split() for name, value in FLAGS.items() if wide and name in source.name), [])
+        flags = next((value.split() for name, value in known.items() if name in source.name), [])
         objects.append(str(folder / f"{source.stem}.o"))
         running.append(
             subprocess.Popen([*common, *flags, "-I", str(ROOT / "csrc"), "-c", str(source), "-o", objects[-1]])

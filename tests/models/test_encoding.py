@@ -13,7 +13,6 @@ from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
 from tests.models.test_tokenflow import tiny_config as tiny_tokenflow
 from tokenizers_mm import _images
 from tokenizers_mm._check import describe
-from tokenizers_mm.eval import report
 from tokenizers_mm.models import DualViTok, TokenFlow, base
 from tokenizers_mm.types import ImageCodes, Stream
 
@@ -117,33 +116,6 @@ def test_an_image_of_a_wrong_size_is_named(tokenizer: TokenFlow, tmp_path: Path)
         tokenizer.encode([tmp_path / "good.png", tmp_path / "small.png"])
     with pytest.raises(ValueError, match=r"^images\[1\]: expected 32 x 32 pixels, got 20 x 32"):
         tokenizer.encode([noise(0, (32, 32)), noise(0, (20, 32))])
-
-
-def test_eval_holds_one_image_at_a_time(tokenizer: TokenFlow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No image tensor of an earlier file lives when the next file is read."""
-    import gc
-    import weakref
-
-    for index in range(12):
-        noise(index, (32, 32)).save(tmp_path / f"{index:02d}.png")
-    alive: list[weakref.ref[torch.Tensor]] = []
-    reconstruct, read = report.reconstruct, report.read_image
-
-    def tracked(*arguments: Any) -> tuple[torch.Tensor, list[ImageCodes]]:
-        decoded, codes = reconstruct(*arguments)
-        alive.extend(weakref.ref(tensor) for tensor in (arguments[1], decoded))
-        return decoded, codes
-
-    def counted(path: Path) -> Image.Image:
-        gc.collect()
-        assert sum(reference() is not None for reference in alive) <= 2
-        return read(path)
-
-    monkeypatch.setattr(report, "reconstruct", tracked)
-    monkeypatch.setattr(report, "read_image", counted)
-    found = report.evaluate(tokenizer, sorted(tmp_path.iterdir()))
-    assert found["images"] == 12
-    assert len(alive) == 24
 
 
 KINDS = ("list", "tuple", "int32", "uint8", "uint16", "int16", "numpy int64", "numpy uint16", "numpy int32", "tensors")

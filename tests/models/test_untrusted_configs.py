@@ -19,15 +19,19 @@ from safetensors.torch import load_file, save_file
 import tokenizers_mm as tmm
 from tests.mar_cases import tiny_config as mar_config
 from tests.models.test_dualvitok import tiny_config as dualvitok_config
+from tests.models.test_semantic import tiny as semantic_model
 from tests.models.test_tokenflow import tiny_config as tokenflow_config
+from tests.models.test_vqgan import tiny_config as vqgan_config
 from tokenizers_mm.cli import main
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
-from tokenizers_mm.models import MAR, DualViTok, TokenFlow
+from tokenizers_mm.models import MAR, VQGAN, DualViTok, TokenFlow
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "dualvitok": lambda: DualViTok.from_config(dualvitok_config()),
     "mar": lambda: MAR.from_config(mar_config()),
+    "semantic": lambda: semantic_model(semantic_decoder={"kind": "transformer", "width": 16, "depth": 1, "heads": 2}),
     "tokenflow": lambda: TokenFlow.from_config(tokenflow_config()),
+    "vqgan": lambda: VQGAN.from_config(vqgan_config()),
 }
 SECONDS = 5.0
 

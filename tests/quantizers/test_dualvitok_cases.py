@@ -149,5 +149,5 @@ def test_fsq() -> None:
         assert parameter.grad is not None
         close(parameter.grad, t[f"grad.{name}"], name)
     for refuse in (quantizer.set_codes, ResidualQuantizer(ResidualConfig(SimVQConfig(8, 6), 1)).set_codes):
-        with pytest.raises(ValueError, match=r"got a request for it|got all of them"):
+        with pytest.raises(ValueError, match="got a request for it"):
             refuse(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 6))

@@ -59,6 +59,8 @@ def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, An
         if "buckets" in objective["data"]:
             return edits | {"objective.data.buckets": {"min_pixels": 1024, "max_pixels": 4096, "cell": 16, "step": 32}}
         return edits | {"objective.data.image_size": [64, 64]}
+    if model["family"] == "semantic":
+        return small_semantic(objective)
     if objective["loss"].get("teacher", {}).get("package"):  # published weights of an optional package
         tower = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
         model["config"]["semantic_decoder"]["out_dim"] = 48
@@ -73,6 +75,23 @@ def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, An
             model["start_from"] = str(place / "clipb_224")
         reduced_model(objective)
     return {}
+
+
+def small_semantic(objective: dict[str, Any]) -> dict[str, Any]:
+    tower = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    config, part = objective["model"]["config"], "objective.model.config"
+    edits: dict[str, Any] = {
+        f"{part}.image_size": [32, 32],
+        f"{part}.tower": {**config["tower"], "name": "vit_tiny_patch16_224", "options": tower, "pretrained": False},
+        f"{part}.quantizer": {**config["quantizer"], "codebook_size": 16, "dim": 8 if config.get("head", True) else 24},
+    }
+    if "warm_start" in objective:
+        edits["objective.warm_start.images"] = 8
+    if "semantic_decoder" in config:
+        edits[f"{part}.semantic_decoder"] = {**config["semantic_decoder"], "width": 32, "depth": 1, "heads": 2}
+    if "pixel_decoder" in config:
+        edits[f"{part}.pixel_decoder"] = {**config["pixel_decoder"], "in_channels": 8, "channels": 8, "num_groups": 4}
+    return edits
 
 
 def small_mar(objective: dict[str, Any], place: Path) -> dict[str, Any]:

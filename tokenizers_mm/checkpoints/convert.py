@@ -1,7 +1,7 @@
 """Published checkpoints of other code bases into our format: `tokenizers-mm convert FAMILY FILE --out DIR`.
 
     convert(family, file, out, config=None, **options) -> Path      # what the command line calls
-    FAMILIES[family](tensors, where, config, **options) -> ImageTokenizer
+    FAMILIES[family].convert(tensors, where, config, **options) -> ImageTokenizer
 
 A converter of a family (one file per family beside this one, built on `upstream`) gets the tensors by their published
 names, `where` to begin an error with, and optionally the dimensions of an unpublished size in the form of the reference
@@ -12,21 +12,49 @@ Its options are keyword-only parameters; numbers and booleans may come as text.
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.checkpoints import dualvitok, mar, tokenflow, upstream
+from tokenizers_mm.checkpoints import (
+    apertus,
+    bsq_vit,
+    chameleon,
+    dualvitok,
+    emu3,
+    glm_image,
+    ibq,
+    infinity,
+    llamagen,
+    mar,
+    open_magvit2,
+    showo,
+    tokenflow,
+    upstream,
+    var,
+)
+from tokenizers_mm.checkpoints.family import Converter, Family
 from tokenizers_mm.config import check_plain
-from tokenizers_mm.models import ImageTokenizer
 
-Converter = Callable[..., ImageTokenizer]
-
-FAMILIES: dict[str, Converter] = {
-    "dualvitok": dualvitok.convert,
-    "mar": mar.convert,
-    "tokenflow": tokenflow.convert,
+FAMILIES: dict[str, Family] = {
+    "apertus1p5": apertus.FAMILY,
+    "bitdance": open_magvit2.BITDANCE_FAMILY,
+    "bsq_vit": bsq_vit.FAMILY,
+    "chameleon": chameleon.FAMILY,
+    "dualvitok": dualvitok.FAMILY,
+    "emu3": emu3.FAMILY,
+    "emu3.5": ibq.EMU35_FAMILY,
+    "glm_image": glm_image.FAMILY,
+    "ibq": ibq.IBQ_FAMILY,
+    "infinity": infinity.FAMILY,
+    "janus": llamagen.JANUS_FAMILY,
+    "llamagen": llamagen.LLAMAGEN_FAMILY,
+    "mar": mar.FAMILY,
+    "open_magvit2": open_magvit2.OPEN_MAGVIT2_FAMILY,
+    "showo": showo.FAMILY,
+    "tokenflow": tokenflow.FAMILY,
+    "var": var.FAMILY,
 }
 
 
@@ -47,12 +75,42 @@ def convert(
     require(not out.exists() or out.is_dir(), "out", "a directory or a new name", f"the file {out}")
     require(config is None or isinstance(config, Mapping), "config", "a mapping", config)
     check_plain(config, "config")
-    converter = FAMILIES[family]
+    converter = FAMILIES[family].convert
     options = _checked(converter, options)
-    tokenizer = converter(upstream.read(file), str(file), config, **options)
+    tokenizer = converter(upstream.read(file, FAMILIES[family].wrappers), str(file), config, **options)
     tokenizer.provenance = dataclasses.replace(tokenizer.provenance, sha256=upstream.sha256(file))
     tokenizer.save(out)
     return out
+
+
+COLUMNS = ("family", "checkpoint", "image", "ids", "bits", "licence", "shown by tests")
+
+
+def rows() -> list[tuple[str, ...]]:
+    """The published files that were described, one row of `COLUMNS` each."""
+    return [
+        (
+            family,
+            item.source,
+            "x".join(map(str, item.image)),
+            f"{item.ids:,}" if item.streams else "continuous",
+            f"{round(item.bits):,}" if item.streams else "-",
+            item.license,
+            item.shown,
+        )
+        for family, found in FAMILIES.items()
+        for item in found.checkpoints
+    ]
+
+
+def table(markdown: bool = False) -> list[str]:
+    """Lines of `rows` under their columns, for a terminal or as a table of Markdown."""
+    cells = [COLUMNS, *rows()]
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        return [lines[0], "|" + "---|" * len(COLUMNS), *lines[1:]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
 def _checked(converter: Converter, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import require
 from tokenizers_mm.checkpoints import upstream
+from tokenizers_mm.checkpoints.family import Checkpoint, Family
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
 from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
@@ -182,3 +183,17 @@ def _part(description: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     for key in _NEEDED[name]:
         get(description, f"vq_model.config.{name}.{key}")
     return get(description, f"vq_model.config.{name}")
+
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "ILLUME-MLLM/dualvitok",
+            (512, 512),
+            ((324, 32768), (1024, 98304)),
+            "Apache-2.0",
+            "the original code at small sizes: ids, vectors, pixels and gradients; names and shapes of the full size",
+        ),
+    ),
+)

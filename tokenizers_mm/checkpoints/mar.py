@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints import upstream
+from tokenizers_mm.checkpoints.cnn import read_networks, taming_rules
+from tokenizers_mm.checkpoints.family import Checkpoint, Family
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
 from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.diffusion import TokenDenoiserConfig
 from tokenizers_mm.decoders.mar import MARDecoderConfig
-from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.encoders.mar import MAREncoderConfig
-from tokenizers_mm.encoders.pixel import PixelEncoderConfig
 from tokenizers_mm.models import MAR, MARConfig, Provenance
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 from tokenizers_mm.models.loading import build, fill
@@ -42,20 +42,6 @@ LANGUAGE_PREFIXES = ("llm.", "proj_in.", "proj_out.")
 _UNUSED_PREFIXES = ("loss.",)
 """Training-only parts that an autoencoder's file may hold."""
 
-_KL_RULES: list[Rule] = [
-    (r"^autoencoder\.post_quant\.", "post_quant_conv."),
-    (r"^autoencoder\.quant\.", "quant_conv."),
-    (r"^autoencoder\.", ""),
-    (r"\.middle\.block(\d)\.", r".mid.block_\1."),
-    (r"\.middle\.attention\.", ".mid.attn_1."),
-    (r"^encoder\.levels\.", "encoder.down."),
-    (r"\.blocks\.", ".block."),
-    (r"\.attentions\.", ".attn."),
-    (r"^encoder\.(.*)\.resample\.", r"encoder.\1.downsample."),
-    (r"^decoder\.(.*)\.resample\.", r"decoder.\1.upsample."),
-    (r"\.shortcut\.", ".nin_shortcut."),
-    (r"\.proj\.", ".proj_out."),
-]
 _MAR_RULES: list[Rule] = [
     (r"^encoder\.embed\.", "z_proj."),
     (r"^encoder\.embed_norm\.", "z_proj_ln."),
@@ -149,13 +135,13 @@ def links_of(shapes: Mapping[str, Shape], prefix: str = "") -> list[Link]:
 
 
 def kl_links_of(shapes: Mapping[str, Shape], prefix: str = "") -> list[Link]:
-    """Links of `autoencoder.*` to the names in kl16.ckpt, which counts the decoder's levels from fine to coarse."""
-    found = (re.match(r"autoencoder\.decoder\.levels\.(\d+)\.", name) for name in shapes)
-    last = max(int(match[1]) for match in found if match)
-    levels: list[Rule] = [
-        (rf"^autoencoder\.decoder\.levels\.{index}\.", f"decoder.up.{last - index}.") for index in range(last + 1)
-    ]
-    return link(shapes, [*levels, *_KL_RULES, (r"^", prefix)])
+    """Links of `autoencoder.*` to the names in kl16.ckpt."""
+    levels = _count(shapes, r"autoencoder\.decoder\.levels\.(\d+)\.")
+    return link(shapes, [(r"^autoencoder\.", ""), *_kl_rules(levels), (r"^", prefix)])
+
+
+def _kl_rules(levels: int) -> list[Rule]:
+    return [(r"^quant\.", "quant_conv."), (r"^post_quant\.", "post_quant_conv."), *taming_rules(levels)]
 
 
 def read_config(
@@ -203,21 +189,8 @@ def read_config(
 def read_kl_config(tensors: Mapping[str, Tensor], where: str) -> KLConfig:
     """Our configuration of an autoencoder of this family, from the shapes."""
     shapes = {name.removeprefix("vae."): tuple(t.shape) for name, t in tensors.items()}
-    channels = _shape(shapes, "encoder.conv_in.weight", where)[0]
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
-    widths = [_shape(shapes, f"encoder.down.{i}.block.0.conv2.weight", where)[0] for i in range(levels)]
-    common: dict[str, Any] = {
-        "channels": channels,
-        "multipliers": tuple(width // channels for width in widths),
-        "num_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-    }
-    encoder_attention = tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes)
-    decoder_attention = tuple(i for i in range(levels) if f"decoder.up.{i}.attn.0.q.weight" in shapes)
-    moments, dim = (_shape(shapes, f"{name}.weight", where)[0] for name in ("quant_conv", "post_quant_conv"))
-    return KLConfig(
-        PixelEncoderConfig(out_channels=moments, attention_levels=encoder_attention, **common),
-        PixelDecoderConfig(in_channels=dim, attention_levels=decoder_attention, **common),
-    )
+    encoder, decoder, _ = read_networks(shapes, _kl_rules, where)
+    return KLConfig(encoder, decoder)
 
 
 def _without_unused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,3 +213,16 @@ def _count(shapes: Mapping[str, Shape], pattern: str) -> int:
     """One more than the largest index in the names that match."""
     found = (re.match(pattern, name) for name in shapes)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+_SHOWN = "the original code at small sizes: latents, images, losses and gradients"
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "https://github.com/LTH14/mar: mar_base.pth, mar_large.pth, mar_huge.pth", (256, 256), (), "MIT", _SHOWN
+        ),
+        Checkpoint("wusize/harmon: harmon_0.5b.pth, harmon_1.5b.pth", (256, 256), (), "NTU S-Lab License 1.0", _SHOWN),
+    ),
+)

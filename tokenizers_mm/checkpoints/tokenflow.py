@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.checkpoints import upstream
+from tokenizers_mm.checkpoints.family import Checkpoint, Family
 from tokenizers_mm.checkpoints.tokenflow_variants import ENHANCED, PIXEL, VARIANTS, Description, variant_of
 from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
 from tokenizers_mm.config import checked
@@ -176,3 +177,20 @@ def _notice(description: Description) -> str:
     if len(sizes) == 1:
         return ""
     return f"The checkpoint serves image sizes {' and '.join(map(str, sizes))}; it was read for {size} (image_size)."
+
+
+_SHOWN = "the original code at small and at full size: ids, vectors, pixels, losses and gradients"
+
+FAMILY = Family(
+    convert,
+    tuple(
+        Checkpoint(
+            f"ByteFlow-AI/TokenFlow: {file}", (size, size), ((sum(n * n for n in scales), 32768),), "MIT", _SHOWN
+        )
+        for file, teacher, size in (
+            ("tokenflow_clipb_32k_enhanced.pt", "clipb_224", 256),
+            ("tokenflow_siglip_32k.pt", "siglip_384", 384),
+        )
+        for scales in (VARIANTS[teacher].scales[size],)
+    ),
+)

@@ -58,6 +58,8 @@ class Link:
 
     ours, shape: our name and shape. theirs: published names, joined along the first axis; None stands for zeros.
     their_shape: of each published part. change: applied to the joined tensor last; such a link has no way back.
+    part: (index, count) where ours is one of `count` equal slices of the published tensor along its first axis; all of
+    them are linked.
     """
 
     ours: str
@@ -65,14 +67,15 @@ class Link:
     theirs: tuple[str | None, ...]
     their_shape: Shape
     change: Callable[[Tensor], Tensor] | None = None
+    part: tuple[int, int] = (0, 1)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read(path: str | os.PathLike[str], wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their published names; `.safetensors`, or a file of `torch.save`.
 
     Pickles are read with weights_only; beside tensors they may hold an argparse Namespace, and the configuration
     objects of a training program, which are read as plain mappings: no code of theirs is imported or run. Of such a
-    file the first of `ema`, `model_ema`, `model` and `state_dict` is taken; a bare state dict is read as it is.
+    file the first of `wrappers` is taken; a bare state dict is read as it is.
     ValueError for a file that is missing, truncated, unsafe, without tensors, or that claims more than it holds.
     """
     file = regular_file(path, "a checkpoint file")
@@ -85,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         fail(str(file), "a file of torch.save with nothing but weights", _first_line(error))
     except _DAMAGE as error:
         fail(str(file), "a whole file of torch.save", f"{type(error).__name__}: {_first_line(error)}")
-    for key in WRAPPERS:
+    for key in wrappers:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
             break
@@ -216,10 +219,16 @@ def take(
 def give(links: Sequence[Link], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The published tensors from ours (a state dict, or gradients); parts that stand for zeros are left out."""
     theirs: dict[str, Tensor] = {}
+    slices: dict[str | None, list[Tensor]] = {}
     for item in links:
         if item.ours not in ours:
             continue
         require(item.change is None, item.ours, "a tensor that was only joined or reshaped", "one that was recomputed")
+        if item.part != (0, 1):
+            slices.setdefault(item.theirs[0], []).append(ours[item.ours])
+            if len(slices[item.theirs[0]]) == item.part[1]:
+                theirs[str(item.theirs[0])] = torch.cat(slices[item.theirs[0]]).reshape(item.their_shape)
+            continue
         parts = ours[item.ours].chunk(len(item.theirs)) if len(item.theirs) > 1 else (ours[item.ours],)
         for name, part in zip(item.theirs, parts, strict=True):
             if name is not None:
@@ -247,6 +256,7 @@ def _joined(item: Link, tensors: Mapping[str, Tensor]) -> Tensor:
         known = part.dtype in FLOATS or not part.is_floating_point()
         require(known, f"{name}", "float32, bfloat16, float16 or float64", part)
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+    tensor = tensor if item.part == (0, 1) else tensor.chunk(item.part[1])[item.part[0]]
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return tensor.reshape(item.shape) if item.change is None else item.change(tensor)
 

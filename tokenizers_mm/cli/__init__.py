@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from tokenizers_mm.cli import convert, decode, demo, doctor, encode, export, info, train
+from tokenizers_mm.cli import compare, convert, decode, demo, doctor, encode, explore, export, info, train
 from tokenizers_mm.cli import eval as evaluate
 from tokenizers_mm.cli.boundary import TRACEBACK as TRACEBACK
 from tokenizers_mm.cli.boundary import guarded as guarded
@@ -21,9 +21,11 @@ VERBS: dict[str, Any] = {
     "encode": encode,
     "decode": decode,
     "eval": evaluate,
+    "compare": compare,
     "convert": convert,
     "train": train,
     "export": export,
+    "explore": explore,
     "doctor": doctor,
     "demo": demo,
 }

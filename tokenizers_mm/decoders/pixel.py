@@ -1,7 +1,8 @@
-"""Convolutional pixel decoder, codes to image: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
+"""Convolutional pixel decoder, codes to image: VQGAN's, TokenFlow's, DualViTok's (MoVQ), the KL-16 autoencoder's, and
+those of the MAGVIT-v2 reimplementations and of Infinity."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,22 +14,29 @@ from tokenizers_mm.layers.conv import (
     AttentionLevels,
     Level,
     Middle,
+    MiddleBlocks,
+    MoreBlocks,
     Multipliers,
     NormFactory,
-    NumBlocks,
     Patch,
     Resampling,
+    StillBlocks,
     Upsample,
+    blocks_per_level,
     check_widths,
     silu,
 )
-from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm
+from tokenizers_mm.layers.norm import GroupNorm, SpatialNorm, StatisticsNorm
+from tokenizers_mm.layers.still import StillDecoder
 
 
 @dataclass(frozen=True)
 class PixelDecoderConfig:
     """Sizes of the decoder, the mirror of `PixelEncoderConfig`; every level has `num_blocks + 1` residual blocks.
 
+    num_blocks, middle, middle_blocks, middle_attention, bias: as there (the first convolution always has a bias).
+    still_blocks: residual blocks of temporal layers that z and the context go through first (see `layers.still`).
+    level_norms: a norm before every level whose scale and shift are statistics of z (Open-MAGVIT2).
     context_channels: channels of the codes that condition every norm (MoVQ); None for plain group norms.
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
     linear: add a linear map of every 3x3 neighbourhood of z to a patch, which a training run can start by regression.
@@ -38,7 +46,7 @@ class PixelDecoderConfig:
     in_channels: Width
     channels: Width = 128
     multipliers: Multipliers = (1, 1, 2, 2, 4)
-    num_blocks: NumBlocks = 2
+    num_blocks: MoreBlocks = 2
     attention_levels: AttentionLevels = (4,)
     middle: bool = True
     head_patch: Patch = 1
@@ -47,6 +55,12 @@ class PixelDecoderConfig:
     num_groups: Width = 32
     linear: bool = False
     deblock: Annotated[float, Range(0, 2)] = 0.0
+    middle_blocks: MiddleBlocks = 2
+    middle_attention: bool = True
+    bias: bool = True
+    level_norms: bool = False
+    still_blocks: StillBlocks = 0
+    kind: Literal["cnn"] = "cnn"
 
     @property
     def factor(self) -> int:
@@ -56,9 +70,12 @@ class PixelDecoderConfig:
     def check(self) -> None:
         """Refuse widths that do not go together."""
         check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
+        blocks_per_level(self.num_blocks, len(self.multipliers))
         first = self.channels * self.multipliers[-1]
         if self.resampling == "dc":
             require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)
+        shared = not self.still_blocks or self.context_channels in (None, self.in_channels)
+        require(shared, "context_channels", f"{self.in_channels} or none, with still_blocks", self.context_channels)
         require(self.factor >= 6 or not self.deblock, "deblock", "0 for patches of less than 6 pixels", self.deblock)
 
 
@@ -68,22 +85,32 @@ class PixelDecoder(nn.Module):
     The image is not clamped.
     """
 
+    Config = PixelDecoderConfig
+
     def __init__(self, config: PixelDecoderConfig) -> None:
         super().__init__()
         self.config = config = checked(config)
         norm = _norm_factory(config)
         widths = [config.channels * m for m in config.multipliers]
         width = widths[-1]
+        self.still = StillDecoder(config.in_channels, config.still_blocks) if config.still_blocks else None
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
-        self.middle = Middle(width, norm) if config.middle else None
+        self.middle = None
+        if config.middle:
+            self.middle = Middle(width, norm, config.middle_attention, config.middle_blocks, config.bias)
         self.levels = nn.ModuleList()  # coarse to fine
+        self.level_norms = nn.ModuleList() if config.level_norms else None
+        counts = blocks_per_level(config.num_blocks, len(widths))
         for index in reversed(range(len(widths))):
+            if self.level_norms is not None:
+                self.level_norms.append(StatisticsNorm(width, config.in_channels, config.num_groups))
             self.levels.append(
                 Level(
-                    (width, *[widths[index]] * (config.num_blocks + 1)),
+                    (width, *[widths[index]] * (counts[index] + 1)),
                     norm,
                     attend=index in config.attention_levels,
                     resample=Upsample(widths[index], config.resampling) if index > 0 else None,
+                    bias=config.bias,
                 )
             )
             width = widths[index]
@@ -104,12 +131,16 @@ class PixelDecoder(nn.Module):
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         z = z.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
         context = None if context is None else context.contiguous()
+        if self.still is not None:
+            z, context = self.still(z), None if context is None else self.still(context)
         h = self.conv_in(z)
         if self.config.resampling == "dc":
             h = h + z.repeat_interleave(h.shape[1] // z.shape[1], dim=1)
         if self.middle is not None:
             h = self.middle(h, context)
-        for level in self.levels:
+        for index, level in enumerate(self.levels):
+            if self.level_norms is not None:
+                h = self.level_norms[index](h, z)
             for block in level:  # type: ignore[attr-defined]
                 h = block(h, context)
         h = silu(self.norm_out(h, context))

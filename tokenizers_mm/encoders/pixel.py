@@ -1,4 +1,5 @@
-"""Convolutional pixel encoder, image to features: TokenFlow's, DualViTok's (MoVQ) and the KL-16 autoencoder's."""
+"""Convolutional pixel encoder, image to features: VQGAN's, TokenFlow's, DualViTok's (MoVQ), the KL-16 autoencoder's,
+and those of the MAGVIT-v2 reimplementations and of Infinity."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,14 +13,18 @@ from tokenizers_mm.layers.conv import (
     Downsample,
     Level,
     Middle,
+    MiddleBlocks,
     Multipliers,
     NumBlocks,
     Patch,
     Resampling,
+    StillBlocks,
+    blocks_per_level,
     check_widths,
     silu,
 )
 from tokenizers_mm.layers.norm import GroupNorm
+from tokenizers_mm.layers.still import StillEncoder
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,13 @@ class PixelEncoderConfig:
     """Sizes of the encoder; the factor is `stem_patch * 2 ** (len(multipliers) - 1)`.
 
     stem_patch: 1 starts with a 3x3 convolution; p > 1 with a p x p convolution of stride p, for small machines.
+    num_blocks: residual blocks of every level, or of each one, from fine to coarse.
     attention_levels: indices of levels (0 is the finest) with attention after each residual block.
+    middle: whether there are blocks between the last level and the output: `middle_blocks` of them, with attention
+        after the first one where `middle_attention` says so.
     resampling: "dc" adds DC-AE shortcuts at every change of size and at the output.
+    bias: of the first convolution and of those in residual blocks. out_kernel: side of the last convolution.
+    still_blocks: residual blocks of temporal layers behind it (see `layers.still`); 0: no such layers.
     linear: a linear map of every factor x factor patch, which a training run can start from principal components:
         "none", "beside" the network (their sum), or "alone".
     """
@@ -43,6 +53,12 @@ class PixelEncoderConfig:
     resampling: Resampling = "conv"
     num_groups: Width = 32
     linear: Literal["none", "beside", "alone"] = "none"
+    middle_blocks: MiddleBlocks = 2
+    middle_attention: bool = True
+    bias: bool = True
+    out_kernel: Literal[1, 3] = 3
+    still_blocks: StillBlocks = 0
+    kind: Literal["cnn"] = "cnn"
 
     @property
     def factor(self) -> int:
@@ -52,6 +68,7 @@ class PixelEncoderConfig:
     def check(self) -> None:
         """Refuse widths that do not go together."""
         check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
+        blocks_per_level(self.num_blocks, len(self.multipliers))
         last = self.channels * self.multipliers[-1]
         if self.resampling == "dc":
             require(last % self.out_channels == 0, "out_channels", f"a divisor of {last}", self.out_channels)
@@ -59,6 +76,8 @@ class PixelEncoderConfig:
 
 class PixelEncoder(nn.Module):
     """x [B, 3, H, W] in [-1, 1] -> features [B, C, H / factor, W / factor]."""
+
+    Config = PixelEncoderConfig
 
     def __init__(self, config: PixelEncoderConfig) -> None:
         super().__init__()
@@ -75,26 +94,31 @@ class PixelEncoder(nn.Module):
 
         patch = config.stem_patch
         if patch == 1:
-            self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+            self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1, bias=config.bias)
         else:
-            self.conv_in = nn.Conv2d(3, config.channels, patch, stride=patch)
+            self.conv_in = nn.Conv2d(3, config.channels, patch, stride=patch, bias=config.bias)
         widths = [config.channels * m for m in config.multipliers]
+        counts = blocks_per_level(config.num_blocks, len(widths))
         self.levels = nn.ModuleList()
         width = config.channels
         for index, level_width in enumerate(widths):
             last = index == len(widths) - 1
             self.levels.append(
                 Level(
-                    (width, *[level_width] * config.num_blocks),
+                    (width, *[level_width] * counts[index]),
                     norm,
                     attend=index in config.attention_levels,
                     resample=None if last else Downsample(level_width, config.resampling),
+                    bias=config.bias,
                 )
             )
             width = level_width
-        self.middle = Middle(width, norm) if config.middle else nn.Identity()
+        self.middle = nn.Identity()
+        if config.middle:
+            self.middle = Middle(width, norm, config.middle_attention, config.middle_blocks, config.bias)
         self.norm_out = norm(width)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, config.out_channels, config.out_kernel, padding=config.out_kernel // 2)
+        self.still = StillEncoder(config.out_channels, config.still_blocks) if config.still_blocks else None
         if config.linear == "beside":
             for parameter in self.conv_out.parameters():
                 nn.init.zeros_(parameter)
@@ -112,4 +136,5 @@ class PixelEncoder(nn.Module):
             out = self.conv_out(h) + h.unflatten(1, (self.config.out_channels, -1)).mean(2)
         else:
             out = self.conv_out(h)
+        out = out if self.still is None else self.still(out)
         return out if self.linear is None else out + self.linear(x)

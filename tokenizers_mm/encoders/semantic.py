@@ -33,6 +33,7 @@ class SemanticEncoderConfig:
     mean: ChannelMeans | None = None
     std: ChannelDeviations | None = None
     features: Literal["norm", "last", "projected"] = "norm"
+    kind: Literal["timm"] = "timm"
 
     def check(self) -> None:
         """Refuse settings that do not go together."""
@@ -44,8 +45,17 @@ class SemanticEncoderConfig:
             require(self.options.get("num_classes", 0) > 0, "options.num_classes", "the width of the head", 0)
 
 
+def normalize_image(x: Tensor, mean: ChannelMeans | None, std: ChannelDeviations | None) -> Tensor:
+    """An image in [-1, 1], clamped, as a tower takes it; as it is without a mean and a standard deviation."""
+    if mean is None or std is None:
+        return x
+    return (((x + 1) / 2).clamp(0, 1) - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+
+
 class SemanticEncoder(nn.Module):
     """x [B, 3, H, W] in [-1, 1] -> tokens [B, h, w, C] on the tower's patch grid, class and register tokens dropped."""
+
+    Config = SemanticEncoderConfig
 
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()
@@ -57,9 +67,7 @@ class SemanticEncoder(nn.Module):
         self.dim = int(config.options["num_classes"] if projected else self.tower.num_features)  # type: ignore
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, std = self.config.mean, self.config.std
-        if mean is not None and std is not None:
-            x = (((x + 1) / 2).clamp(0, 1) - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+        x = normalize_image(x, self.config.mean, self.config.std)
         tokens = self.tower.forward_features(x)  # type: ignore[operator]
         if tokens.ndim == 4:  # a convolutional tower: [B, C, h, w]
             return tokens.permute(0, 2, 3, 1)

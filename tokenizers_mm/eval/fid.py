@@ -1,7 +1,8 @@
-"""rFID: the Frechet distance between originals and reconstructions, through torch-fidelity and a local weights file."""
+"""rFID, KID and inception score through torch-fidelity's feature extractors, with a local file of weights."""
 
 import pickle
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,19 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.functional.frechet import Moments, frechet_distance
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """The TensorFlow Inception weights as torch-fidelity names them."""
 
 
-class FrechetDistance:
-    """The Frechet distance between originals and reconstructions, accumulated one batch after another.
+class FeatureExtractor:
+    """A feature extractor of torch-fidelity: images in [-1, 1], as bytes -> features [B, D], float64 on the CPU.
 
-    Holds the first two moments of the features of each side, in float64; no image and no feature is kept.
+    measure: whose layer is read, "fid", "kid" or "isc".
     """
 
-    def __init__(self, weights: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, measure: str = "fid", weights: str | Path | None = None, **options: Any) -> None:
         """torch-fidelity's Inception (`inception-v3-compat`); options: its own (another registered extractor, say).
 
         weights: the weights file; None looks in torch.hub's cache. Nothing is downloaded.
@@ -34,39 +36,51 @@ class FrechetDistance:
         from torch_fidelity import utils  # an extra: loaded when asked for
 
         options = {"verbose": False, "cuda": torch.cuda.is_available(), **options}
-        layer = utils.resolve_feature_layer_for_metric("fid", **options)
-        name = utils.resolve_feature_extractor(fid=True, **options)
-        self._extract: Any = utils.create_feature_extractor(name, [layer], **options)
+        layer = utils.resolve_feature_layer_for_metric(measure, **{measure: True}, **options)
+        self.name = utils.resolve_feature_extractor(**{measure: True}, **options)
+        self._extract: Any = utils.create_feature_extractor(self.name, [layer], **options)
         self._device = "cuda" if options["cuda"] else "cpu"
-        self._moments: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._shift: Tensor | None = None
-        self._count = 0
 
     @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels = images.float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8)
+        return self._extract(pixels.to(self._device))[0].double().cpu()
+
+
+@lru_cache(maxsize=3)
+def shared_extractor(measure: str, weights: str, extractor: str) -> FeatureExtractor:
+    """One extractor for all tokenizers of a run. extractor: a registered name in place of Inception, "" for none."""
+    if extractor:
+        return FeatureExtractor(measure, feature_extractor=extractor)
+    return FeatureExtractor(measure, weights or None)
+
+
+class FrechetDistance:
+    """The Frechet distance between originals and reconstructions, accumulated one batch after another.
+
+    Holds the first two moments of the features of each side, in float64; no image and no feature is kept.
+    """
+
+    def __init__(self, weights: str | Path | None = None, **options: Any) -> None:
+        """weights, options: see `FeatureExtractor`."""
+        self._extract = FeatureExtractor("fid", weights, **options)
+        self._sides = Moments(), Moments()
+
     def add(self, originals: Tensor, reconstructions: Tensor) -> None:
         """Take images [B, 3, H, W] in [-1, 1] and what was made of them."""
         require(originals.shape == reconstructions.shape, "reconstructions", "one of each original", reconstructions)
-        self._count += len(originals)
-        for moments, images in zip(self._moments, (originals, reconstructions), strict=True):
-            pixels = images.float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8)
-            features = self._extract(pixels.to(self._device))[0].double().cpu()
-            if self._shift is None:  # near the mean, so that little cancels in the covariance
-                self._shift = features.mean(0)
-            features = features - self._shift
-            new = [features.sum(0), features.T @ features]
-            moments[:] = [a + b for a, b in zip(moments, new, strict=True)] if moments else new
+        for moments, images in zip(self._sides, (originals, reconstructions), strict=True):
+            moments.add(self._extract(images))
 
     def value(self) -> float:
         """The distance; the originals are the reference set, so it is comparable only within one protocol."""
-        from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+        return distance_of_moments(*self._sides)
 
-        require(self._count > 1, "images", "at least two", self._count)
-        sides = []
-        for total, squares in self._moments:
-            mean = total / self._count
-            covariance = (squares - self._count * torch.outer(mean, mean)) / (self._count - 1)
-            sides.append({"mu": mean.numpy(), "sigma": covariance.numpy()})
-        return float(fid_statistics_to_metric(sides[0], sides[1], False)[KEY_METRIC_FID])
+
+def distance_of_moments(a: Moments, b: Moments) -> float:
+    """Frechet distance of two sets of features; ValueError for fewer than two."""
+    require(min(a.count, b.count) > 1, "images", "at least two", min(a.count, b.count))
+    return frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
 
 
 def rfid(originals: Sequence[Tensor], reconstructions: Sequence[Tensor], weights: str | Path | None = None) -> float:

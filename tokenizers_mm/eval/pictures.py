@@ -88,3 +88,22 @@ def _wrap(text: str, width: int) -> list[str]:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return lines
+
+
+def side_by_side(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], least: int = 192) -> Image.Image:
+    """Images in rows under the labels of their columns; small ones are enlarged by a whole number to `least` pixels."""
+    scale = max(1, -(-least // max(image.width for row in rows for image in row)))
+    width = max(image.width for row in rows for image in row) * scale
+    heights = [max(image.height for image in row) * scale for row in rows]
+    head, gap = 18, 6
+    sheet = Image.new("RGB", (len(labels) * (width + gap) + gap, head + sum(h + gap for h in heights) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, label in enumerate(labels):
+        pen.text((gap + column * (width + gap), 4), label[: width // 6], fill="black")
+    top = head
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            large = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+            sheet.paste(large, (gap + column * (width + gap), top))
+        top += height + gap
+    return sheet

@@ -1,7 +1,10 @@
-"""A folder of images in, one JSON report out, with the protocol inside."""
+"""The report of a run: everything needed to repeat it, as JSON, and tables of several reports of one protocol."""
 
+import importlib.metadata
 import math
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,21 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit, image_to_tensor, read_image
-from tokenizers_mm.eval.codebook import CodebookCounts
-from tokenizers_mm.eval.fid import FrechetDistance
-from tokenizers_mm.eval.image import psnr, ssim
+from tokenizers_mm._images import Fit
+from tokenizers_mm.eval.base import Metric, PerImage, Setup
+from tokenizers_mm.eval.candidates import Ours
+from tokenizers_mm.eval.images import ImageSource
+from tokenizers_mm.eval.metrics import METRICS
+from tokenizers_mm.eval.protocols import Protocol, differences, protocol_by_name
+from tokenizers_mm.eval.run import Measured, Run, begin, carry_out, peak_memory
+from tokenizers_mm.eval.statistics import interval, paired
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
+
+FORMAT = "tokenizers_mm.eval/1"
+
+PACKAGES = ("torch", "pillow", "numpy", "timm", "torch-fidelity", "lpips", "diffusers", "transformers")
+"""Packages whose versions a report names, where they are installed."""
 
 
 def reconstruct(
@@ -31,60 +43,228 @@ def reconstruct(
 
 
 def evaluate(
-    tokenizer: ImageTokenizer[Any], paths: Sequence[Path], fit: Fit = "crop", inception: str | None = None
+    tokenizer: ImageTokenizer[Any], images: str | Path, fit: Fit = "crop", inception: str | None = None
 ) -> dict[str, Any]:
-    """Metrics over image files, one after the other; a file that cannot be used is named, counted and left out.
+    """The report of one tokenizer over a folder of images under the protocol `default`."""
+    weights = {"inception": inception} if inception else {}
+    setup = Setup(protocol_by_name("default", fit=fit), weights, device=str(tokenizer.device))
+    name = type(tokenizer).__name__
+    return make_report(carry_out(begin([Ours(name, tokenizer)], ImageSource.at(str(images)), setup)))
 
-    inception: a weights file for rFID, which is left out (with the reason) where there is none. All values are such as
-    JSON has: `psnr` is None where every reconstruction equals its image.
-    """
-    skipped: list[str] = []
-    rows: list[tuple[float, float]] = []
-    counts = CodebookCounts()
-    distance, missing = _distance(inception)
-    for path in paths:
-        try:
-            image = tokenizer.fit_picture(read_image(path), fit)
-            tokenizer.check_size(image.height, image.width, f"image {path}")
-            require(min(image.size) >= 11, f"image {path}", "at least 11 x 11 pixels", image.size[::-1])
-        except ValueError as error:
-            skipped.append(str(error))
-            continue
-        x = image_to_tensor(image)[None]
-        reconstruction, codes = reconstruct(tokenizer, x)
-        require(bool(reconstruction.isfinite().all()), f"reconstruction of {path}", "finite values", "NaN")
-        for code in codes:
-            counts.add(code)
-        if distance is not None:
-            distance.add(x, reconstruction)
-        rows.append((float(psnr(x, reconstruction)), float(ssim(x, reconstruction))))
-    if not rows:
-        fail("images", "at least one that can be used", f"none ({len(skipped)} refused; {skipped[:1]})")
-    finite = [value for value, _ in rows if math.isfinite(value)]
-    report: dict[str, Any] = {
-        "protocol": {
-            "fit": fit,
-            "size": list(tokenizer.image_size or ()) or "own",
-            "psnr": "mean over images that differ from their reconstruction (it is infinite for the others), range 1",
-            "ssim": "Gaussian window, sigma 1.5, range 1, mean over images",
+
+def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
+    """The report of a finished run; all values are such as JSON has. command: the arguments that repeat it."""
+    rows = [_row(measured, run) for measured in run.measured]
+    return {
+        "format": FORMAT,
+        "command": list(command),
+        "versions": versions(),
+        "protocol": {**asdict(run.protocol), "hash": run.protocol.hash},
+        "images": {
+            "source": run.source.place,
+            "count": len(run.used),
+            "size": list(run.size) if run.size else "own",
+            "skipped": run.skipped,
+            "digest": run.digest,
         },
-        "images": len(rows),
-        "lossless": len(rows) - len(finite),
-        "skipped": skipped,
-        "psnr": math.fsum(finite) / len(finite) if finite else None,
-        "ssim": math.fsum(value for _, value in rows) / len(rows),
+        "setup": {"weights": dict(run.setup.weights), "extractor": run.setup.extractor, "seed": run.setup.seed},
+        "seconds": run.seconds,
+        "tokenizers": rows,
+        "pairs": _pairs(run),
+        "per_image": {
+            "names": [run.source.names[index] for index in run.used],
+            "values": {m.candidate.name: _values(m) for m in run.measured},
+        },
     }
-    if found := counts.report():
-        report["codebook"] = found
-    if distance is not None and len(rows) < 2:
-        distance, missing = None, "rfid: expected at least two images, got one"
-    report["rfid"] = None if distance is None else distance.value()
-    return report if distance is not None else report | {"rfid_missing": missing}
 
 
-def _distance(inception: str | None) -> tuple[FrechetDistance | None, str]:
-    """What measures rFID, or the reason why nothing does."""
-    try:
-        return FrechetDistance(inception), ""
-    except (ValueError, ImportError) as error:
-        return None, str(error)
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the packages that metrics rest on."""
+    found = {"tokenizers_mm": importlib.metadata.version("tokenizers_mm"), "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _row(measured: Measured, run: Run) -> dict[str, Any]:
+    """What is reported of one candidate."""
+    candidate, metrics, missing = measured.candidate, {}, dict(measured.missing)
+    codebook = None
+    for name, metric in measured.metrics.items():
+        try:
+            value = metric.result()
+        except ValueError as error:
+            missing[name] = str(error)
+            continue
+        if name == "codebook":
+            codebook = value
+        elif value is not None or isinstance(metric, PerImage):
+            metrics[name] = _metric(metric, value, run.setup.seed)
+    row: dict[str, Any] = {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "identity": candidate.identity,
+        "on_curve": candidate.on_curve,
+        "image_size": list(candidate.image_size) if candidate.image_size else None,
+        "metrics": metrics,
+        "missing": missing,
+    }
+    if codebook is not None:
+        row["codebook"] = codebook
+        nominal, coded = (sum(s["bits"][kind] for s in codebook.values()) for kind in ("nominal", "entropy_coded"))
+        if "bits" in metrics and abs(nominal - metrics["bits"]["mean"]) < 1e-6 * nominal:  # every stream was counted
+            metrics["bits_entropy_coded"] = {"mean": coded}
+    if measured.timed:
+        encode, decode = (seconds / measured.timed for seconds in measured.seconds)
+        row["speed"] = {"encode_seconds": encode, "decode_seconds": decode, "device": str(candidate.device)}
+        row["speed"]["peak_memory"] = peak_memory(candidate.device)
+    if measured.over:
+        row["over_target"] = measured.over
+    return row
+
+
+def _metric(metric: Metric, value: Any, seed: int) -> dict[str, Any]:
+    """The entry of a metric: its mean, and for one per image the interval and the images that it leaves out."""
+    entry: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"mean": value}
+    if isinstance(metric, PerImage):
+        finite = [v for v in metric.values if math.isfinite(v)]
+        low, high = interval(finite, seed)
+        if finite:
+            entry |= {"low": low, "high": high}
+        entry |= {"images": len(finite), "infinite": sum(map(math.isinf, metric.values))}
+        entry["left_out"] = sum(map(math.isnan, metric.values))
+    stands_in = getattr(metric, "stands_in", "")
+    return entry | ({"stands_in": f"extractor {stands_in} in place of Inception"} if stands_in else {})
+
+
+def _values(measured: Measured) -> dict[str, list[float | None]]:
+    """Per-image values of all metrics that have them; None for what is not finite."""
+    return {
+        name: [value if math.isfinite(value) else None for value in metric.values]
+        for name, metric in measured.metrics.items()
+        if isinstance(metric, PerImage)
+    }
+
+
+def _pairs(run: Run) -> list[dict[str, Any]]:
+    """Paired differences of every two candidates, by metric; points of a codec's curve are left out."""
+    found = []
+    compared = [measured for measured in run.measured if not measured.candidate.on_curve]
+    for index, first in enumerate(compared):
+        for second in compared[index + 1 :]:
+            for name, metric in first.metrics.items():
+                other = second.metrics.get(name)
+                if not isinstance(metric, PerImage) or not isinstance(other, PerImage) or not metric.better:
+                    continue
+                result = paired(metric.values, other.values, run.setup.seed)
+                if result is not None:
+                    found.append({"a": first.candidate.name, "b": second.candidate.name, "metric": name, **result})
+    return found
+
+
+def join_reports(reports: Sequence[Mapping[str, Any]], any_protocol: bool = False) -> dict[str, Any]:
+    """The tokenizers of several reports in one; refused where protocols or images differ, unless asked for.
+
+    Paired tests of candidates of different reports are left out.
+    """
+    require(len(reports) > 0, "reports", "at least one", "none")
+    first = reports[0]
+    for report in reports:
+        require(report.get("format") == FORMAT, "report", f"the format {FORMAT}", report.get("format"))
+        mine, theirs = first["protocol"], report["protocol"]
+        if mine["hash"] != theirs["hash"] and not any_protocol:
+            a, b = (Protocol(**{k: v for k, v in p.items() if k != "hash"}) for p in (mine, theirs))
+            fail(
+                "reports", "one protocol (or --any-protocol)", f"{a.name} and {b.name}: {'; '.join(differences(a, b))}"
+            )
+        if first["images"]["digest"] != report["images"]["digest"] and not any_protocol:
+            fail("reports", "the same images (or --any-protocol)", f"{first['images']} and {report['images']}")
+    rows, values = [], {}
+    for report in reports:
+        for row in report["tokenizers"]:
+            name = row["name"]
+            if len({other["protocol"]["hash"] for other in reports}) > 1:
+                name = f"{name} ({report['protocol']['name']})"
+            require(name not in values, "reports", "different tokenizers", f"{name} twice")
+            rows.append({**row, "name": name})
+            values[name] = report["per_image"]["values"][row["name"]]
+    joined = {**first, "tokenizers": rows, "pairs": [pair for report in reports for pair in report["pairs"]]}
+    return joined | {"per_image": {**first["per_image"], "values": values}}
+
+
+def table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text: a head, then one row per tokenizer."""
+    names = columns(report)
+    head = ["tokenizer", *(heading(name) for name in names)]
+    return [
+        head,
+        *([row["name"], *(shown(row["metrics"].get(name)) for name in names)] for row in report["tokenizers"]),
+    ]
+
+
+def columns(report: Mapping[str, Any]) -> list[str]:
+    """Names of metrics in the order of the table."""
+    names = list(METRICS)
+    names.insert(names.index("bits") + 1, "bits_entropy_coded")
+    return [name for name in names if any(name in row["metrics"] for row in report["tokenizers"])]
+
+
+def heading(name: str) -> str:
+    """Label of a metric with its unit."""
+    if name == "bits_entropy_coded":
+        return "bits, entropy-coded"
+    metric = METRICS[name]
+    return f"{metric.label}, {metric.unit}" if metric.unit and metric.unit not in metric.label else metric.label
+
+
+def told(name: str, value: float | None) -> str:
+    """A value with the name and the unit of its metric."""
+    metric = METRICS[name]
+    return f"{metric.label} {shown({'mean': value})}" + (f" {metric.unit}" if metric.unit == "dB" else "")
+
+
+def shown(entry: Mapping[str, Any] | None) -> str:
+    """A value for people: four significant digits."""
+    if entry is None:
+        return "-"
+    mean = entry.get("mean")
+    if mean is None:
+        return "infinite" if entry.get("infinite") else "-"
+    if abs(mean) >= 1000:
+        return f"{mean:,.0f}"
+    return f"{mean:.4g}" if abs(mean) < 1 else f"{mean:.2f}"
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def flat(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of one tokenizer with its main values at the top, under short names, for scripts."""
+    row = report["tokenizers"][0]
+    metrics = row["metrics"]
+    protocol = report["protocol"]
+    window = {"gaussian": "Gaussian window, sigma 1.5"}.get(protocol["ssim"], f"{protocol['ssim']} window")
+    found = {
+        "protocol": {
+            **protocol,
+            "psnr": "mean over images that differ from their reconstruction (it is infinite for the others), range 1",
+            "ssim": f"{window}, range {protocol['ssim_range']:g}, mean over images",
+            "size": report["images"]["size"],
+        },
+        "images": report["images"]["count"],
+        "lossless": metrics["psnr"]["infinite"],
+        "skipped": report["images"]["skipped"],
+        "psnr": metrics["psnr"]["mean"],
+        "ssim": metrics.get("ssim", {}).get("mean"),
+        "rfid": metrics.get("rfid", {}).get("mean"),
+    }
+    found |= {"codebook": row["codebook"]} if "codebook" in row else {}
+    found |= {"rfid_missing": row["missing"]["rfid"]} if "rfid" in row["missing"] else {}
+    return found | {"report": dict(report)}

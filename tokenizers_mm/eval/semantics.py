@@ -1,10 +1,14 @@
-"""Linear probes: what a linear map can read from frozen features."""
+"""What can be read from frozen features: linear probes and nearest neighbours."""
+
+import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizers_mm._check import require
+from tokenizers_mm.eval.base import Batch, Metric, Setup
 
 
 def linear_probe(
@@ -33,3 +37,75 @@ def linear_probe(
     with torch.no_grad():
         predicted = (tested @ weight + bias).argmax(1)
     return predicted == test[1]
+
+
+def nearest_neighbours(features: Tensor, labels: Tensor, neighbours: int = 10) -> Tensor:
+    """Hits, bool [N], of a vote of the nearest others by cosine similarity, each weighted by exp(similarity / 0.07).
+
+    features [N, D]; labels int64 [N].
+    """
+    features = torch.nn.functional.normalize(features.double(), dim=1)
+    classes, hits = int(labels.max()) + 1, []
+    for start in range(0, len(features), 256):
+        rows = slice(start, start + 256)
+        similar = features[rows] @ features.T
+        places = torch.arange(start, start + len(similar))
+        similar[torch.arange(len(similar)), places] = -math.inf
+        best, index = similar.topk(min(neighbours, len(features) - 1), dim=1)
+        votes = torch.zeros(len(similar), classes, dtype=torch.float64)
+        votes.scatter_add_(1, labels[index], (best / 0.07).exp())
+        hits.append(votes.argmax(1) == labels[rows])
+    return torch.cat(hits)
+
+
+class _Labelled(Metric):
+    """What the tokenizer's own features say about the classes of images: the folders that they stand in."""
+
+    better, default, reads_features = "higher", False, True
+    needs = "a tokenizer with features, and images in one folder per class"
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.features, self.labels = torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
+
+    def update(self, batch: Batch) -> None:
+        require(batch.features is not None, self.name, "a tokenizer with features", "none")
+        assert batch.features is not None
+        features = batch.features.float().cpu()
+        self.features = torch.cat([self.features, features]) if len(self.features) else features
+        self.labels = torch.cat([self.labels, torch.tensor(list(batch.labels), dtype=torch.int64)])
+
+    def checked(self) -> tuple[Tensor, Tensor]:
+        """Features and labels; ValueError where there are no two classes with two images each."""
+        counts = torch.bincount(self.labels.clamp_min(0))
+        known = bool((self.labels >= 0).all()) and len(counts) > 1 and int(counts.min()) > 1
+        require(known, self.name, "images in folders, two or more classes with two or more images each", "others")
+        return self.features, self.labels
+
+    def state(self) -> dict[str, Tensor]:
+        return {"features": self.features, "labels": self.labels}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.features, self.labels = state["features"], state["labels"]
+
+
+class NearestNeighbours(_Labelled):
+    """Accuracy of ten nearest neighbours among the other images, by the tokenizer's features (means over tokens)."""
+
+    name, label = "knn", "10-NN accuracy"
+
+    def result(self) -> float:
+        return float(nearest_neighbours(*self.checked()).double().mean())
+
+
+class LinearProbe(_Labelled):
+    """Accuracy of a linear probe on half of the images, fitted on the other half; a seeded split."""
+
+    name, label = "linear_probe", "linear probe accuracy"
+
+    def result(self) -> float:
+        features, labels = self.checked()
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.setup.seed))
+        train, test = order[::2], order[1::2]
+        hits = linear_probe((features[train], labels[train]), (features[test], labels[test]), int(labels.max()) + 1)
+        return float(hits.double().mean())

@@ -79,20 +79,39 @@ def export(
 
 def _write(module: nn.Module, example: Tensor, format: Format, path: Path) -> Tensor:
     """Write a graph, read it back, run it."""
-    program = torch.export.export(module, (example,), strict=False)
     if format == "torch":
+        program = torch.export.export(module, (example,), strict=False)
         torch.export.save(program, path)
         return torch.export.load(path).module()(example)
+    (output,) = write_onnx(module, (example,), path)
+    return output
+
+
+def write_onnx(module: nn.Module, examples: tuple[Tensor, ...], path: Path, one_file: bool = False) -> list[Tensor]:
+    """Write an ONNX graph for inputs like these, read it back, and run it on them; returns its outputs.
+
+    one_file: whether the weights are in the file (up to 2 GB) or in another one beside it.
+    """
     import onnxruntime  # an extra: loaded when asked for
 
     from tokenizers_mm.export.onnx_ops import TRANSLATIONS
 
+    program = torch.export.export(module, examples, strict=False)
     with warnings.catch_warnings():  # the exporter warns of its own internals
         warnings.simplefilter("ignore")
-        torch.onnx.export(program, (), path, dynamo=True, custom_translation_table=TRANSLATIONS, verbose=False)
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            dynamo=True,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+            external_data=not one_file,
+        )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {session.get_inputs()[0].name: example.cpu().numpy()})
-    return torch.from_numpy(output).to(example.device)
+    names = [entry.name for entry in session.get_inputs()]
+    outputs = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, examples, strict=True)})
+    return [torch.from_numpy(output).to(examples[0].device) for output in outputs]
 
 
 def _compare(name: str, expected: Tensor, got: Tensor) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import onnxscript
 import torch
 
+from tokenizers_mm.functional import assignment  # noqa: F401 (defines torch.ops.tokenizers_mm.largest_logit)
+
 _OP: Any = onnxscript.opset18  # its operators take values of a graph that is being traced, which its types do not say
 
 
@@ -31,6 +33,12 @@ def _nearest_shared(
     return _nearest(_OP.Concat(*scaled_z, axis=-1), _OP.Concat(*scaled_codes, axis=-1))
 
 
+def _largest_logit(z: Any, keys: Any, bias: Any) -> Any:
+    """argmax of z.c (+ bias), the lowest index on ties."""
+    logits = _OP.MatMul(z, _OP.Transpose(keys, perm=[1, 0]))
+    return _OP.ArgMax(logits if bias is None else _OP.Add(logits, bias), axis=-1, keepdims=0)
+
+
 def _finite_ids(z: Any, ids: Any, *_: Any) -> Any:
     """The ids as they are: a graph raises no error."""
     return _OP.Identity(ids)
@@ -40,4 +48,5 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.tokenizers_mm.nearest_code.default: _nearest,
     torch.ops.tokenizers_mm.nearest_code_shared.default: _nearest_shared,
     torch.ops.tokenizers_mm.finite_ids.default: _finite_ids,
+    torch.ops.tokenizers_mm.largest_logit.default: _largest_logit,
 }

@@ -1,22 +1,49 @@
-"""Finite scalar quantization: every channel is rounded to one of a few levels (arXiv 2309.15505, section 3)."""
+"""Scalar quantization: every channel by itself, to one of a few levels.
+
+Sources: Mentzer et al., Finite Scalar Quantization (FSQ, arXiv 2309.15505), section 3; iFSQ (arXiv 2601.17124), whose
+bound makes the levels of normal features about equally frequent; Wang et al., Cubic Discrete Diffusion (CubiD,
+arXiv 2603.19232), section 3.2 (levels for the channels of frozen features).
+"""
 
 import math
+from itertools import pairwise
+from statistics import NormalDist
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Bound = Literal["tanh", "symmetric", "sigmoid"]
+"""How features are bounded before rounding: FSQ's tanh, its variant with levels symmetric about 0, iFSQ's sigmoid."""
+
 SLACK = 1e-3
 """By how much the bounded range exceeds the levels at both ends, relative, so that the outermost can be reached."""
 
+SIGMOID_SLOPE = 1.6
+"""Slope of iFSQ's bound 2 sigmoid(1.6 z) - 1."""
 
-def round_to_levels(z: Float[Tensor, "*n d"], levels: tuple[int, ...]) -> Float[Tensor, "*n d"]:
-    """Whole numbers, `levels` of them per channel around zero, with the gradient of the bounding function (tanh)."""
+
+def round_to_levels(z: Float[Tensor, "*n d"], levels: tuple[int, ...], bound: Bound = "tanh") -> Float[Tensor, "*n d"]:
+    """Whole numbers from -(L // 2) to (L - 1) // 2, L = levels[d], with the gradient of the bounding function."""
     counts = torch.tensor(levels, dtype=z.dtype, device=z.device)
-    half = (counts - 1) * (1 + SLACK) / 2
     offset = torch.where(counts % 2 == 0, 0.5, 0.0)
-    bounded = (z + (offset / half).atanh()).tanh() * half - offset
-    return bounded + (bounded.round() - bounded).detach()
+    if bound == "tanh":
+        half = (counts - 1) * (1 + SLACK) / 2
+        bounded = (z + (offset / half).atanh()).tanh() * half - offset
+        return bounded + (bounded.round() - bounded).detach()
+    unit = z.tanh() if bound == "symmetric" else 2 * torch.sigmoid(SIGMOID_SLOPE * z) - 1
+    bounded = unit * (counts - 1) / 2 - offset
+    whole = (bounded + 0.5).floor() if bound == "symmetric" else bounded.round()
+    return bounded + (whole - bounded).detach()
+
+
+def level_values(whole: Float[Tensor, "*n d"], levels: tuple[int, ...], bound: Bound = "tanh") -> Float[Tensor, "*n d"]:
+    """Whole numbers of `round_to_levels` scaled to [-1, 1]: by L // 2; symmetric: from -1 to 1 in L - 1 steps."""
+    counts = torch.tensor(levels, device=whole.device)
+    if bound == "symmetric":
+        return (whole + counts // 2) * (2 / (counts - 1)).to(whole.dtype) - 1
+    return whole / (counts // 2)
 
 
 def levels_to_ids(whole: Float[Tensor, "*n d"], levels: tuple[int, ...]) -> Int[Tensor, "*n"]:
@@ -31,3 +58,26 @@ def ids_to_levels(ids: Int[Tensor, "*n"], levels: tuple[int, ...]) -> Float[Tens
     basis = [math.prod(levels[:i]) for i in range(len(levels))]
     parts = [ids // step % count - count // 2 for step, count in zip(basis, levels, strict=True)]
     return torch.stack(parts, -1).float()
+
+
+def uniform_levels(count: int, low: float, high: float) -> Float[Tensor, "l"]:
+    """Centres of `count` equal bins of [low, high], float64."""
+    return low + (torch.arange(count, dtype=torch.float64) + 0.5) * ((high - low) / count)
+
+
+def normal_levels(count: int, low: float, high: float, deviations: float = 3.0) -> Float[Tensor, "l"]:
+    """Means of a normal distribution on `count` bins of equal probability, float64.
+
+    [low, high] are `deviations` standard deviations on both sides of the mean, where the outermost bins end.
+    """
+    normal = NormalDist()
+    inner = [normal.inv_cdf(i / count) for i in range(1, count)]
+    edges = [max(-deviations, min(deviations, edge)) for edge in (-deviations, *inner, deviations)]
+    pairs = list(pairwise(edges))
+    means = [(normal.pdf(a) - normal.pdf(b)) / (normal.cdf(b) - normal.cdf(a)) for a, b in pairs]
+    return low + (torch.tensor(means, dtype=torch.float64) + deviations) * ((high - low) / (2 * deviations))
+
+
+def nearest_level(x: Float[Tensor, "*n"], values: Float[Tensor, "l"]) -> Int[Tensor, "*n"]:
+    """Index of the nearest of ascending `values`, the lower one half-way between two; int64 [...]."""
+    return torch.bucketize(x.detach().contiguous(), (values[1:] + values[:-1]) / 2)

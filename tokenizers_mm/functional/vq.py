@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-ENTROPY_TILE = 1 << 22
-"""Probabilities held at a time by `codebook_entropy`: 16 MB in float32."""
+from tokenizers_mm.functional.assignment import assignment_entropies
 
 
 def straight_through(z: Float[Tensor, "*n d"], vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
@@ -44,30 +42,10 @@ def codebook_entropy(
     """Mean entropy of the soft assignments minus the entropy of their mean (low: certain, and all codes used).
 
     p = softmax(-||z - c||^2 / temperature); log(mean p + eps) as in the LFQ family (arXiv 2310.05737, section 3.1).
-    Tokens go through in tiles that are recomputed in the backward pass, so no N x K matrix is kept; inside a transform
-    of torch.func, which does not allow that, they are kept.
     """
-    entropy_of = _tile_entropy if torch._C._are_functorch_transforms_active() else _recomputed_tile_entropy
-    rows = max(1, ENTROPY_TILE // codebook.shape[0])
-    total, mean = z.new_zeros(()), z.new_zeros(codebook.shape[0])
-    for tile in z.split(rows):
-        entropy, probability = entropy_of(tile, codebook, temperature)
-        total, mean = total + entropy, mean + probability
-    mean = mean / z.shape[0]
-    return total / z.shape[0] + (mean * (mean + eps).log()).sum()
-
-
-def _recomputed_tile_entropy(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    found = checkpoint(_tile_entropy, z, codebook, temperature, use_reentrant=False)
-    assert isinstance(found, tuple)
-    return found
-
-
-def _tile_entropy(z: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
-    log_p = F.log_softmax(-distances / temperature, dim=-1)
-    p = log_p.exp()
-    return -(p * log_p).sum(), p.sum(0)
+    bias = codebook.square().sum(1) / -2
+    sample, batch = assignment_entropies(z, codebook, bias, scale=2 / temperature, eps=eps)
+    return sample - batch
 
 
 def look_up(codebook: Float[Tensor, "k d"], ids: Int[Tensor, "*n"]) -> Float[Tensor, "*n d"]:

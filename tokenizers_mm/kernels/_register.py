@@ -8,7 +8,8 @@ from tokenizers_mm.kernels import _ops
 _namespace = torch.library.Library("tokenizers_mm", "DEF")
 
 
-def _define(schema: str, implementation, fake) -> None:
+def define(schema: str, implementation, fake) -> None:
+    """Define an operator of torch.ops.tokenizers_mm by its schema, code for all devices, and shapes of its outputs."""
     name = "tokenizers_mm::" + schema.partition("(")[0]
     _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _namespace.impl(name, implementation, "CompositeExplicitAutograd")
@@ -105,13 +106,13 @@ _PLAIN = "Tensor z, Tensor codebook, bool trust_version=False, str name='z'"
 _SHARED = (
     "Tensor[] zs, Tensor[] codebooks, float[] weights, bool normalize, bool trust_version=False, str[]? names=None"
 )
-_define(f"nearest_code({_PLAIN}) -> Tensor", _ops.nearest_ids, _fake_ids)
-_define(f"nearest_code_distance({_PLAIN}) -> (Tensor, Tensor)", _ops.nearest_distance, _fake_distance)
-_define(f"nearest_code_margin({_PLAIN}) -> (Tensor, Tensor, Tensor)", _ops.nearest_margin, _fake_margin)
-_define(f"nearest_code_shared({_SHARED}) -> Tensor", _ops.nearest_shared, _fake_shared)
-_define(f"nearest_code_shared_margin({_SHARED}) -> (Tensor, Tensor)", _ops.shared_margin, _fake_shared_margin)
-_define("code_sums(Tensor vectors, Tensor ids, SymInt num_codes) -> (Tensor, Tensor)", _ops.code_sums, _fake_sums)
-_define("finite_ids(Tensor z, Tensor ids, str name) -> Tensor", _ops.finite_ids, _fake_finite_ids)
+define(f"nearest_code({_PLAIN}) -> Tensor", _ops.nearest_ids, _fake_ids)
+define(f"nearest_code_distance({_PLAIN}) -> (Tensor, Tensor)", _ops.nearest_distance, _fake_distance)
+define(f"nearest_code_margin({_PLAIN}) -> (Tensor, Tensor, Tensor)", _ops.nearest_margin, _fake_margin)
+define(f"nearest_code_shared({_SHARED}) -> Tensor", _ops.nearest_shared, _fake_shared)
+define(f"nearest_code_shared_margin({_SHARED}) -> (Tensor, Tensor)", _ops.shared_margin, _fake_shared_margin)
+define("code_sums(Tensor vectors, Tensor ids, SymInt num_codes) -> (Tensor, Tensor)", _ops.code_sums, _fake_sums)
+define("finite_ids(Tensor z, Tensor ids, str name) -> Tensor", _ops.finite_ids, _fake_finite_ids)
 _ROW_ARGUMENTS = {
     "nearest_code": 1,
     "nearest_code_distance": 1,

@@ -53,7 +53,10 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
-        """Overwrite the codes `ids` [n] so that they lie at `vectors` [n, D] (the revival of unused codes)."""
+        """Overwrite the codes `ids` [n] so that they lie at `vectors` [n, D] (the revival of unused codes).
+
+        Code k of group g has the id g * codebook_size + k.
+        """
 
     def forward(self, z: Tensor) -> Quantized:
         return self.quantize(z)

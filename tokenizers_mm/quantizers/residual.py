@@ -56,7 +56,7 @@ class ResidualQuantizer(Quantizer):
             parts.append(stage(residual))
             residual = residual - parts[-1].vectors.detach()
         total = torch.stack([part.vectors for part in parts]).sum(0)
-        return Quantized(total, torch.stack([part.ids for part in parts], -1), mean_terms(parts))
+        return Quantized(total, torch.stack([part.ids for part in parts], -1), mean_terms(parts), z.detach())
 
     def look_up(self, ids: Tensor) -> Tensor:
         vectors = [stage.look_up(part) for stage, part in zip(self.stages, ids.unbind(-1), strict=True)]  # type: ignore[operator]
@@ -64,7 +64,13 @@ class ResidualQuantizer(Quantizer):
 
     @property
     def revivable(self) -> bool:
-        return False
+        return self.stages[0].revivable  # type: ignore[return-value]
 
+    @torch.no_grad()
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
-        raise ValueError("stages: expected one quantizer to revive codes of (residual.stages[i]), got all of them")
+        """As the base class says; a code of a stage is put where the stages before it leave its vector."""
+        residual = vectors
+        for index, stage in enumerate(self.stages):
+            chosen = ids // self.codebook_size == index
+            stage.set_codes(ids[chosen] % self.codebook_size, residual[chosen])  # type: ignore[operator]
+            residual = residual - stage(residual).vectors

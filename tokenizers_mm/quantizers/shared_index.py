@@ -59,6 +59,10 @@ class SharedIndexQuantizer(Quantizer):
         self.query_names = ("z",) * len(config.dims)
         self.codebooks = nn.ParameterList(nn.functional.normalize(part, dim=-1) for part in parts)
 
+    def name_queries(self, *names: str) -> None:
+        """One name for each part, or one for all."""
+        super().name_queries(*(names * len(self.config.dims) if len(names) == 1 else names))
+
     def codebook(self) -> Tensor:
         """The codes as they are compared and decoded, [K, D], in float32."""
         codes = torch.cat([part.float() for part in self.codebooks], dim=-1)

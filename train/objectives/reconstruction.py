@@ -18,6 +18,7 @@ from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.losses.perceptual import load_lpips
 from tokenizers_mm.models import MODELS, ImageTokenizer
+from tokenizers_mm.models.semantic import SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow
 from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
 from tokenizers_mm.types import Disturbance
@@ -87,7 +88,10 @@ class Reconstruction(Objective):
         require(measured, "config.objective.validation.lpips_weights", "a file, for best: lpips", "nothing")
         if config.model.config:
             with torch.device("meta"):
-                check_terms(config.loss, MODELS[config.model.family].from_config(parse_model(config.model)))
+                tokenizer = MODELS[config.model.family].from_config(parse_model(config.model))
+            check_terms(config.loss, tokenizer)
+            seen = "pixel" in tokenizer.loss_terms or not run.validate_every
+            require(seen, "config.validate_every", "0 for a tokenizer without pixels", run.validate_every)
         own = config.discriminator_optimizer
         require(own is None or bool(config.loss.weight("generator")), "config.objective.discriminator_optimizer",
                 "nothing where loss.weights.generator is 0", "one")  # fmt: skip
@@ -137,7 +141,12 @@ class Reconstruction(Objective):
 
     def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
         if self.config.warm_start is not None:
-            warm_start(cast(TokenFlow, self.tokenizer), self.config.data, self.run.seed, self.config.warm_start)
+            warm_start(
+                cast("TokenFlow | SemanticTokenizer", self.tokenizer),
+                self.config.data,
+                self.run.seed,
+                self.config.warm_start,
+            )
         return []
 
     def enter(self, stage: int) -> None:
@@ -220,7 +229,7 @@ class Reconstruction(Objective):
         return batch.skipped
 
     def show(self, networks: Networks, path: Path) -> None:
-        if self._shown is not None:
+        if self._shown is not None and "pixel" in self.tokenizer.loss_terms:
             show_reconstructions(networks["tokenizer"], self._shown, path)
 
     def save(self, networks: Networks, folder: Path) -> None:

@@ -114,8 +114,8 @@ def check_terms(loss: LossConfig, tokenizer: ImageTokenizer[Any]) -> None:
     computed = sorted(quantizer_terms(tokenizer))
     of_model = f"a term of this {tokenizer.family} model (its quantizers compute {computed})"
     for name, weight in loss.weights.items():
-        off = not weight and name in ("semantic", *PLAIN_TERMS)
-        require(off or name in have or name in ALWAYS, f"{where}.weights.{name}", of_model, name)
+        off = not weight and name in ("semantic", *ALWAYS, *PLAIN_TERMS)
+        require(off or name in have or (name in ALWAYS and "pixel" in have), f"{where}.weights.{name}", of_model, name)
     require(loss.semantic != "target" or "target" in have, f"{where}.semantic", of_model, "target")
     for name in computed:
         named = name in loss.weights
@@ -175,12 +175,12 @@ class ImageTerms:
     def __call__(
         self, x: Tensor, output: Reconstruction, batch: Batch, last_layer: nn.Parameter, adversarial: bool
     ) -> tuple[Terms, Terms]:
-        """Terms, each a scalar in float32, and PSNR."""
-        weight, image = self.config.weight, output.image.float()
+        """Terms, each a scalar in float32, and PSNR where there is an image."""
+        weight, image = self.config.weight, None if output.image is None else output.image.float()
         terms: Terms = {}
-        if weight("pixel"):
+        if image is not None and weight("pixel"):
             terms["pixel"] = F.l1_loss(image, x) if self.config.pixel == "l1" else F.mse_loss(image, x)
-        if self.perceptual is not None:
+        if image is not None and self.perceptual is not None:
             terms["perceptual"] = self.perceptual(x, image).mean()
         if weight("semantic"):
             terms["semantic"] = self._semantic(x, output, batch)
@@ -188,10 +188,10 @@ class ImageTerms:
         for name in {name: None for each in quantized for name in each}:  # in a fixed order
             if weight(name):
                 terms[name] = torch.stack([each[name] for each in quantized if name in each]).sum()
-        if adversarial and self.adversary is not None:
+        if adversarial and self.adversary is not None and output.image is not None:
             visible = [weight(name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
             terms["generator"] = self.adversary.generator_term(x, output.image, visible, last_layer)
-        return terms, {"psnr": psnr(image.detach(), x).mean()}
+        return terms, {} if image is None else {"psnr": psnr(image.detach(), x).mean()}
 
     def _semantic(self, x: Tensor, output: Reconstruction, batch: Batch) -> Tensor:
         assert output.semantic is not None

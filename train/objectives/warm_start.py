@@ -8,6 +8,8 @@ import torch
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import DataConfig, Mixture
+from tokenizers_mm.models.from_encoder import cluster_codes
+from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 from tokenizers_mm.models.tokenflow_start import start_from_images
 
@@ -25,15 +27,28 @@ class WarmStartConfig:
 
 
 def check_warm_start(config: Any, where: str) -> None:
-    """Refuse a model without the linear paths that a warm start fills."""
+    """Refuse a model without the linear paths or the codes of a tower that a warm start fills."""
+    if isinstance(config, SemanticConfig):
+        plain = config.quantizer.kind == "vq" and not config.head
+        require(plain, where, "a semantic model with quantizer.kind: vq and head: false", config.quantizer.kind)
+        return
     fits = isinstance(config, TokenFlowConfig) and config.pixel_encoder.linear != "none" and config.pixel_decoder.linear
     require(fits, where, "a tokenflow model with linear paths in its pixel encoder and decoder", "another model")
     ends = (config.pixel_encoder.out_channels, config.pixel_decoder.in_channels)
     require(set(ends) == {config.quantizer.dims[1]}, where, "as many channels at the heads as the codes have", ends)
 
 
-def warm_start(tokenizer: TokenFlow, data: DataConfig, seed: int, config: WarmStartConfig) -> None:
-    """Fit the linear paths and the codebook of a tokenizer to images of the mixture."""
-    mixture = Mixture(data, tokenizer.config.image_size, seed)
+@torch.no_grad()
+def warm_start(tokenizer: TokenFlow | SemanticTokenizer, data: DataConfig, seed: int, config: WarmStartConfig) -> None:
+    """Fit a tokenizer to images of the mixture: TokenFlow's linear paths and codebook (see `start_from_images`), or the
+    codes of a semantic tokenizer, which become the centres of k-means over the features of its tower.
+    """
+    size = tokenizer.image_size or data.image_size
+    assert size is not None  # checked when the run begins
+    mixture = Mixture(data, size, seed)
     images = torch.stack([mixture[FIRST + index]["image"] for index in range(config.images)])
-    start_from_images(tokenizer, images, torch.Generator().manual_seed(seed), config.iterations, config.ridge)
+    if isinstance(tokenizer, SemanticTokenizer):
+        features = [tokenizer.tower_features(part.to(tokenizer.device)).flatten(0, 2) for part in images.split(64)]
+        cluster_codes(tokenizer, torch.cat(features), config.iterations, seed)
+    else:
+        start_from_images(tokenizer, images, torch.Generator().manual_seed(seed), config.iterations, config.ridge)

@@ -1,0 +1,254 @@
+"""Published checkpoints of the VQGAN family: ids, vectors and pixels of the original code, names, strictness."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tokenizers_mm as tmm
+from tests.cases import ROOT, Case, case
+from tests.checkpoints import published_memory
+from tests.weights_by_rule import rule_tensor
+from tokenizers_mm.checkpoints import bsq_vit, emu3, ibq, infinity, llamagen, showo, var
+from tokenizers_mm.checkpoints.cnn import AVERAGE, joined_attention, links_of, magvit_rules, shapes_of
+from tokenizers_mm.checkpoints.convert import FAMILIES, convert
+from tokenizers_mm.checkpoints.upstream import Link, give
+from tokenizers_mm.functional.bits import bits_to_ids
+from tokenizers_mm.models import VQGAN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference case of a family: names of its outputs, and the way back to its names."""
+
+    family: str
+    name: str
+    links: Any
+    image: str = "reconstruction"
+    vectors: str | None = "zq"
+
+
+def _cnn_links(rules_of: Any, model: VQGAN, **options: Any) -> list[Link]:
+    return links_of(shapes_of(model.state_dict()), rules_of(len(model.config.encoder.multipliers)), **options)
+
+
+REFERENCES = [
+    Reference("ibq", "ibq/ibq_tokenizer_small", partial(_cnn_links, ibq.rules_of)),
+    Reference("emu3.5", "published/emu35_small", partial(_cnn_links, ibq.rules_of), image="decode_code"),
+    Reference("open_magvit2", "lfq/open_magvit2_tokenizer_small", partial(_cnn_links, magvit_rules)),
+    Reference("bitdance", "published/bitdance_small", partial(_cnn_links, magvit_rules)),
+    Reference("showo", "lfq/showo_magvitv2_small", partial(_cnn_links, showo.rules_of), image="decode_code"),
+    Reference("infinity", "bsq/infinity_vae_small", partial(_cnn_links, infinity.rules_of)),
+    Reference("infinity", "published/infinity_small", partial(_cnn_links, infinity.rules_of), image="decode_code"),
+    Reference("llamagen", "published/llamagen_small", partial(_cnn_links, llamagen.rules_of), "decode_code", None),
+    Reference(
+        "var", "published/var_small", partial(_cnn_links, var.rules_of, adjust=joined_attention), vectors="f_hat"
+    ),
+    Reference(
+        "emu3", "published/emu3_small", partial(_cnn_links, emu3.rules_of, adjust=emu3.folded), "decode_code", None
+    ),
+    Reference("bsq_vit", "published/bsqvit_small", lambda model: bsq_vit.links_of(shapes_of(model.state_dict()))),
+]
+
+FULL_SIZES = {
+    "llamagen_vq16": "llamagen",
+    "llamagen_vq8": "llamagen",
+    "ibq_262144": "ibq",
+    "emu35": "emu3.5",
+    "open_magvit2": "open_magvit2",
+    "var": "var",
+    "emu3": "emu3",
+    "bsq_vit_18": "bsq_vit",
+    "infinity_d32": "infinity",
+}
+"""Key lists of models of the published sizes, built by the original code."""
+
+
+def weights(reference: Case) -> dict[str, Tensor]:
+    """The case's state dict: stored, or made by the rule of its names."""
+    if (reference.folder / "state_dict.safetensors").exists():
+        return reference.tensors("state_dict")
+    keys, seed = json.loads((reference.folder / "state_keys.json").read_text()), reference.config["weights"]["seed"]
+    return {
+        name: rule_tensor(name, spec, seed) if "float" in spec["dtype"] else torch.zeros(spec["shape"]).long()
+        for name, spec in keys.items()
+    }
+
+
+def ids_of(outputs: Mapping[str, Tensor], model: VQGAN) -> Tensor:
+    """The case's ids [B, L], made of its bits where it has no ids."""
+    if "indices" in outputs:
+        return outputs["indices"].flatten(1)
+    bits = [outputs["bits"]] if "bits" in outputs else None
+    if bits is None and "bits_0" in outputs:
+        bits = [outputs[f"bits_{scale}"].flatten(1, -2) for scale in range(len(model.config.scales or ()))]
+    if bits is None:  # BitDance: signs [B, C, h, w]
+        signs = outputs["zq"].permute(0, 2, 3, 1).flatten(1, 2) > 0
+        ids = bits_to_ids(signs.unflatten(-1, (model.quantizer.groups, -1)), "lsb_first")
+        return ids.transpose(1, 2).flatten(1)
+    return bits_to_ids(torch.cat(bits, dim=1) > 0, "msb_first")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A reference case, its weights by published names, and the tokenizer read back from our format."""
+
+    reference: Reference
+    case: Case
+    weights: dict[str, Tensor]
+    model: VQGAN
+
+
+@pytest.fixture(scope="module", params=REFERENCES, ids=lambda item: item.name)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    reference, folder = request.param, tmp_path_factory.mktemp("published")
+    found = case(reference.name)
+    theirs = weights(found)
+    save_file(theirs, folder / "model.safetensors")
+    model = tmm.load(convert(reference.family, folder / "model.safetensors", folder / "out", found.config))
+    assert isinstance(model, VQGAN)
+    return Converted(reference, found, theirs, model)
+
+
+@torch.no_grad()
+def test_ids_vectors_and_pixels_of_the_original(converted: Converted) -> None:
+    reference, model = converted.reference, converted.model
+    x, outputs = converted.case.inputs["pixel_values"], converted.case.outputs
+    ids, expected = ids_of(outputs, model), outputs[reference.image]
+    codes = model.encode(x)
+    assert torch.equal(codes.ids, ids)
+    if reference.vectors is not None:
+        vectors = outputs[reference.vectors]
+        vectors = vectors.permute(0, 2, 3, 1) if vectors.ndim == 4 else vectors.unflatten(1, (model.config.grid))
+        assert (model.vectors(codes) - vectors).abs().max() <= 1e-5 * vectors.abs().max()
+    limit = float(expected.abs().max())  # some cases hold clamped images
+    for image in (model.decode_ids(ids, *x.shape[-2:]), model.reconstruct(x).image):
+        assert image is not None
+        assert (image.clamp(-limit, limit) - expected).abs().max() <= 1e-5 * limit
+
+
+def test_weights_come_back_under_their_names(converted: Converted) -> None:
+    reference, theirs, model = converted.reference, converted.weights, converted.model
+    assert model.provenance.license in (FAMILIES[reference.family].checkpoints[0].license, "other")
+    assert len(model.provenance.sha256) == 64
+    if reference.family == "emu3":  # what a still image does not use of the weights is not kept
+        with pytest.raises(ValueError, match="expected a tensor that was only joined"):
+            give(reference.links(model), model.state_dict())
+        return
+    back = give(reference.links(model), model.state_dict())
+    assert all(torch.equal(back[name], theirs[name]) for name in back)
+    assert all("mask" in name or "quantize" in name for name in theirs.keys() - back.keys())
+
+
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
+    """Every tensor of a model that the original code builds, and no other; ids per image as the table says."""
+    keys = json.loads((case("published").folder / f"{name}_keys.json").read_text())
+    with torch.device("meta"):
+        tensors = {key: torch.empty(shape) for key, shape in keys.items()}
+        tensors |= {key: t.long() for key, t in tensors.items() if key.endswith("num_batches_tracked")}
+    family = FAMILIES[FULL_SIZES[name]]
+    model = family.convert(tensors, name)
+    assert isinstance(model, VQGAN)
+    counted = [count(model, row.image) for row in family.checkpoints if model.image_size in (None, row.image)]
+    assert any(ids == row.streams for ids, row in zip(counted, family.checkpoints, strict=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_memory_of_a_conversion(name: str, tmp_path: Path) -> None:
+    """Less than 1.3 times the weights above the process without them."""
+    size = published_memory.write(case("published").folder / f"{name}_keys.json", tmp_path / "model.safetensors")
+    command = [sys.executable, "-m", "tests.checkpoints.published_memory", FULL_SIZES[name], str(tmp_path)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    assert found["after"] - found["before"] < 1.3 * size, (found, size)
+
+
+def count(model: VQGAN, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Ids of an image in all groups, and codes of one id, as the table of checkpoints has them."""
+    streams = model.streams(*size)
+    return ((sum(stream.num_ids for stream in streams), streams[0].codebook_size),)
+
+
+def test_the_moving_average_of_lightning_files(tmp_path: Path) -> None:
+    """The average under names without dots, by default; `loss.*` is left out of both sets; both are strict."""
+    found = case("published/emu35_small")
+    theirs = weights(found)
+    average = {AVERAGE + name.replace(".", ""): t * 0.5 for name, t in theirs.items()}
+    state = {**theirs, **average, "loss.discriminator.main.0.weight": torch.zeros(2)}
+    state |= {f"{AVERAGE}lossdiscriminatormain0weight": torch.zeros(2), f"{AVERAGE}decay": torch.tensor(0.999)}
+    state |= {f"{AVERAGE}num_updates": torch.tensor(7)}
+    torch.save({"state_dict": state, "epoch": 3, "callbacks": {"a": {"best": None}}}, tmp_path / "last.ckpt")
+    for ema, factor in ((True, 0.5), (False, 1.0), ("false", 1.0)):
+        model = tmm.load(convert("ibq", tmp_path / "last.ckpt", tmp_path / f"out-{ema}", ema=ema))
+        assert torch.equal(model.state_dict()["quantizer.codes"], theirs["quantize.embedding.weight"] * factor)
+        assert torch.equal(model.state_dict()["encoder.conv_in.weight"], theirs["encoder.conv_in.weight"] * factor)
+    del state[f"{AVERAGE}encoderconv_inbias"]
+    torch.save({"state_dict": state}, tmp_path / "broken.ckpt")
+    with pytest.raises(ValueError, match=r"1 missing: encoder\.conv_in\.bias"):
+        convert("ibq", tmp_path / "broken.ckpt", tmp_path / "out")
+    state |= {f"{AVERAGE}encoderconv_inbias": torch.zeros(32), f"{AVERAGE}strange": torch.zeros(1)}
+    torch.save({"state_dict": state}, tmp_path / "broken.ckpt")
+    with pytest.raises(ValueError, match=r"1 unknown: model_ema\.strange"):
+        convert("ibq", tmp_path / "broken.ckpt", tmp_path / "out")
+
+
+def test_trainers_wrap_weights_in_their_own_ways(tmp_path: Path) -> None:
+    """Infinity keeps them under `vae`, BSQ-ViT under `ema_state_dict` with prefixes, LlamaGen beside an optimizer."""
+    for family, name, wrap in (
+        ("infinity", "published/infinity_small", lambda state: {"ema": {"a": torch.zeros(1)}, "vae": state}),
+        ("infinity", "published/infinity_small", lambda state: {"vae": {_plain(n): t for n, t in state.items()}}),
+        ("bsq_vit", "published/bsqvit_small", lambda state: {"ema_state_dict": _prefixed(state), "state_dict": {}}),
+        ("llamagen", "published/llamagen_small", lambda state: {"model": state, "optimizer": {"lr": 0.1}}),
+    ):
+        found = case(name)
+        torch.save(wrap(weights(found)), tmp_path / "file.pth")
+        model = tmm.load(convert(family, tmp_path / "file.pth", tmp_path / "out", found.config))
+        assert isinstance(model, VQGAN)
+        assert torch.equal(model.encode(found.inputs["pixel_values"]).ids, ids_of(found.outputs, model))
+
+
+def _plain(name: str) -> str:
+    """A name of Infinity without the modules that wrap its layers."""
+    return name.replace(".conv.weight", ".weight").replace(".conv.bias", ".bias").replace(".norm.", ".")
+
+
+def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.module.{name}": t for name, t in state.items()}
+
+
+def test_sizes_that_contradict_a_description(tmp_path: Path) -> None:
+    found = case("published/emu35_small")
+    theirs = weights(found)
+    for key, value in (("n_embed", 97), ("ddconfig", {"ch": 64})):
+        with pytest.raises(ValueError, match=f"config: {key}"):
+            FAMILIES["ibq"].convert(theirs, "the file", {**found.config, key: value})
+    with pytest.raises(ValueError, match="image_size: expected one of"):
+        FAMILIES["infinity"].convert(weights(case("published/infinity_small")), "the file", image_size=100)
+
+
+def test_wrong_files_get_one_sentence(converted: Converted) -> None:
+    theirs, config = converted.weights, converted.case.config
+    name = next(key for key in reversed(theirs) if key.startswith("decoder.") and key.endswith("weight"))
+    family = FAMILIES[converted.reference.family]
+    for change, message in [
+        ({name: None}, f"1 missing: {name}|a tensor {name}"),
+        ({"extra.weight": torch.zeros(1)}, "1 unknown: extra.weight"),
+        ({name: torch.zeros(3, 5, 7)}, f"{name}|of another shape"),
+    ]:
+        changed = {key: value for key, value in {**theirs, **change}.items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            family.convert(changed, "the file", config)
+    with pytest.raises(ValueError, match="a tensor"):
+        family.convert({"a": torch.zeros(1)}, "the file")

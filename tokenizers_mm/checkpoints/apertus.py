@@ -1,0 +1,81 @@
+"""The image tokenizer of Apertus 1.5 in transformers: Emu3.5's encoder and codebook, without a decoder.
+
+The decoder, which transformers leaves out, is read from a file of Emu3.5's tokenizer with the same codebook.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizers_mm._check import require
+from tokenizers_mm.checkpoints import upstream
+from tokenizers_mm.checkpoints.cnn import averaged, read_vqgan, shape_of
+from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
+from tokenizers_mm.checkpoints.ibq import CODES
+from tokenizers_mm.checkpoints.ibq import rules_of as emu_rules_of
+from tokenizers_mm.checkpoints.upstream import Rule
+from tokenizers_mm.models import Provenance
+from tokenizers_mm.models.vqgan import VQGAN
+from tokenizers_mm.quantizers import IBQConfig
+
+SOURCE = Provenance(
+    source="swiss-ai/Apertus-v1.5-8B on the Hugging Face hub; decoder: BAAI/Emu3.5-VisionTokenizer",
+    license="Apache-2.0",
+)
+PREFIXES = ("model.vision_tokenizer.", "vision_tokenizer.")
+"""Where a file of the whole language model holds the tokenizer."""
+
+
+def rules_of(levels: int) -> list[Rule]:
+    """Rules from our names to those of transformers for the encoder, and of Emu3.5 for the decoder."""
+    return [
+        (r"^encoder\.levels\.(\d+)\.blocks\.(\d+)\.", r"encoder.stages.\1.layers.\2.resnet."),
+        (r"^encoder\.levels\.(\d+)\.attentions\.(\d+)\.", r"encoder.stages.\1.layers.\2.attention."),
+        (r"^encoder\.levels\.(\d+)\.resample\.", r"encoder.stages.\1.downsample."),
+        *emu_rules_of(levels),
+    ]
+
+
+def convert(
+    tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None, *, decoder: str = ""
+) -> VQGAN:
+    """A tokenizer from a file of Apertus 1.5, or of its image tokenizer alone.
+
+    decoder: path of Emu3.5's `model.ckpt`; its codebook must be that of the file, up to rounding.
+    """
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    require(bool(decoder), "decoder", "the path of Emu3.5's model.ckpt (the file itself holds no decoder)", "nothing")
+    other = averaged(upstream.read(decoder), decoder, ema=True)
+    codes, dim = shape_of(tensors, CODES, where)
+    require(
+        shape_of(other, CODES, decoder) == (codes, dim),
+        "decoder",
+        f"codes [{codes}, {dim}]",
+        shape_of(other, CODES, decoder),
+    )
+    ours, theirs = tensors[CODES].float(), other[CODES].float()
+    near = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
+    require(near, "decoder", f"the codebook of {where}", "another one")
+    taken = {name: t for name, t in other.items() if name.startswith(("decoder.", "post_quant_conv."))}
+    tokenizer = read_vqgan({**tensors, **taken}, where, rules_of, IBQConfig(codes, dim))
+    check_description(config, {"codebook_size": codes, "embed_dim": dim})
+    tokenizer.provenance = SOURCE
+    return tokenizer
+
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "swiss-ai/Apertus-v1.5-8B (vision_tokenizer.*)",
+            (256, 256),
+            ((256, 1 << 17),),
+            "Apache-2.0",
+            "transformers' class at a small size: ids (it has no decoder; Emu3.5's is shown there)",
+        ),
+    ),
+)

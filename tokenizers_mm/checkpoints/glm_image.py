@@ -1,0 +1,104 @@
+"""The image tokenizer of GLM-Image as transformers has it: a vision tower, quantized; it has no pixels.
+
+The decoder of its features is the pointwise convolution behind the quantizer; the images of GLM-Image are made from the
+codes by a diffusion model.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tokenizers_mm._check import require
+from tokenizers_mm.checkpoints.cnn import shape_of, shapes_of
+from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
+from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
+from tokenizers_mm.config import checked
+from tokenizers_mm.decoders.features import ConvFeatureConfig
+from tokenizers_mm.encoders.plain_vit import PlainViTConfig
+from tokenizers_mm.encoders.semantic import CLIP_MEAN, CLIP_STD
+from tokenizers_mm.models import Provenance
+from tokenizers_mm.models.loading import build, fill
+from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
+from tokenizers_mm.quantizers import IBQConfig
+
+SOURCE = Provenance(source="zai-org/GLM-Image on the Hugging Face hub", license="MIT")
+
+HEADS = 16
+"""Attention heads of the published tower, which names and shapes do not tell."""
+
+PARTS = ("visual.", "vqmodel.")
+"""Prefixes of the two parts in a file of the whole language model, behind `model.`."""
+
+_RULES: list[Rule] = [
+    (r"^head\.", "vqmodel.quant_conv."),
+    (r"^semantic_decoder\.embed\.", "vqmodel.post_quant_conv."),
+    (r"^quantizer\.codes$", "vqmodel.quantize.embedding.weight"),
+    (r"^tower\.embed\.", "visual.patch_embed.proj."),
+    (r"^tower\.positions$", "visual.embeddings.position_embedding.weight"),
+    (r"^tower\.", "visual."),
+]
+
+
+def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> SemanticTokenizer:
+    """A tokenizer from a file of the whole model, or of its tower and quantizer alone.
+
+    config: `num_heads` of an unpublished tower; `image_mean` and `image_std` of its preprocessor_config.json, by
+    default those of transformers' image processor.
+    """
+    prefix = "model." if any(name.startswith("model.visual.") for name in tensors) else ""
+    kept = tuple(prefix + part for part in PARTS)
+    tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(kept)}
+    tokenizer = build(SemanticTokenizer, checked(read_config(tensors, where, config or {})))
+    links = links_of(shapes_of(tokenizer.state_dict()))
+    fill(tokenizer, take(links, tensors, where), where)
+    check_description(config, {"num_embeddings": tokenizer.config.quantizer.codebook_size})
+    tokenizer.provenance = SOURCE
+    return tokenizer.eval()  # type: ignore[return-value]
+
+
+def links_of(shapes: Mapping[str, Shape]) -> list[Link]:
+    """Links from our names to those of transformers."""
+    theirs: dict[str, Shape] = {"head.weight": (*shapes["head.weight"], 1, 1)}
+    theirs["tower.positions"] = shapes["tower.positions"][1:]
+    return link(shapes, _RULES, theirs)
+
+
+def read_config(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]) -> SemanticConfig:
+    """Our configuration, from shapes."""
+    width, _, patch, _ = shape_of(tensors, "visual.patch_embed.proj.weight", where, 4)
+    count = shape_of(tensors, "visual.embeddings.position_embedding.weight", where)[0]
+    side = math.isqrt(count)
+    require(side * side == count, f"{where}: visual.embeddings", "a square grid of positions", f"{count}")
+    found = (re.match(r"visual\.blocks\.(\d+)\.", name) for name in tensors)
+    depth = 1 + max((int(match[1]) for match in found if match), default=-1)
+    hidden = shape_of(tensors, "visual.blocks.0.mlp.fc1.weight", where)[0] if depth else 4 * width
+    codes, dim = shape_of(tensors, "vqmodel.quantize.embedding.weight", where)
+    tower = PlainViTConfig(
+        patch=patch,
+        positions=(side, side),
+        width=width,
+        depth=depth,
+        heads=config.get("num_heads", HEADS),
+        mlp_ratio=hidden / width,
+        mean=tuple(config.get("image_mean", CLIP_MEAN)),
+        std=tuple(config.get("image_std", CLIP_STD)),
+    )
+    quantizer = IBQConfig(codes, dim, temperature=2.0, normalize=True)
+    return SemanticConfig(tower, quantizer, cell=patch, semantic_decoder=ConvFeatureConfig(depth=0))
+
+
+FAMILY = Family(
+    convert,
+    (
+        Checkpoint(
+            "zai-org/GLM-Image (model.visual.*, model.vqmodel.*)",
+            (512, 512),
+            ((1024, 1 << 14),),
+            "MIT",
+            "transformers' classes at a small size: features, ids and vectors",
+        ),
+    ),
+)
