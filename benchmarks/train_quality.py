@@ -57,10 +57,7 @@ ORIGINAL: dict[str, Any] = {
 
 
 def ours(warm: bool) -> dict[str, Any]:
-    """Our recipe for the same model.
-
-    warm: fit linear paths and codebook to images before the first step, and leave the pixel encoder as fitted.
-    """
+    """Our recipe for the same model; `warm` fits linear paths and codebook to images before the first step."""
     data = copy.deepcopy(ORIGINAL)
     objective = data["objective"]
     data["ema"] = 0.98
@@ -71,7 +68,6 @@ def ours(warm: bool) -> dict[str, Any]:
     objective["revival"] = {"every": 20, "until": 0.7}
     if warm:
         objective["warm_start"] = {"images": 256, "iterations": 4}
-        objective["trainable"] = ["semantic", "quantizer", "pixel_decoder"]  # as in configs/demo_64.yaml
     return data
 
 

@@ -40,10 +40,8 @@ def check_warm_start(config: Any, where: str) -> None:
 
 @torch.no_grad()
 def warm_start(tokenizer: TokenFlow | SemanticTokenizer, data: DataConfig, seed: int, config: WarmStartConfig) -> None:
-    """Fit a tokenizer to images of the mixture.
-
-    A semantic tokenizer's codes become the centres of k-means over the features of its tower; for TokenFlow see
-    `start_from_images`.
+    """Fit a tokenizer to images of the mixture: TokenFlow's linear paths and codebook (see `start_from_images`), or the
+    codes of a semantic tokenizer, which become the centres of k-means over the features of its tower.
     """
     size = tokenizer.image_size or data.image_size
     assert size is not None  # checked when the run begins
@@ -52,5 +50,5 @@ def warm_start(tokenizer: TokenFlow | SemanticTokenizer, data: DataConfig, seed:
     if isinstance(tokenizer, SemanticTokenizer):
         features = [tokenizer.tower_features(part.to(tokenizer.device)).flatten(0, 2) for part in images.split(64)]
         cluster_codes(tokenizer, torch.cat(features), config.iterations, seed)
-        return
-    start_from_images(tokenizer, images, torch.Generator().manual_seed(seed), config.iterations, config.ridge)
+    else:
+        start_from_images(tokenizer, images, torch.Generator().manual_seed(seed), config.iterations, config.ridge)
