@@ -11,6 +11,7 @@ import pytest
 
 from tests.cases import ROOT
 from tests.documents import blocks, make_language_model, make_workplace, pages, quick_compile, run_page
+from tests.tables import kept_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +49,8 @@ def test_a_page_runs(path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatc
     quick_compile(monkeypatch)
     if path.name in LANGUAGE_MODELS and not (workplace / "Qwen").exists():
         make_language_model(workplace)
-    run_page(path)
+    with kept_tables():
+        run_page(path)
 
 
 def test_a_newcomers_tasks_are_short() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 
 import tokenizers_mm as tmm
+from tests.tables import kept_tables
 from tokenizers_mm import registry
 from tokenizers_mm.cli import main
 from tokenizers_mm.cli.imports import split_imports
@@ -17,15 +18,9 @@ from tokenizers_mm.quantizers import QUANTIZERS, Quantizer
 
 
 @pytest.fixture(autouse=True)
-def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All tables, given back as they were."""
-    before = {kind: dict(registry._table(spec)) for kind, spec in registry.KINDS.items()}
-    monkeypatch.setattr(registry, "_added", {})
-    yield
-    for kind, spec in registry.KINDS.items():
-        table = registry._table(spec)
-        table.clear()
-        table.update(before[kind])
+def tables() -> Iterator[None]:
+    with kept_tables():
+        yield
 
 
 def quantizer(kind: str) -> Any:

@@ -12,6 +12,7 @@ from PIL import Image
 
 import tokenizers_mm as tmm
 from tests.cases import ROOT
+from tests.tables import kept_tables
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.losses import LOSSES
 from train.__main__ import main
@@ -177,7 +178,7 @@ def test_a_loss_from_a_file_of_the_caller(tmp_path: Path, capsys: pytest.Capture
         "    return (x.diff(dim=-1) - output.image.diff(dim=-1)).abs().mean()\n"
     )
     command = ["debug", f"out={tmp_path / 'run'}", "steps=1", *QUICK, "objective.loss.weights.edges=0.5"]
-    try:
+    with kept_tables():
         assert main(command) == 2, "without the file there is no such term"
         assert "objective.loss.weights.edges: expected a term of this tokenflow model" in capsys.readouterr().err
         assert main([*command, "--import", str(file)]) == 0
@@ -187,8 +188,6 @@ def test_a_loss_from_a_file_of_the_caller(tmp_path: Path, capsys: pytest.Capture
         LOSSES["codebook"] = LOSSES["edges"]
         assert main(["debug", f"out={tmp_path / 'other'}", "steps=1", *QUICK]) == 2
         assert "a registered loss with a name of its own" in capsys.readouterr().err
-    finally:
-        LOSSES.clear()
 
 
 def test_help_shows_every_key(capsys: pytest.CaptureFixture[str]) -> None:
