@@ -166,7 +166,7 @@ def _rounding(z: Tensor, dim: int) -> float:
     if z.dtype == torch.float64:
         return (dim + 8) * 2.0**-53
     backend: Any = torch.backends.cuda if z.is_cuda else torch.backends.mkldnn
-    matmul = getattr(backend, "matmul", None)
+    matmul: Any = getattr(backend, "matmul", None)
     # The second form is that of torch before 2.9, which has no setting for each backend.
     setting = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else torch.get_float32_matmul_precision()
     factors = {"tf32": 2.0**-10, "high": 2.0**-10, "bf16": 2.0**-7, "medium": 2.0**-7}
