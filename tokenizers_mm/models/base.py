@@ -226,7 +226,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     def _checked(self, images: Tensor) -> Tensor:
         """A tensor of images [B, 3, H, W] on the tokenizer's device, in its own dtype."""
         check_images(images)
-        self.check_size(*images.shape[-2:])
+        self.check_size(images.shape[-2], images.shape[-1])
         return images.to(self.device)
 
     @property
