@@ -22,7 +22,7 @@ needs_arrow = pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow i
 
 def png(value: int, size: tuple[int, int] = (40, 40)) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", size[::-1], (value, 0, 0)).save(stream, "PNG")
+    Image.new("RGB", (size[1], size[0]), (value, 0, 0)).save(stream, "PNG")
     return stream.getvalue()
 
 

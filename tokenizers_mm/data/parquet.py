@@ -112,7 +112,8 @@ class ParquetImages:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes) and value:
             return name, value
-        require(isinstance(value, str) and 0 < len(value) <= 4096 and "\0" not in value, name, "bytes or a path", value)
+        if not isinstance(value, str) or not 0 < len(value) <= 4096 or "\0" in value:
+            fail(name, "bytes or a path", value)
         try:
             inside = (path.parent / value).resolve().is_relative_to(path.parent.resolve())
         except (OSError, RuntimeError) as error:  # links that lead to themselves, names that are too long

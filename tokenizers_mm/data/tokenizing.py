@@ -408,7 +408,7 @@ class ShardBatch:
 def run_ray(job: Job, numbers: Sequence[int], workers: int, step: Callable[[int], None]) -> None:
     """Make shards through Ray Data, on the cluster that Ray finds or on this machine."""
     try:
-        import ray.data
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         fail("engine", "ray to be installed (pip install 'tokenizers_mm[ray]')", "no such package")
     items = ray.data.from_items([{"shard": number} for number in numbers])

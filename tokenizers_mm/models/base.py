@@ -226,7 +226,8 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     def _checked(self, images: Tensor) -> Tensor:
         """A tensor of images [B, 3, H, W] on the tokenizer's device, in its own dtype."""
         check_images(images)
-        self.check_size(images.shape[-2], images.shape[-1])
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
         return images.to(self.device)
 
     @property

@@ -327,18 +327,23 @@ def _replaced(codes: ImageCodes, rows: Tensor, others: ImageCodes) -> ImageCodes
 
 
 def _aligned(ids: Tensor, decisions: Sequence[Decision]) -> Tensor | None:
-    """Margins [B, L] in the order of the ids, None where that order cannot be told."""
-    found = [(decision.ids, decision.margin) for decision in decisions if decision.margin is not None]
-    orders: list[Any] = [lambda parts: torch.cat(parts, 1)]
-    if len({part.shape for part, _ in found}) == 1:
-        orders += [lambda parts: torch.stack(parts, 2).flatten(1)]
-    for groups in range(2, 65):
-        if len(found) == 1 and found[0][0].shape[1] % groups == 0:
-            orders += [lambda parts, g=groups: parts[0].unflatten(1, (-1, g)).transpose(1, 2).flatten(1)]
-    for order in orders:
-        if torch.equal(order([part for part, _ in found]), ids):
-            return order([margin.float() for _, margin in found])
-    return None
+    """Margins float32 [B, L] in the order of the ids: one search after the other, each with its groups of ids side by
+    side or one after the other. None for other orders (several stages inside of several scales).
+    """
+    parts, start = [], 0
+    for decision in decisions:
+        count = decision.ids.shape[1]
+        wanted = ids[:, start : start + count]
+        start += count
+        for groups in (number for number in range(1, 65) if count % number == 0):
+            order = torch.arange(count, device=ids.device).view(-1, groups).T.flatten()
+            if torch.equal(decision.ids[:, order], wanted):
+                assert decision.margin is not None
+                parts.append(decision.margin[:, order].float())
+                break
+        else:
+            return None
+    return torch.cat(parts, 1)
 
 
 @contextmanager
