@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from tokenizers_mm.checkpoints.store import load as load
     from tokenizers_mm.models import MODELS as MODELS
     from tokenizers_mm.models.base import ImageTokenizer as ImageTokenizer
+    from tokenizers_mm.models.from_encoder import tokenizer_from as tokenizer_from
     from tokenizers_mm.types import ImageCodes as ImageCodes
     from tokenizers_mm.types import ImageLatents as ImageLatents
     from tokenizers_mm.types import Quantized as Quantized
     from tokenizers_mm.types import Stream as Stream
-    from tokenizers_mm.types import VQTerms as VQTerms
 
     __version__: str
 
@@ -23,11 +23,11 @@ _HOMES = {
     "load": "checkpoints.store",
     "MODELS": "models",
     "ImageTokenizer": "models.base",
+    "tokenizer_from": "models.from_encoder",
     "ImageCodes": "types",
     "ImageLatents": "types",
     "Quantized": "types",
     "Stream": "types",
-    "VQTerms": "types",
 }
 """Public name -> the module that defines it."""
 

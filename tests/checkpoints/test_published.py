@@ -20,8 +20,9 @@ from tests.checkpoints import published_memory
 from tests.weights_by_rule import rule_tensor
 from tokenizers_mm.checkpoints import bsq_vit, emu3, ibq, infinity, llamagen, showo, var
 from tokenizers_mm.checkpoints.cnn import AVERAGE, joined_attention, links_of, magvit_rules, shapes_of
-from tokenizers_mm.checkpoints.convert import FAMILIES, convert
+from tokenizers_mm.checkpoints.convert import FAMILIES, convert, table
 from tokenizers_mm.checkpoints.upstream import Link, give
+from tokenizers_mm.cli import main
 from tokenizers_mm.functional.bits import bits_to_ids
 from tokenizers_mm.models import VQGAN
 
@@ -62,17 +63,17 @@ REFERENCES = [
 ]
 
 FULL_SIZES = {
-    "llamagen_vq16": "llamagen",
-    "llamagen_vq8": "llamagen",
-    "ibq_262144": "ibq",
-    "emu35": "emu3.5",
-    "open_magvit2": "open_magvit2",
-    "var": "var",
-    "emu3": "emu3",
-    "bsq_vit_18": "bsq_vit",
-    "infinity_d32": "infinity",
+    "llamagen_vq16": ("llamagen", 0),
+    "llamagen_vq8": ("llamagen", 2),
+    "ibq_262144": ("ibq", 3),
+    "emu35": ("emu3.5", 0),
+    "open_magvit2": ("open_magvit2", 0),
+    "var": ("var", 0),
+    "emu3": ("emu3", 0),
+    "bsq_vit_18": ("bsq_vit", 0),
+    "infinity_d32": ("infinity", 2),
 }
-"""Key lists of models of the published sizes, built by the original code."""
+"""Key lists of models of the published sizes, built by the original code: family, and row of its table."""
 
 
 def weights(reference: Case) -> dict[str, Tensor]:
@@ -158,11 +159,12 @@ def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
     with torch.device("meta"):
         tensors = {key: torch.empty(shape) for key, shape in keys.items()}
         tensors |= {key: t.long() for key, t in tensors.items() if key.endswith("num_batches_tracked")}
-    family = FAMILIES[FULL_SIZES[name]]
-    model = family.convert(tensors, name)
-    assert isinstance(model, VQGAN)
-    counted = [count(model, row.image) for row in family.checkpoints if model.image_size in (None, row.image)]
-    assert any(ids == row.streams for ids, row in zip(counted, family.checkpoints, strict=True))
+    family, row = FULL_SIZES[name]
+    checkpoint = FAMILIES[family].checkpoints[row]
+    model = FAMILIES[family].convert(tensors, name)
+    streams = model.streams(*checkpoint.image)
+    counted = (sum(stream.num_ids for stream in streams), streams[0].codebook_size)
+    assert (counted,) == checkpoint.streams
 
 
 @pytest.mark.full
@@ -170,15 +172,23 @@ def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
 def test_memory_of_a_conversion(name: str, tmp_path: Path) -> None:
     """Less than 1.3 times the weights above the process without them."""
     size = published_memory.write(case("published").folder / f"{name}_keys.json", tmp_path / "model.safetensors")
-    command = [sys.executable, "-m", "tests.checkpoints.published_memory", FULL_SIZES[name], str(tmp_path)]
+    command = [sys.executable, "-m", "tests.checkpoints.published_memory", FULL_SIZES[name][0], str(tmp_path)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
     assert found["after"] - found["before"] < 1.3 * size, (found, size)
 
 
-def count(model: VQGAN, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Ids of an image in all groups, and codes of one id, as the table of checkpoints has them."""
-    streams = model.streams(*size)
-    return ((sum(stream.num_ids for stream in streams), streams[0].codebook_size),)
+def test_the_table_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each described file, with ids, bits and licence; the same table in Markdown."""
+    assert main(["convert", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + sum(len(family.checkpoints) for family in FAMILIES.values())
+    found = next(line for line in lines if "imagenet256_262144.ckpt" in line)
+    assert found.startswith("ibq ")
+    assert all(text in found for text in ("256x256", " 256 ", "4,608", "Apache-2.0"))
+    assert "continuous" in next(line for line in lines if line.startswith("mar "))
+    assert len(table(markdown=True)) == len(lines) + 1
+    assert main(["convert", "ibq"]) == 2
+    assert "CHECKPOINT: expected a value (or --list)" in capsys.readouterr().err
 
 
 def test_the_moving_average_of_lightning_files(tmp_path: Path) -> None:

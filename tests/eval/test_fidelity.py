@@ -16,7 +16,8 @@ from tokenizers_mm.eval.protocols import PROTOCOLS
 
 def batch(images: list[Image.Image], blur: float) -> Batch:
     made = [image.filter(ImageFilter.GaussianBlur(blur)) if blur else image for image in images]
-    return Batch(*(torch.stack([image_to_tensor(image) for image in side]) for side in (images, made)))
+    originals, reconstructions = (torch.stack([image_to_tensor(image) for image in side]) for side in (images, made))
+    return Batch(originals, reconstructions)
 
 
 def test_edit_distance_and_overlap() -> None:

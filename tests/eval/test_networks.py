@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from PIL import ImageFilter
+from torchvision.transforms.functional import normalize
 
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.photographs import fixed_crops
@@ -27,7 +28,8 @@ from tokenizers_mm.losses.perceptual import DISTS, load_dists
 def batch(blur: float, count: int = 6) -> Batch:
     crops = fixed_crops("heldout", count, 64)
     pair = (crops, [crop.filter(ImageFilter.GaussianBlur(blur)) if blur else crop for crop in crops])
-    return Batch(*(torch.stack([image_to_tensor(image) for image in side]) for side in pair))
+    originals, reconstructions = (torch.stack([image_to_tensor(image) for image in side]) for side in pair)
+    return Batch(originals, reconstructions)
 
 
 def test_a_classifier_from_a_package() -> None:
@@ -59,9 +61,14 @@ def test_the_classifier_knows_a_cat() -> None:
     assert int(logits.argmax()) in (281, 282, 285), "tabby, tiger cat, Egyptian cat"
 
 
+def vgg_layers() -> Any:
+    """torchvision's convolutions of VGG16, without its large classifier."""
+    return torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=False)
+
+
 def vgg_file(place: Path) -> Path:
     torch.manual_seed(0)
-    torch.save(torchvision.models.vgg16(weights=None).features.state_dict(prefix="features."), place / "vgg.pth")
+    torch.save(vgg_layers().state_dict(prefix="features."), place / "vgg.pth")
     return place / "vgg.pth"
 
 
@@ -71,14 +78,14 @@ def test_dists_against_a_plain_version(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     alpha, beta = (torch.rand(1, 1475, 1, 1, generator=generator) for _ in range(2))
     torch.save({"alpha": alpha, "beta": beta}, own)
-    layers = torchvision.models.vgg16(weights=None).features
+    layers = vgg_layers()
     layers.load_state_dict({k.removeprefix("features."): v for k, v in torch.load(vgg, weights_only=True).items()})
     window = torch.tensor([0.25, 0.5, 0.25])
 
     def maps(x: torch.Tensor) -> list[torch.Tensor]:
         x = (x + 1) / 2
         found = [x]
-        x = torchvision.transforms.functional.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        x = normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         for start, end in ((0, 4), (5, 9), (10, 16), (17, 23), (24, 30)):
             if start:
                 padded = torch.nn.functional.pad(x.square(), (1, 1, 1, 1))

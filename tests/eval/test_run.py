@@ -1,6 +1,5 @@
 """One pass over images: batches do not matter, an interrupt loses nothing, memory is flat, NaN is an error."""
 
-import gc
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from tokenizers_mm.eval import METRICS
 from tokenizers_mm.eval import run as running
-from tokenizers_mm.eval.base import Batch, PerImage, Setup
+from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
 from tokenizers_mm.eval.codecs import Codec
 from tokenizers_mm.eval.images import ImageSource
@@ -37,7 +36,9 @@ class Means(Candidate):
         ids = ((means + 1) * 8).long().clamp(0, 15)
         rows, columns = ids.shape[-2:]
         streams = (Stream("grey", 16, ((rows, columns),)),)
-        return Encoded(ids, [4.0 * rows * columns] * len(x), ImageCodes(ids.flatten(1), *x.shape[-2:], streams))
+        return Encoded(
+            ids, [4.0 * rows * columns] * len(x), ImageCodes(ids.flatten(1), x.shape[-2], x.shape[-1], streams)
+        )
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         grey = (encoded.value.float() + 0.5) / 8 - 1
@@ -109,7 +110,6 @@ def test_images_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     class Watch(Means):
         def encode(self, x: torch.Tensor, target: Sequence[float] | None = None) -> Encoded:
-            gc.collect()
             assert sum(reference() is not None for reference in alive) <= 2
             alive.append(weakref.ref(x))
             return super().encode(x, target)
@@ -171,6 +171,14 @@ def test_codecs_match_the_bits_of_the_first_tokenizer(folder: Path) -> None:
                 assert measured.over == over
 
 
+def outcome(metric: Metric) -> Any:
+    """The result of a metric, or the sentence that says why there is none."""
+    try:
+        return metric.result()
+    except ValueError as error:
+        return str(error)
+
+
 def test_the_table_of_metrics() -> None:
     """Every metric has what the report reads of it, and its state restores it; one test for all lines of the table."""
     assert METRICS is TABLE
@@ -187,7 +195,7 @@ def test_the_table_of_metrics() -> None:
             missing[name] = str(error)
             continue
         streams = (Stream("a", 8, ((1, 2), (2, 2))),)
-        for _ in range(4):
+        for _ in range(2):
             a, b = torch.rand(2, 2, 3, 48, 48, generator=generator) * 2 - 1
             ids = torch.randint(0, 8, (2, 6), generator=generator)
             codes = ImageCodes(ids, 48, 48, streams)
@@ -199,9 +207,9 @@ def test_the_table_of_metrics() -> None:
         assert before.keys() == after.keys()
         for key, tensor in before.items():
             torch.testing.assert_close(after[key], tensor, rtol=0, atol=0, equal_nan=True)
-        if getattr(cls, "partial", False) or cls.least > 48:  # noise has neither text nor faces
-            with pytest.raises(ValueError, match=f"{name}: expected images"):
-                metric.result()
-        else:
-            assert again.result() == metric.result() is not None
+        assert outcome(again) == outcome(metric)
+        if cls.least > 48:
+            assert outcome(metric).startswith(f"{name}: expected images of at least")
+        elif not getattr(cls, "partial", False):  # noise may have text or faces, or none
+            assert metric.result() is not None
     assert all(TABLE[name].needs for name in missing), missing

@@ -103,3 +103,16 @@ def test_second_derivatives_are_refused() -> None:
     (first,) = torch.autograd.grad(assign(z, keys).propagated.sum(), z, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(first.sum(), z)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_ids_do_not_depend_on_the_precision_of_products(precision: str) -> None:
+    torch.manual_seed(0)
+    z, keys = torch.randn(200, 64), torch.randn(400, 64)
+    expected = (z.double() @ keys.double().T).argmax(1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(largest_logit(z, keys), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)

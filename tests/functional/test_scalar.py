@@ -1,9 +1,11 @@
 """Scalar levels: bounds in 64 bits, iFSQ's and CubiD's forms, ties and ends of the range."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from tokenizers_mm.functional.scalar import (
     Bound,
@@ -38,10 +40,11 @@ def test_all_levels_are_reached_and_no_other(bound: Bound) -> None:
 
 def test_gradients_are_those_of_the_bounds() -> None:
     z = torch.randn(50, 2, dtype=torch.float64, requires_grad=True)
-    for bound, slope in (
-        ("symmetric", lambda x: (1 - x.tanh() ** 2) / 2),
-        ("sigmoid", lambda x: 1.6 * torch.sigmoid(1.6 * x) * torch.sigmoid(-1.6 * x)),
-    ):
+    slopes: dict[Bound, Callable[[Tensor], Tensor]] = {
+        "symmetric": lambda x: (1 - x.tanh() ** 2) / 2,
+        "sigmoid": lambda x: 1.6 * torch.sigmoid(1.6 * x) * torch.sigmoid(-1.6 * x),
+    }
+    for bound, slope in slopes.items():
         (found,) = torch.autograd.grad(round_to_levels(z, (5, 4), bound).sum(), z)
         torch.testing.assert_close(found, (slope(z) * torch.tensor([4, 3])).detach())
 

@@ -23,7 +23,10 @@ def test_correlation_equals_a_convolution() -> None:
     kernel = torch.outer(line, line)[None, None]
     expected = torch.nn.functional.conv2d(x[None, None], kernel)[0, 0]
     torch.testing.assert_close(correlate(x, line), expected, rtol=0, atol=1e-14)
-    assert abs(float(uniform_line(8).sum()) - 1) < 1e-15
+    for size in (1, 2, 7, 8, 13):
+        kernel = torch.ones(1, 1, size, size, dtype=torch.float64) / size**2
+        expected = torch.nn.functional.conv2d(x[None, None], kernel)[0, 0]
+        torch.testing.assert_close(correlate(x, uniform_line(size)), expected, rtol=0, atol=1e-14)
 
 
 def test_ssim_of_one_window_is_the_formula() -> None:

@@ -132,7 +132,7 @@ def test_takes_every_quantizer(kind: str) -> None:
     output = tokenizer.train()(x)
     assert output.quantized["pixel"].terms.keys() == tokenizer.quantizer.loss_terms
     output.image.square().mean().backward()
-    assert tokenizer.encoder.conv_in.weight.grad is not None
+    assert tokenizer.encoder.get_parameter("conv_in.weight").grad is not None
 
 
 def test_disturbances() -> None:

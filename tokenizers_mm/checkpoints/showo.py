@@ -12,7 +12,7 @@ from tokenizers_mm.models import Provenance
 from tokenizers_mm.models.vqgan import VQGAN
 from tokenizers_mm.quantizers import LFQConfig
 
-SOURCE = Provenance(source="showlab/magvitv2 on the Hugging Face hub", license="Apache-2.0")
+SOURCE = Provenance(source="showlab/magvitv2 on the Hugging Face hub", license="MIT")
 
 
 def rules_of(levels: int) -> list[Rule]:
@@ -47,7 +47,7 @@ FAMILY = Family(
             "showlab/magvitv2: pytorch_model.bin",
             (256, 256),
             ((256, 1 << 13),),
-            "Apache-2.0",
+            "MIT",
             "the original code at a small size: ids, vectors and pixels",
         ),
     ),

@@ -27,6 +27,8 @@ def run(options: argparse.Namespace) -> None:
 
     require(options.out.suffix == ".png", "out", "a file name that ends in .png", str(options.out))
     file_place(options.out)
+    for name in (options.first, options.second):
+        require(not name.endswith("@curve"), name, "one quality (@match, @q75, @2000b or @0.25bpp)", "several")
     finished = measure(options, [options.first, options.second], None)
     from tokenizers_mm.eval.page import choose_examples
     from tokenizers_mm.eval.pictures import save_picture, side_by_side

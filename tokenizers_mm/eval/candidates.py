@@ -178,7 +178,7 @@ class DiffusersVQ(_Directory):
     def encode(self, x: Tensor, target: Sequence[float] | None = None) -> Encoded:
         latents = self.model.encode(self._in(x)).latents
         vectors, _, (_, _, ids) = self.model.quantize(latents)
-        return self._ids(ids, tuple(latents.shape[-2:]), self.model.config.num_vq_embeddings, x, vectors)
+        return self._ids(ids, (latents.shape[-2], latents.shape[-1]), self.model.config.num_vq_embeddings, x, vectors)
 
     @torch.no_grad()
     def decode(self, encoded: Encoded) -> Tensor:
@@ -198,7 +198,7 @@ class Emu3(_Directory):
     def encode(self, x: Tensor, target: Sequence[float] | None = None) -> Encoded:
         sizes = torch.tensor([x.shape[-2:]] * len(x))
         ids = torch.stack(list(self.model.encode(self._in(x), sizes).image_tokens))
-        return self._ids(ids, tuple(ids.shape[-2:]), self.model.config.codebook_size, x, ids)
+        return self._ids(ids, (ids.shape[-2], ids.shape[-1]), self.model.config.codebook_size, x, ids)
 
     @torch.no_grad()
     def decode(self, encoded: Encoded) -> Tensor:
@@ -212,7 +212,8 @@ class Janus(_Directory):
 
     def __init__(self, name: str, directory: Path, model: Any, device: str) -> None:
         super().__init__(name, directory, model, device)
-        self.grid = tuple(int(side) for side in model.quantize.quant_state_dims)
+        rows, columns = model.quantize.quant_state_dims
+        self.grid = int(rows), int(columns)
         multiple = 2 ** (len(model.config.channel_multiplier) - 1)
         self.size_multiple, self.image_size = multiple, (self.grid[0] * multiple, self.grid[1] * multiple)
 
@@ -309,7 +310,7 @@ def _open_model(name: str, load: Callable[[str], ImageTokenizer[Any]], device: s
     if kind is not None:
         if kind not in DIFFUSERS:
             fail(f"{path}: _class_name", f"one of {', '.join(DIFFUSERS)}", repr(kind))
-        import diffusers  # an extra: loaded when asked for
+        import diffusers  # pyright: ignore[reportMissingImports]  # an extra: loaded when asked for
 
         options = {"use_safetensors": True, "local_files_only": True}
         return DIFFUSERS[kind](label, path.parent, getattr(diffusers, kind).from_pretrained(name, **options), device)

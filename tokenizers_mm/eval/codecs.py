@@ -77,7 +77,8 @@ class Codec:
     def version(self) -> str:
         """Version of the encoder."""
         name = {"jpeg": "libjpeg_turbo", "webp": "webp", "avif": "avif"}.get(self.format, "")
-        own = features.version(name) if name else ""
+        known = {*features.modules, *features.codecs, *features.features}
+        own = features.version(name) if name in known else ""
         return f"Pillow {PIL.__version__}, {self.format} {own or 'unknown'}"
 
     def targets(self, x: Tensor, others: Sequence[float] | None) -> list[float | None]:
@@ -128,8 +129,8 @@ def _check_available(name: str) -> None:
         except ImportError:
             fail("jxl", "the package pillow-jxl-plugin to be installed", "no such package")
         return
-    check = {"jpeg": "jpg"}.get(name, name)
-    require(bool(features.check(check)), name, "a Pillow that writes it", f"Pillow {PIL.__version__} without")
+    Image.init()
+    require(name.upper() in Image.SAVE, name, "a Pillow that writes it", f"Pillow {PIL.__version__} without")
 
 
 def payload_bits(data: bytes, kind: str) -> int:

@@ -37,7 +37,7 @@ class FeatureExtractor:
 
         options = {"verbose": False, "cuda": torch.cuda.is_available(), **options}
         layer = utils.resolve_feature_layer_for_metric(measure, **{measure: True}, **options)
-        self.name = utils.resolve_feature_extractor(**{measure: True}, **options)
+        self.name = str(utils.resolve_feature_extractor(**{measure: True}, **options))
         self._extract: Any = utils.create_feature_extractor(self.name, [layer], **options)
         self._device = "cuda" if options["cuda"] else "cpu"
 

@@ -212,7 +212,8 @@ class Classifier(torch.nn.Module):
         self.encoder = SemanticEncoder(SemanticEncoderConfig("efficientnet_lite0", mean=mean, std=std))
         fill_tower(self.encoder, CLASSIFIER)
         carried = efficientnet_lite0_weights(CLASSIFIER)
-        self.head = torch.nn.Linear(*reversed(carried["classifier.weight"].shape))
+        classes, width = carried["classifier.weight"].shape
+        self.head = torch.nn.Linear(width, classes)
         self.head.load_state_dict({name: carried[f"classifier.{name}"] for name in ("weight", "bias")})
         self.requires_grad_(False).eval()
 

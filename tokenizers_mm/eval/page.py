@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib import resources
 from io import BytesIO
@@ -34,7 +34,10 @@ PLOTTED = ("psnr", "ssim", "lpips", "dists", "rfid", "feature_distance")
 
 @dataclass(frozen=True)
 class Example:
-    """One image of the page: why it is there, its name and number, the original, and what each candidate made of it."""
+    """One image of the page: why it is there, its name and number, the original, and what each candidate made of it.
+
+    made: by the candidates that are compared, in order. maps: ids as colours, with their labels.
+    """
 
     kind: str
     name: str
@@ -94,7 +97,8 @@ def _resource(name: str) -> str:
 
 def choose_examples(report: Mapping[str, Any], run: Run) -> list[Example]:
     """The worst, middle and best images of the first candidate by PSNR, reconstructed once more."""
-    values = report["per_image"]["values"][report["tokenizers"][0]["name"]]
+    run = replace(run, measured=[m for m in run.measured if not m.candidate.on_curve] or run.measured)
+    values = report["per_image"]["values"][compared(report)[0]["name"]]
     scores = values.get("psnr") or values.get("ssim") or next(iter(values.values()), [])
     order = sorted(range(len(run.used)), key=lambda i: (scores[i] is None, scores[i] or 0.0))
     middle = len(order) // 2 - EACH // 2
@@ -155,7 +159,7 @@ def _gallery(report: Mapping[str, Any], examples: Sequence[Example]) -> str:
         if sum(map(len, figures)) <= BUDGET:
             break
     loss = "without loss" if quality == 100 else f"as WebP of quality {quality}, which adds errors of its own"
-    first = report["tokenizers"][0]["name"]
+    first = compared(report)[0]["name"]
     zoom = 3 if small else 1
     return (
         f"<p>The worst, median and best images of {escape(first)} by PSNR, shown {loss}. Left of the slider stands "
@@ -176,10 +180,7 @@ def _figure(report: Mapping[str, Any], example: Example, quality: int) -> str:
         factor = LONGEST / max(width, height)
         width, height = round(width * factor), round(height * factor)
     cells = []
-    rows = compared(report)
-    for row, image in zip(report["tokenizers"], example.made, strict=True):
-        if row not in rows:
-            continue
+    for row, image in zip(compared(report), example.made, strict=True):
         values = report["per_image"]["values"][row["name"]]
         facts = [told(k, values[k][example.index]) for k in ("psnr", "ssim", "bits") if k in values]
         label = escape(row["name"])
@@ -246,6 +247,10 @@ def _results(report: Mapping[str, Any]) -> str:
     notes = ["Small numbers are 95 % bootstrap intervals of the mean. Bold: the best of a column."]
     stand_ins = {e["stands_in"] for row in rows for e in row["metrics"].values() if "stands_in" in e}
     notes += [f"rFID, KID and inception score: {text}." for text in sorted(stand_ins)]
+    peaks = {row["speed"]["device"]: row["speed"]["peak_memory"] for row in rows if "speed" in row}
+    for device, peak in peaks.items():
+        holder = "the process" if device == "cpu" else "tensors"
+        notes.append(f"Times are per image on {device}; at most {peak / 2**20:,.0f} MiB of memory for {holder}.")
     few = {
         f"{heading(name)}: {entry['images']} images for {entry['features']} features, so the value is far too high; "
         "compare it within this table only."

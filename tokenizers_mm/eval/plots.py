@@ -11,13 +11,17 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 44
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) of one colour, each with a text for whoever points at it. line: joined in the order of x."""
+    """Points (x, y) of one colour, each with a text for whoever points at it.
+
+    line: joined in the order of x. dots: drawn as dots.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     texts: Sequence[str] = ()
     line: bool = False
     colour: int = 0
+    dots: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def plot(series: Sequence[Series], x_label: str, y_label: str, about: str, logar
         if item.line:
             path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in sorted(item.points))
             parts.append(f'<polyline class="{colour} line" points="{path}"/>')
-        for index, (a, b) in enumerate(item.points):
+        for index, (a, b) in enumerate(item.points if item.dots else ()):
             text = item.texts[index] if item.texts else item.label
             radius = 2.5 if len(item.points) > 40 else 4
             place = f'cx="{x(a):.1f}" cy="{y(b):.1f}" r="{radius}"'
@@ -82,7 +86,7 @@ def diagonal(series: Sequence[Series], x_label: str, y_label: str, about: str) -
     """Points whose two values are of one kind, with the line where both are equal."""
     values = [value for item in series for point in item.points for value in point]
     low, high = axis("", values, 0, 1).low, axis("", values, 0, 1).high
-    equal = Series("equal", ((low, low), (high, high)), ("equal", "equal"), True, 7)
+    equal = Series("equal", ((low, low), (high, high)), line=True, colour=7, dots=False)
     return plot([equal, *series], x_label, y_label, about)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import Fit, fit_image, fit_multiple
 from tokenizers_mm.data.transforms import center_crop
-from tokenizers_mm.eval.image import Window
+from tokenizers_mm.eval.image import Window, require_finite_image
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Protocol:
             return center_crop(image, size[0])
         return fit_image(image, *size, self.fit)
 
-    def finish(self, x: Tensor) -> Tensor:
-        """A reconstruction in [-1, 1] as metrics see it; refused where it is not finite."""
-        require(bool(x.isfinite().all()), "reconstruction", "finite values", "NaN or infinity")
+    def finish(self, x: Tensor, name: str = "reconstruction") -> Tensor:
+        """A reconstruction in [-1, 1] as metrics see it; refused, by its name, where it is not finite."""
+        require_finite_image(x, name)
         x = x.float().clamp(-1, 1)
         return round_to_bytes(x) if self.rounding == "nearest" else x
 

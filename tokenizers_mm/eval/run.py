@@ -237,9 +237,9 @@ def reconstruct(
     times.append(_now(candidate))
     made = candidate.decode(encoded)
     times.append(_now(candidate))
-    require(bool(made.isfinite().all()), f"reconstruction by {candidate.name}", "finite values", "NaN or infinity")
-    made = run.protocol.finish(_resized(made, (x.shape[-2], x.shape[-1])))
-    require(made.shape == x.shape, f"reconstruction by {candidate.name}", f"{list(x.shape)}", made)
+    name = f"reconstruction by {candidate.name}"
+    made = run.protocol.finish(_resized(made, (x.shape[-2], x.shape[-1])), name)
+    require(made.shape == x.shape, name, f"{list(x.shape)}", made)
     return made, encoded, (times[1] - times[0], times[2] - times[1])
 
 

@@ -6,7 +6,7 @@ Sources: Shi et al., Scalable Image Tokenization with Index Backpropagation Quan
 section 3.2; Yu et al., Language Model Beats Diffusion (arXiv 2310.05737), section 3.1 (entropies).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +151,12 @@ def _rounding(z: Tensor, dim: int) -> float:
     """Bound of the error of a product of `dim` terms, relative to both norms; TF32 and bfloat16 round the factors."""
     if z.dtype == torch.float64:
         return (dim + 8) * 2.0**-53
-    factors = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
-    return (dim + 8) * 2.0**-24 + factors
+    backend: Any = torch.backends.cuda if z.is_cuda else torch.backends.mkldnn
+    matmul: Any = getattr(backend, "matmul", None)
+    # The second form is that of torch before 2.9, which has no setting for each backend.
+    setting = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else torch.get_float32_matmul_precision()
+    factors = {"tf32": 2.0**-10, "high": 2.0**-10, "bf16": 2.0**-7, "medium": 2.0**-7}
+    return (dim + 8) * 2.0**-24 + factors.get(setting, 0.0)
 
 
 def _decide(near: Tensor, z: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:

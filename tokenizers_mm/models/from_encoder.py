@@ -1,7 +1,10 @@
 """A tokenizer from any vision encoder of timm: its codes are found, not trained; only a pixel decoder learns after.
 
-tokenizer = tokenizer_from("vit_base_patch16_dinov3", images, codebook_size=16384, pretrained=True)
-tokenizer.save("start")            # the configuration of a training run then names it: model.start_from
+In Python, and then a training run of the decoder with objective.model.start_from: start and trainable:
+[embed, pixel_decoder]; or in one run, configs/encoder_codes.yaml:
+
+    tokenizer = tmm.tokenizer_from("vit_small_patch16_dinov3", images, codebook_size=16384, pretrained=True)
+    tokenizer.save("start")
 """
 
 from collections.abc import Iterable, Iterator, Mapping
