@@ -111,7 +111,7 @@ def test_blocks_are_found_whoever_wrote_them() -> None:
 def test_a_skeleton_filled_is_the_network() -> None:
     """Tied weights stay tied, buffers are copied, and nothing is shared with the network."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    network: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     network[2].weight = network[0].weight
     empty = skeleton(network)
     assert all(p.is_meta for p in empty.parameters())
