@@ -1,4 +1,4 @@
-"""What is generated when the documentation is built: the configuration reference and the table of checkpoints."""
+"""Generated parts of the documentation: the configuration reference and the table of checkpoints."""
 
 import sys
 from pathlib import Path

@@ -96,7 +96,7 @@ def run_line(line: str) -> None:
 
 
 def make_workplace(folder: Path) -> None:
-    """What the pages take for granted: photos/, my_tokenizer/, and a tiny model where the hub's would be."""
+    """Make the files that the pages take for granted: photos/, my_tokenizer/ and a published checkpoint."""
     (folder / "photos").mkdir(parents=True)
     for index, crop in enumerate(fixed_crops("heldout", 4, 96)):
         crop.resize((96 + 8 * index, 80)).save(folder / "photos" / f"{index}.png")
