@@ -46,6 +46,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_page_runs(path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))  # no weights of other programs on this machine
     quick_compile(monkeypatch)
     if path.name in LANGUAGE_MODELS and not (workplace / "Qwen").exists():
         make_language_model(workplace)
