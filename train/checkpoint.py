@@ -1,15 +1,19 @@
 """Checkpoints of a run: whole or not there, verified by hashes, the newest few kept, read without unpickling.
 
 `out/checkpoints/step_N` holds tensors.safetensors, state.json (all else, with names of tensors in their places),
-config.json and sha256.json.
+config.json and sha256.json. Tensors are whole whatever the engine, so any number of processes can go on from them.
+torch.distributed.checkpoint is not used: the metadata that it reads first is a pickle.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +24,90 @@ from tokenizers_mm.config import to_mapping
 from tokenizers_mm.models.loading import read_json, read_safetensors
 from tokenizers_mm.models.saving import save_tensors
 
-from .config import HARMLESS
+from .config import HARMLESS, RunConfig
+from .engine import whole
 from .state import State
 
 _NAME = re.compile(r"step_(\d{9})$")
 TENSORS, STATE, CONFIG, HASHES = "tensors.safetensors", "state.json", "config.json", "sha256.json"
 
 
+class Checkpoints:
+    """The writer of a run's checkpoints; with `async_save` they are written by a thread while training goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, state: State) -> None:
+        """Save `out/checkpoints/step_N`, then delete the oldest beyond `keep`. Called on every rank; rank 0 writes."""
+        self.finish()
+        contents = _gather(state)
+        if state.accelerator.is_main_process:
+            if state.config.async_save:
+                self._writing = self._thread.submit(_replace, state.config, state.step, *contents)
+            else:
+                _replace(state.config, state.step, *contents)
+        state.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any; raises what its writer raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, without an error of its own, and end the thread."""
+        self._thread.shutdown()
+
+
 def save_checkpoint(state: State) -> None:
-    """Write `out/checkpoints/step_N`, then delete the oldest beyond `keep`. Called on every rank; rank 0 writes.
+    """Save the checkpoint of a step, and wait until it is written."""
+    with contextlib.closing(Checkpoints()) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.finish()
+
+
+def _gather(state: State) -> tuple[Any, dict[str, Tensor]]:
+    """JSON and tensors of a state, shards gathered; empty but on rank 0. A copy where it is written later."""
+    tensors: dict[str, Tensor] = {}
+    main, later = state.accelerator.is_main_process, state.config.async_save
+
+    def take(name: str, tensor: Tensor) -> None:
+        found = whole(tensor.detach())
+        if main:
+            tensors[name] = found.to("cpu", copy=True) if later else found
+
+    return _encode(state.state_dict(), "", take), tensors
+
+
+def _replace(config: RunConfig, step: int, skeleton: Any, tensors: dict[str, Tensor]) -> None:
+    """Write a checkpoint beside its place and move it there, then delete what is no longer kept.
 
     Those of later steps, which an earlier run left that `resume: never` replaced, go too.
     """
-    state.accelerator.wait_for_everyone()
-    if state.accelerator.is_main_process:
-        folder = Path(state.config.out) / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*"):  # of a writer that was killed: this run is the only writer
-            shutil.rmtree(leftover)
-        temporary = folder / ".new"
-        temporary.mkdir()
-        try:
-            _write(temporary, state)
-            target = folder / f"step_{state.step:09d}"
-            if target.exists():
-                os.replace(target, temporary.with_name(".replaced"))
-            os.replace(temporary, target)
-        except OSError as error:
-            fail(f"checkpoint of step {state.step}", "to be written", f"{type(error).__name__}: {error}")
-        finally:
-            for leftover in folder.glob(".*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        found = list_checkpoints(state.config.out)
-        ahead = [path for step, path in found if step > state.step]
-        for path in ahead + [path for step, path in found if step <= state.step][: -state.config.keep]:
-            os.replace(path, folder / f".{path.name}")  # so that a kill leaves no half of one
-            shutil.rmtree(folder / f".{path.name}")
-    state.accelerator.wait_for_everyone()
+    folder = Path(config.out) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*"):  # of a writer that was killed: this run is the only writer
+        shutil.rmtree(leftover)
+    temporary = folder / ".new"
+    temporary.mkdir()
+    try:
+        _write(temporary, config, skeleton, tensors)
+        target = folder / f"step_{step:09d}"
+        if target.exists():
+            os.replace(target, temporary.with_name(".replaced"))
+        os.replace(temporary, target)
+    except OSError as error:
+        fail(f"checkpoint of step {step}", "to be written", f"{type(error).__name__}: {error}")
+    finally:
+        for leftover in folder.glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    found = list_checkpoints(config.out)
+    ahead = [path for number, path in found if number > step]
+    for path in ahead + [path for number, path in found if number <= step][: -config.keep]:
+        os.replace(path, folder / f".{path.name}")  # so that a kill leaves no half of one
+        shutil.rmtree(folder / f".{path.name}")
 
 
 def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
@@ -102,12 +153,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     return _decode(json.loads((folder / STATE).read_text(encoding="utf-8")), read_safetensors(folder / TENSORS))
 
 
-def _write(folder: Path, state: State) -> None:
-    tensors: dict[str, Tensor] = {}
-    skeleton = _encode(state.state_dict(), "", tensors)
+def _write(folder: Path, config: RunConfig, skeleton: Any, tensors: dict[str, Tensor]) -> None:
     save_tensors(_apart(tensors), folder / TENSORS)
     (folder / STATE).write_text(json.dumps(skeleton), encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(to_mapping(state.config), indent=2), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(to_mapping(config), indent=2), encoding="utf-8")
     hashes = {name: _sha256(folder / name) for name in (TENSORS, STATE, CONFIG)}
     (folder / HASHES).write_text(json.dumps(hashes), encoding="utf-8")
     for path in folder.iterdir():
@@ -115,15 +164,15 @@ def _write(folder: Path, state: State) -> None:
             os.fsync(stream.fileno())
 
 
-def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a value: mappings as lists of pairs (keys may be numbers), tensors by name."""
+def _encode(value: Any, name: str, take: Callable[[str, Tensor], None]) -> Any:
+    """JSON for a value: mappings as lists of pairs (keys may be numbers); tensors are given to `take` by name."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach()
+        take(name, value)
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"map": [[key, _encode(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+        return {"map": [[key, _encode(item, f"{name}/{key}", take)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return {"list": [_encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
+        return {"list": [_encode(item, f"{name}/{index}", take) for index, item in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     fail(f"checkpoint: {name}", "a number, text, tensor, list or mapping", type(value).__name__)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import Range, from_mapping, read_yaml
+from tokenizers_mm.registry import OBJECTIVES as REGISTERED
 
 OBJECTIVES = {
     "reconstruction": ("reconstruction", "Reconstruction"),
@@ -39,12 +40,17 @@ class RunConfig:
     out: folder of the run. objective: {kind: reconstruction | mar | language | joint, ...}, see `train.objectives`.
     steps: optimizer steps of all stages together; 0 for `joint`, whose stages say it. max_seconds: end the last stage,
     and finish its schedule, when it took this long; 0 for never.
-    batch_size: samples of a micro-batch of one process. accumulate: micro-batches per step. precision: of autocast.
-    device: "auto" takes an accelerator where there is one. ema: decay of the moving average of weights that is saved,
-    0 for none. non_finite: "stop" ends the run at a gradient that is not finite, "skip" leaves the step out.
+    batch_size: samples of a micro-batch of one process. accumulate: micro-batches per step. precision: of autocast;
+    fp16, with a gradient scaler, on CUDA alone. device: "auto" takes an accelerator where there is one.
+    engine: of several processes: "ddp" keeps all weights on each, "fsdp" shards weights, gradients and moments.
+    compile: backend of torch.compile for encoders, decoders and language models, "" for none.
+    gradient_checkpointing: compute the activations of blocks again in the backward pass instead of keeping them.
+    ema: decay of the moving average of weights that is saved, 0 for none. non_finite: "stop" ends the run at a gradient
+    that is not finite, "skip" leaves the step out.
+    trackers: accelerate's trackers beside log.jsonl: "tensorboard", "wandb", "trackio".
     log_every, sample_every, validate_every, save_every: in steps, 0 for never (but for the first). keep: number of
-    checkpoints. best: the measurement of the validation by which the best networks are kept, in `out/best`; "" keeps
-    none.
+    checkpoints. async_save: write them while training goes on, from a copy in memory. best: the measurement of the
+    validation by which the best networks are kept, in `out/best`; "" keeps none.
     resume: "auto" continues from the newest whole checkpoint in `out`, "never" starts from step 0.
     """
 
@@ -56,27 +62,37 @@ class RunConfig:
     accumulate: Annotated[int, Range(1)] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
+    engine: Literal["ddp", "fsdp"] = "ddp"
+    compile: Literal["", "inductor", "aot_eager", "eager"] = ""
+    gradient_checkpointing: bool = False
     ema: Annotated[float, Range(0, 1, high_open=True)] = 0.0
     non_finite: Literal["stop", "skip"] = "stop"
     seed: Annotated[int, Range(0, 2**62)] = 0
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     log_every: Annotated[int, Range(1)] = 10
     sample_every: Annotated[int, Range(0)] = 0
     validate_every: Annotated[int, Range(0)] = 0
     best: str = ""
     save_every: Annotated[int, Range(0)] = 1000
     keep: Annotated[int, Range(1)] = 2
+    async_save: bool = False
     resume: Literal["auto", "never"] = "auto"
 
 
 HARMLESS = frozenset(
     [
         "out",
+        "trackers",
         "log_every",
         "sample_every",
         "save_every",
         "keep",
+        "async_save",
         "resume",
         "device",
+        "engine",
+        "compile",
+        "gradient_checkpointing",
         "non_finite",
         "objective.data.workers",
     ]
@@ -86,8 +102,10 @@ HARMLESS = frozenset(
 
 def objective_class(kind: Any) -> Any:
     """Class of a kind of objective; its module is imported now (`language` and `joint` need transformers)."""
+    if kind in REGISTERED:
+        return REGISTERED[kind]
     if kind not in OBJECTIVES:
-        fail("config.objective.kind", f"one of {sorted(OBJECTIVES)}", kind)
+        fail("config.objective.kind", f"one of {sorted([*OBJECTIVES, *REGISTERED])}", kind)
     module, name = OBJECTIVES[kind]
     return getattr(importlib.import_module(f".objectives.{module}", __package__), name)
 
@@ -115,6 +133,8 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
     known = config.best in kind.MEASURES and config.validate_every > 0
     require(not config.best or known, "config.best", f"one of {list(kind.MEASURES)}, with validate_every", config.best)
     require(not config.ema or bool(kind.AVERAGED), "config.ema", f"0 (kind: {config.objective.kind})", config.ema)
+    scaled = config.engine == "fsdp" and config.precision == "fp16"
+    require(not scaled, "config.precision", "fp32 or bf16 for engine: fsdp", config.precision)
     stages = kind.stages_of(config)
     for index, stage in enumerate(stages):
         require(stage.steps >= 1, "config.steps", f"at least 1 step in stage {index} ({stage.name})", config.steps)

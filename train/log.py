@@ -1,18 +1,21 @@
-"""Traces of a run: a JSON line per report, a progress bar, sample images, TensorBoard."""
+"""Traces of a run: a JSON line per report, a progress bar, sample images, accelerate's trackers."""
 
-import importlib.util
 import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from tokenizers_mm._files import atomic_path
+from tokenizers_mm.config import to_mapping
 
+from .signs import Signs
 from .state import State
 
 TOTALS = ("revived", "skipped")
@@ -20,6 +23,43 @@ TOTALS = ("revived", "skipped")
 
 SHOWN_SKIPS = 20
 """Inputs left out that are named on the screen; those after them are only counted, by cause."""
+
+
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+"""The bar without its own estimate of the time left, which knows neither checkpoints nor a limit of time."""
+
+
+class Pace:
+    """Time left, from the wall-clock time of the last steps, everything between them included."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, window: int = 1000) -> None:
+        """window: number of steps that count."""
+        self._clock = clock
+        self._seen: deque[tuple[int, float]] = deque(maxlen=window)
+
+    def note(self, step: int) -> None:
+        """A step has ended."""
+        self._seen.append((step, self._clock()))
+
+    def left(self, steps: int, limit: float | None = None) -> float | None:
+        """Seconds from the last step to step `steps`; None before two were seen. limit: for a run by time, its rest."""
+        (first, begun), (last, now) = self._seen[0], self._seen[-1]
+        if last == first:
+            return limit
+        left = (steps - last) * (now - begun) / (last - first)
+        return left if limit is None else max(0.0, min(left, limit))
+
+
+def brief(seconds: float | None) -> str:
+    """Seconds as `1 d 2 h`, `1 h 20 min`, `3 min` or `20 s`; `?` for None."""
+    if seconds is None:
+        return "?"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 class Log:
@@ -32,18 +72,23 @@ class Log:
         self.path = self.folder / "log.jsonl"
         self._sums: dict[str, float] = {}
         self._counted: dict[str, int] = {}
-        self._tensorboard: Any = None
         self._bar: Any = None
         self._skips = 0
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         _forget_after(self.path, state.step if resumed else -1)
-        self._bar = tqdm(total=state.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5)
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter  # only where it is installed
-
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step)
+        self._bar = tqdm(
+            total=state.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5, bar_format=BAR
+        )
+        if resumed:
+            self._bar.write(f"resumed from step {state.step}", file=sys.stderr)
+        self._pace = Pace()
+        self._signs = Signs(read_log(self.path) if self.path.exists() else [])
+        self._accelerator = state.accelerator
+        if state.config.trackers:
+            again = {"tensorboard": {"purge_step": state.step}}
+            self._accelerator.init_trackers(self.folder.name, _flat(to_mapping(state.config)), again)
 
     def step(self, state: State, report: dict[str, float], batches: Sequence[Any]) -> None:
         """Take the report of a step; every `log_every` steps, and at the end of a stage, write the means."""
@@ -62,6 +107,7 @@ class Log:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counted[name] = self._counted.get(name, 0) + 1
         self._bar.update(1)
+        self._pace.note(state.step)
         if due:
             self._write(state, window)
 
@@ -72,12 +118,15 @@ class Log:
         line |= {n: v if n.startswith(TOTALS) else v / self._counted[n] for n, v in self._sums.items()} | window
         self._sums, self._counted = {}, {}
         self._append(line)
-        shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
+        limit = state.config.max_seconds - state.stage_seconds if state.timed else None
+        shown = {"left": brief(self._pace.left(state.steps, limit))}
+        shown |= {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)
-        if self._tensorboard is not None:
-            for name, value in line.items():
-                self._tensorboard.add_scalar(name, value, state.step)
+        if state.config.trackers:
+            self._accelerator.log(line, step=state.step)
+        signs = self._signs.look(line)
+        self.notes(state, [{"sign": sentence, "message": f"sign of trouble: {sentence}"} for sentence in signs])
 
     def notes(self, state: State, lines: Sequence[dict[str, Any]]) -> None:
         """Lines of their own, now; the entry "message" of a line goes to the screen instead."""
@@ -93,17 +142,24 @@ class Log:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             stream.write(json.dumps(finite, allow_nan=False) + "\n")
 
-    def show(self, state: State) -> None:
-        """Sample images of the present step."""
+    def show(self, state: State, networks: Mapping[str, Any]) -> None:
+        """Sample images of the present step by these networks."""
         if self.active:
-            state.objective.show(state.averaged, self.folder / "samples" / f"step_{state.step:09d}.png")
+            state.objective.show(networks, self.folder / "samples" / f"step_{state.step:09d}.png")
 
     def close(self) -> None:
         """Flush and close."""
         if self._bar is not None:
             self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self._accelerator.trackers if self.active else []:
+            tracker.finish()
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Numbers and texts of nested mappings by dotted key, as trackers take them."""
+    if isinstance(value, Mapping):
+        return {name: item for part in value for name, item in _flat(value[part], f"{key}.{part}").items()}
+    return {key.removeprefix("."): value if isinstance(value, (bool, int, float)) else str(value)}
 
 
 def _cause(sentence: str) -> str:
@@ -115,6 +171,18 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
     """Lines of a log; None stands for a value that was not finite."""
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
+
+
+def log_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """(step, value) of all that a log tells, by name; those of an earlier stage have its number before their name."""
+    lines, curves = read_log(path), dict[str, list[tuple[float, float]]]()
+    last = max((line.get("stage", 0) for line in lines), default=0)
+    for line in lines:
+        before = f"stage {line['stage']} " if line.get("stage", last) < last else ""
+        for name, value in line.items():
+            if name not in ("step", "seconds", "stage") and isinstance(value, (int, float)):
+                curves.setdefault(before + name, []).append((line["step"], value))
+    return dict(sorted(curves.items()))
 
 
 def _forget_after(path: Path, step: int) -> None:

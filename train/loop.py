@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import resume, save_checkpoint
+from .checkpoint import Checkpoints, resume
 from .config import RunConfig
 from .distributed import agree
 from .folder import Signals, locked
@@ -31,16 +31,18 @@ def run(config: RunConfig) -> State:
         resumed = config.resume == "auto" and resume(state)
         signals = stack.enter_context(Signals())
         log = stack.enter_context(contextlib.closing(Log(state, resumed)))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints()))
         if not resumed:
-            log.notes(state, state.objective.begin(0, 0))
-        _train(state, log, signals)
+            log.notes(state, state.objective.begin(state.whole(), 0, 0))
+        _train(state, log, signals, checkpoints)
+    networks = state.whole()
     if state.accelerator.is_main_process:
-        state.objective.save(state.averaged, Path(config.out))
+        state.objective.save(networks, Path(config.out))
     state.accelerator.wait_for_everyone()
     return state
 
 
-def _train(state: State, log: Log, signals: Signals) -> None:
+def _train(state: State, log: Log, signals: Signals, checkpoints: Checkpoints) -> None:
     """Step after step to the end of the run, or to a signal, with a checkpoint at the end of what was done."""
     config, objective = state.config, state.objective
     saved, stop = state.step, 0
@@ -57,28 +59,30 @@ def _train(state: State, log: Log, signals: Signals) -> None:
         log.step(state, report | {"data_wait": waited / spent}, micro_batches)
         log.notes(state, notes)
         if config.sample_every and (state.step % config.sample_every == 0 or state.finished):
-            log.show(state)
+            log.show(state, state.whole())
         if config.validate_every and (state.step % config.validate_every == 0 or state.finished):
             log.notes(state, [_validate(state)])
         if state.stage_over and not state.finished:
             state.enter(state.stage + 1)
-            log.notes(state, objective.begin(state.stage, state.samples))
+            log.notes(state, objective.begin(state.whole(), state.stage, state.samples))
             batches = None
         if config.save_every and state.step % config.save_every == 0:
-            save_checkpoint(state)
+            checkpoints.save(state)
             saved = state.step
     if saved != state.step and (config.save_every or stop):
-        save_checkpoint(state)
+        checkpoints.save(state)
+    checkpoints.finish()
     if stop and not state.finished:
         raise InterruptedRunError(stop, state.step)
 
 
 def _validate(state: State) -> dict[str, float]:
     """Measure held-out samples; the best networks so far go to `out/best`."""
-    found = state.objective.validate(state.averaged)
-    value = found.get(state.config.best)
-    if value is not None and (state.best is None or value > state.best):
+    networks = state.whole()
+    found = state.objective.validate(networks)
+    value, better = found.get(state.config.best), state.objective.MEASURES.get(state.config.best, 1)
+    if value is not None and (state.best is None or better * value > better * state.best):
         state.best = value
         if state.accelerator.is_main_process:
-            state.objective.save(state.averaged, Path(state.config.out) / "best")
+            state.objective.save(networks, Path(state.config.out) / "best")
     return {f"validation_{name}": value for name, value in found.items()}

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tokenizers_mm.config import Range
+
+from .engine import local, whole
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,12 @@ def learning_rate(config: OptimizerConfig, step: int, progress: float) -> float:
     return config.lr * warm * decay
 
 
+def total_norm(gradients: Sequence[Tensor]) -> float:
+    """Norm of gradients together, of sharded ones with all of their shards."""
+    kinds = [[g for g in gradients if isinstance(g, DTensor) == sharded] for sharded in (False, True)]
+    return math.hypot(*(float(whole(nn.utils.get_total_norm(kind))) for kind in kinds if kind))
+
+
 def descend(
     optimizer: torch.optim.Optimizer,
     rate: float,
@@ -84,10 +93,11 @@ def descend(
         group["lr"] = rate
     if scaler is not None:
         scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if math.isfinite(norm):
-        nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = total_norm(gradients)
+    if norm > clip and math.isfinite(norm):
+        shards = [local(gradient) for gradient in gradients]
+        torch._foreach_mul_(shards, clip / (norm + 1e-6))  # pyright: ignore[reportPrivateImportUsage]
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()

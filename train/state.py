@@ -6,10 +6,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tokenizers_mm._ranks import several
 
 from .config import RunConfig, objective_class
 from .distributed import make_accelerator
+from .engine import (
+    average_gradients,
+    compile_networks,
+    filled,
+    local,
+    on_local_shards,
+    recompute_activations,
+    shard,
+    shard_average,
+    shard_optimizer,
+    skeleton,
+)
 from .objectives.base import Moment, Objective, Player, Stage, Terms
 from .optim import Learner, adamw, load_optimizer
 
@@ -17,19 +33,35 @@ COUNTERS = ("step", "stage", "stage_step", "samples", "seconds", "stage_seconds"
 
 
 class Pass(nn.Module):
-    """Forward pass of a player as one module, so that an engine (DDP) sees its parameters and its outputs."""
+    """Forward pass of a player as one module, so that an engine sees its parameters and its outputs.
+
+    player: its name, which may be another one in another stage.
+    """
 
     def __init__(self, objective: Objective, player: Player) -> None:
         super().__init__()
         self.networks = nn.ModuleDict({name: objective.networks[name] for name in player.networks})
-        self._objective, self._player = objective, player.name
+        self.player, self._objective = player.name, objective
 
     def forward(self, batch: Any, moment: Moment) -> tuple[Terms, Terms]:
-        terms, values = self._objective.losses(self._player, batch, moment)
-        if not any(term.requires_grad for term in terms.values()):  # no labels here: other ranks may have some
-            anchor = next(p for p in self.parameters() if p.requires_grad)
-            terms = {name: term + 0.0 * anchor.sum() for name, term in terms.items()}
+        with self._objective.accelerator.autocast():
+            terms, values = self._objective.losses(self.player, batch, moment)
+        terms = {name: term.float() for name, term in terms.items()}
+        if idle := self._idle(any(term.requires_grad for term in terms.values())):
+            first = next(iter(terms))
+            terms[first] = terms[first] + 0.0 * torch.stack(idle).sum()
         return terms, values
+
+    def _idle(self, learns: bool) -> list[torch.Tensor]:
+        """One element of each parameter that must have a gradient although this batch may not use it.
+
+        Engines wait for gradients: for one where nothing here has a label, since other ranks may have some, and for all
+        of those that are sharded as one group.
+        """
+        if learns and not isinstance(self, FSDPModule):
+            return []
+        whole = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        return [p.flatten()[0] for p in (whole if learns else whole[:1])]
 
 
 @dataclass
@@ -37,7 +69,7 @@ class State:
     """A run.
 
     step: over all stages. samples: that all processes together have used. seconds: of training, over all stages.
-    best: the highest validated value of `config.best` so far.
+    best: the best validated value of `config.best` so far.
     """
 
     config: RunConfig
@@ -54,18 +86,28 @@ class State:
     stage_seconds: float = 0.0
     best: float | None = None
     _passes: dict[Player, nn.Module] = field(default_factory=dict)
+    _sharded: Pass | None = None
+    _skeletons: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def scaler(self) -> Any:
         """Gradient scaler of float16, or None."""
         return self.accelerator.scaler if self.config.precision == "fp16" else None
 
+    def whole(self) -> dict[str, Any]:
+        """Networks to measure, to show and to save: the moving average in place of the network that it follows.
+
+        Called on every rank: what is sharded is gathered into copies.
+        """
+        found = dict(self.objective.networks)
+        if self.average is not None:
+            found[self.objective.AVERAGED] = self.average.module
+        return found | {name: filled(structure, found[name]) for name, structure in self._skeletons.items()}
+
     @property
     def averaged(self) -> Any:
-        """The network to save and to show: the moving average where there is one."""
-        if self.average is not None:
-            return self.average.module
-        return self.objective.networks.get(self.objective.AVERAGED)
+        """The network of `whole` that a moving average may follow."""
+        return self.whole().get(self.objective.AVERAGED)
 
     @property
     def steps(self) -> int:
@@ -110,9 +152,33 @@ class State:
 
     def module(self, player: Player) -> nn.Module:
         """Forward pass of a player, wrapped by the engine of several processes."""
+        if self.config.engine == "fsdp" and several() and self._sharded is None:
+            self._shard()
         if player not in self._passes:
-            self._passes[player] = self.accelerator.prepare_model(Pass(self.objective, player))
+            module = Pass(self.objective, player)
+            if self._sharded is not None and self._sharded.networks.keys() == module.networks.keys():
+                module = self._sharded
+                module.player = player.name
+            self._passes[player] = average_gradients(module, self.accelerator.device)
         return self._passes[player]
+
+    def _shard(self) -> None:
+        """Shard the networks of the first player with their moments and moving average.
+
+        It happens at the first step, when all start or restored values are in place on every process. A network that
+        other players run too (a discriminator) stays whole.
+        """
+        objective = self.objective
+        module = Pass(objective, objective.players(self.moment())[0])
+        before = dict(module.named_parameters(remove_duplicate=False))
+        self._skeletons = {name: skeleton(network) for name, network in module.networks.items()}
+        shard(module, self.accelerator.device)
+        after = dict(module.named_parameters(remove_duplicate=False))
+        for optimizer in self.optimizers.values():
+            shard_optimizer(optimizer, {whole: after[name] for name, whole in before.items()})
+        if self.average is not None:
+            shard_average(self.average.module, objective.networks[objective.AVERAGED])
+        self.learners, self._sharded = objective.learners(self.stage), module
 
     def advance(self, micro_batches: int) -> None:
         """Count a step."""
@@ -129,11 +195,11 @@ class State:
             for network, module in self.objective.networks.items()
             for name, p in module.named_parameters()
         ]
-        bad = [f"weights of {name}" for name, p in named if not bool(torch.isfinite(p).all())]
+        bad = [f"weights of {name}" for name, p in named if not bool(torch.isfinite(local(p)).all())]
         bad += [
             f"gradients of {name}"
             for name, p in named
-            if id(p) in mine and p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            if id(p) in mine and p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
         ]
         raise FloatingPointError(f"{bad[0] if bad else 'gradients'} are not finite at step {self.step}")
 
@@ -174,13 +240,20 @@ class State:
 
 def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> State:
     """Build networks and the optimizers of the first stage."""
-    accelerator = accelerator or make_accelerator(config.precision, config.device)
+    accelerator = accelerator or make_accelerator(config)
     torch.manual_seed(config.seed)
     objective = objective_class(config.objective.kind)(config, accelerator)
     state = State(config, accelerator, objective)
     if config.ema:
         network = objective.networks[objective.AVERAGED]
-        state.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        follow = on_local_shards(get_ema_multi_avg_fn(config.ema))
+        state.average = AveragedModel(network, multi_avg_fn=follow, use_buffers=True)
         state.average.eval()
+    learning = [network for name, network in objective.networks.items() if name != "discriminator"]
+    if config.gradient_checkpointing:
+        for network in learning:
+            recompute_activations(network)
+    if config.compile:
+        compile_networks(learning, config.compile)
     state.enter(0)
     return state

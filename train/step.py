@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import sum_over_ranks
+from tokenizers_mm._ranks import sum_over_ranks
+
+from .engine import gradients_stay_here
 from .objectives.base import Moment, Player, Terms
 from .optim import descend, learning_rate
 from .state import State
@@ -36,7 +38,7 @@ def _play(state: State, player: Player, batches: Sequence[Any], moment: Moment, 
         place = moment.at((index * accelerator.num_processes + accelerator.process_index) * config.batch_size)
         torch.manual_seed(place.number(place.row))  # dropout, and all else that a network draws by itself
         last = index == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(module):
+        with contextlib.nullcontext() if last else gradients_stay_here(module):
             terms, values = module(batch, place)
             terms = {name: share.get(name, 1 / len(batches)) * term for name, term in terms.items()}
             loss = weighted_sum(terms, weights)

@@ -20,6 +20,17 @@ def test_gradients_have_the_right_sign() -> None:
         assert (to_fake < 0).all()
 
 
+def test_lecam_holds_logits_back() -> None:
+    """Real logits above the mean of fake ones fall, fake logits below the mean of real ones rise; others are free."""
+    real = torch.tensor([2.0, -2.0], requires_grad=True)
+    fake = torch.tensor([-2.0, 2.0], requires_grad=True)
+    loss = gan.lecam(real, fake, torch.tensor(1.0), torch.tensor(-1.0))
+    to_real, to_fake = torch.autograd.grad(loss, (real, fake))
+    assert (to_real > 0).tolist() == [True, False]
+    assert (to_fake < 0).tolist() == [True, False]
+    assert float(to_real[1]) == float(to_fake[1]) == 0.0
+
+
 def test_values_equal_the_formulas() -> None:
     generator = torch.Generator().manual_seed(0)
     real, fake = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -22,7 +22,9 @@ from tokenizers_mm.llm.next_scale import (
     guided,
     image_labels,
     next_scale_features,
+    next_scale_loss,
     scale_bounds,
+    scale_weights,
 )
 from tokenizers_mm.llm.transformers_api import rope
 from tokenizers_mm.models import TokenFlow
@@ -203,3 +205,38 @@ def test_guidance_and_bad_inputs() -> None:
     inputs = NextScaleInputs([(1, 1), (2, 2)], 4, 8)
     with pytest.raises(ValueError, match=r"features: expected \[B, 4, D\]"):
         inputs(torch.zeros(1, 8, 8), torch.zeros(1, 5, 4), 2)
+
+
+def test_scale_weights_lie_between_ids_alike_and_scales_alike() -> None:
+    torch.testing.assert_close(scale_weights(GRIDS, 0.0), torch.ones(LENGTH))
+    alike = [float(scale_weights(GRIDS, 1.0)[a:b].sum()) for a, b in scale_bounds(GRIDS)]
+    assert alike == pytest.approx([LENGTH / len(GRIDS)] * len(GRIDS), rel=1e-5)
+    weights = scale_weights(GRIDS, 0.5)
+    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-6)
+    assert float(weights[0] / weights[-1]) == pytest.approx(16.0, rel=1e-5)
+
+
+def test_residual_features_are_the_codes_of_the_scale_before() -> None:
+    generator, grids = torch.Generator().manual_seed(0), [(1, 1), (2, 2), (4, 4)]
+    vectors = torch.randn(2, 21, 3, generator=generator)
+    features = next_scale_features(vectors, grids, residual=True)
+    torch.testing.assert_close(features[:, :4], vectors[:, :1].expand(-1, 4, -1))
+    moved = vectors.clone()
+    moved[:, 0] += 1.0  # the first scale reaches the second one's input and no other
+    changed = (next_scale_features(moved, grids, residual=True) != features).any(-1)[0]
+    assert changed.tolist() == [True] * 4 + [False] * 16
+    whole = next_scale_features(vectors, grids)
+    assert not torch.allclose(whole[:, 4:], features[:, 4:])
+
+
+def test_a_reweighted_loss_is_the_weighted_mean_of_its_terms() -> None:
+    torch.manual_seed(0)
+    grids = [(1, 1), (2, 2)]
+    config = transformers.GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model, inputs = transformers.GPT2LMHeadModel(config).eval(), NextScaleInputs(grids, 3, 16)
+    prompt = (torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
+    ids, vectors = torch.tensor([[0, 1, 2, 3, 4]]), torch.randn(1, 5, 3)
+    plain, first = (float(next_scale_loss(model, inputs, prompt, ids, vectors, 10, p)) for p in (0.0, 30.0))
+    half = float(next_scale_loss(model, inputs, prompt, ids, vectors, 10, 1.0))
+    rest = (5 * plain - first) / 4  # a large power leaves the first id alone
+    assert half == pytest.approx((first + rest) / 2, rel=1e-5)

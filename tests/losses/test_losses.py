@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tokenizers_mm.functional.alignment import contrastive, cosine_distance
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
-from tokenizers_mm.losses.discriminators import PatchGAN, PatchGANConfig
+from tokenizers_mm.losses.discriminators import DINOConfig, DINODiscriminator, PatchGAN, PatchGANConfig
 from tokenizers_mm.losses.perceptual import LPIPS, load_lpips
 
 
@@ -53,6 +53,34 @@ def test_patchgan_sees_patches() -> None:
         changed = (network(moved) != logits)[0, 0]
         assert changed[0, 0]
         assert not changed[-1, -1]
+
+
+TOWER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2}
+
+
+def test_dino_discriminator_judges_tokens_and_leaves_its_tower_alone() -> None:
+    torch.manual_seed(0)
+    network = DINODiscriminator(DINOConfig(name="vit_tiny_patch16_224", options=TOWER, blocks=(0, 2), kernel=3)).train()
+    assert not any(module.training for module in network.tower.modules())
+    x = torch.rand(2, 3, 48, 48, requires_grad=True)
+    logits = network(x)  # images of another size are resized
+    assert logits.shape == (2, 2 * 16)
+    logits.sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.abs().sum()) > 0
+    assert all(p.grad is None for p in network.tower.parameters())
+    assert all(p.grad is not None for p in network.heads.parameters())
+    network.eval()
+    before = network(x)
+    with torch.no_grad():
+        network.tower.blocks[2].mlp.fc2.weight.mul_(-1.0)
+    after = network(x)
+    torch.testing.assert_close(before[:, :16], after[:, :16])
+    assert not torch.allclose(before[:, 16:], after[:, 16:])
+    with pytest.raises(ValueError, match=r"blocks: expected numbers below 3, the depth of the tower, got"):
+        DINODiscriminator(DINOConfig(name="vit_tiny_patch16_224", options=TOWER, blocks=(0, 3)))
+    with pytest.raises(ValueError, match="name: expected a timm vision transformer, got 'test_resnet'"):
+        DINODiscriminator(DINOConfig(name="test_resnet", blocks=(0,)))
 
 
 def test_lpips_reads_a_local_file_and_stays_in_evaluation_mode(tmp_path: Path) -> None:

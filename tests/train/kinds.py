@@ -23,6 +23,7 @@ from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.models import TokenFlow
 from train.checkpoint import list_checkpoints, read_checkpoint
 from train.config import RunConfig, parse_config
+from train.engine import local, whole
 
 KINDS = ("reconstruction", "mar", "language", "joint")
 FILES = {"reconstruction": "debug", "mar": "mar_scenes", "language": "bridge_debug", "joint": "joint_debug"}
@@ -226,8 +227,16 @@ def _hash(state: Any) -> str:
     named = {f"{n}.{k}": v for n, network in state.objective.networks.items() for k, v in network.state_dict().items()}
     for name, tensor in sorted(named.items()):
         if "running_" not in name and "num_batches" not in name:  # batch norm's own, per rank, of the discriminator
-            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            found.update(name.encode() + whole(tensor.detach()).cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _share_here(state: Any) -> float:
+    """Share of the values of networks and moments that this process holds."""
+    held = [p for network in state.objective.networks.values() for p in network.parameters()]
+    for optimizer in state.optimizers.values():
+        held += [value for moments in optimizer.state.values() for value in moments.values()]
+    return sum(local(tensor).numel() for tensor in held) / sum(tensor.numel() for tensor in held)
 
 
 def _kill_at(name: str, number: int) -> None:
@@ -263,11 +272,12 @@ def _program(file: str, rank: int, world: int, port: int, kill_at: tuple[str, in
     from train import __main__ as program
 
     def run(config: Any) -> Any:
-        state = whole(config)
+        state = whole_run(config)
         Path(f"{file}.hash").write_text(_hash(state))
+        Path(f"{file}.share").write_text(str(_share_here(state)))
         return state
 
-    whole, program.run = program.run, run
+    whole_run, program.run = program.run, run
     code = program.main([file])
     sys.stderr.flush()
     sys.exit(code)

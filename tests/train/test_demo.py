@@ -71,7 +71,7 @@ def test_a_start_from_statistics_reconstructs_before_any_step(one_thread: None, 
     for images in (32, 96):
         start = replace(config.objective.warm_start, images=images)
         state = build_state(replace(config, objective=replace(config.objective, warm_start=start)))
-        state.objective.begin(0, 0)
+        state.objective.begin(state.whole(), 0, 0)
         model: Any = state.objective.networks["tokenizer"].eval()
         found.append(float(psnr(crops, reconstruct(model, crops)[0]).mean()))
     assert found[0] > 20

@@ -20,6 +20,7 @@ from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.eval.report import reconstruct
+from tokenizers_mm.eval.validation import held_out
 from tokenizers_mm.llm import FeatureProjector, MultimodalProcessor, Segment, VisualVocabulary
 from tokenizers_mm.models import TokenFlow
 from train.__main__ import main
@@ -28,7 +29,6 @@ from train.log import read_log
 from train.loop import run
 from train.objectives.guard import Guard, GuardConfig
 from train.objectives.joint import PARTS
-from train.objectives.validation import held_out
 from train.state import State, build_state
 from train.step import train_step, weighted_sum
 
@@ -245,7 +245,7 @@ def test_a_run_goes_on_after_its_tokenizer_was_frozen(
 
 def test_rfid_crosses_the_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, 2.9, 3.1])
-    monkeypatch.setattr("train.objectives.validation.rfid", lambda a, b, weights: next(values))
+    monkeypatch.setattr("tokenizers_mm.eval.validation.rfid", lambda a, b, weights: next(values))
     config = GuardConfig(inception="weights.pth", max_fid_ratio=1.5, action="freeze", pictures=8)
     guard = Guard(config, held_out("", 8, (32, 32)))
     parts = {"tokenizer": tmm.load(folder / "tokenizer")}

@@ -58,7 +58,7 @@ def test_the_debug_run_leaves_what_it_should(tmp_path: Path) -> None:
     assert sum(line.get("revived", 0) for line in lines) > 0
     assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 20]
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step_000000010.png", "step_000000020.png"}
-    assert list((tmp_path / "tensorboard").iterdir())
+    assert list((tmp_path / "trackers").rglob("events.out.tfevents.*"))
     assert tmm.load(tmp_path / "tokenizer").encode(torch.zeros(1, 3, 32, 32)).ids.shape == (1, 21)
 
 
@@ -173,6 +173,7 @@ OTHER: dict[str, Any] = {
     "objective.loss.semantic": "target",
     "objective.loss.gan": "non_saturating",
     "objective.loss.discriminator.norm": "none",
+    "objective.loss.discriminator.kind": "dino",
     "objective.loss.lpips_weights": "nowhere",
     "objective.loss.captions.swaps": [["circle", "square", "triangle", "cross"]],
     "objective.optimizer.betas": [0.5, 0.6],
@@ -187,7 +188,8 @@ OTHER: dict[str, Any] = {
 }
 """Other values of keys for which a little more will not do."""
 
-ELSEWHERE = ("out", "objective.kind", "device", "precision", "non_finite", "log_every", "sample_every", "save_every",
+ELSEWHERE = ("out", "objective.kind", "device", "engine", "compile", "gradient_checkpointing", "trackers", "async_save",
+             "objective.validation.lpips_weights", "precision", "non_finite", "log_every", "sample_every", "save_every",
              "keep", "resume", "max_seconds", "objective.data.workers", "best", "validate_every",
              "objective.validation.folder", "objective.validation.images")  # fmt: skip
 """Keys that change no step; other tests see their effects."""
@@ -262,8 +264,8 @@ def test_validation_keeps_the_best_networks(tmp_path: Path, monkeypatch: pytest.
     values = iter([10.0, 12.0, 11.0, 11.5])
     measured = train.objectives.reconstruction.measure
 
-    def measure(tokenizer: Any, images: torch.Tensor) -> dict[str, float]:
-        found = measured(tokenizer, images)
+    def measure(tokenizer: Any, images: torch.Tensor, **options: Any) -> dict[str, float]:
+        found = measured(tokenizer, images, **options)
         assert found.keys() == {"psnr", "ssim", "usage"}
         return found | {"psnr": next(values)}
 
@@ -279,8 +281,36 @@ def test_validation_keeps_the_best_networks(tmp_path: Path, monkeypatch: pytest.
     assert found == [10.0, 12.0, 11.0, 11.5]
 
 
-@pytest.mark.parametrize("gan", ["hinge", "non_saturating"])
-def test_the_discriminator_is_seen_to_learn(gan: str, tmp_path: Path) -> None:
+def test_validation_with_perceptual_weights_keeps_the_lowest_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    values = iter([0.5, 0.3, 0.4])
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        assert x.shape == y.shape == (4, 3, 32, 32)
+        return torch.full((4,), next(values))
+
+    def load(path: str) -> Any:
+        asked.append(path)
+        return distance
+
+    monkeypatch.setattr("train.objectives.reconstruction.load_lpips", load)
+    edits = {"validate_every": 2, "best": "lpips", "objective.validation.images": 4, "save_every": 0, "steps": 6}
+    with pytest.raises(ValueError, match=r"validation\.lpips_weights: expected a file, for best: lpips, got nothing"):
+        parse_config(tiny(tmp_path, edits))
+    state = run(parse_config(tiny(tmp_path, {**edits, "objective.validation.lpips_weights": "vgg.pth"})))
+    assert asked == ["vgg.pth"]
+    assert state.best == pytest.approx(0.3)
+    found = [line["validation_lpips"] for line in read_log(tmp_path / "log.jsonl") if "validation_lpips" in line]
+    assert found == pytest.approx([0.5, 0.3, 0.4])
+
+
+DINO = {"kind": "dino", "name": "vit_tiny_patch16_224", "options": TOWER, "pretrained": False, "blocks": [0]}
+
+
+@pytest.mark.parametrize(("gan", "kind"), [("hinge", "patchgan"), ("non_saturating", "patchgan"), ("hinge", "dino")])
+def test_the_discriminator_is_seen_to_learn(gan: str, kind: str, tmp_path: Path) -> None:
     """Against a generator that stands still: its loss falls, by its own optimizer, with its regularisers."""
     edits: dict[str, Any] = {
         "steps": 12,
@@ -293,15 +323,18 @@ def test_the_discriminator_is_seen_to_learn(gan: str, tmp_path: Path) -> None:
         "objective.revival.every": 0,
         "objective.model.config.semantic_encoder.options.drop_path_rate": 0.0,
     }
+    if kind == "dino":
+        edits |= {"objective.loss.discriminator": DINO, "objective.loss.r1": 0.0}
     state = build_state(parse_config(tiny(tmp_path, edits)), Accelerator(cpu=True))
     batch = next(state.objective.batches(0, 0))
-    before = [p.detach().clone() for p in state.objective.networks["discriminator"].parameters()]
+    learning = [p for p in state.objective.networks["discriminator"].parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in learning]
     reports = [train_step(state, [batch])[0] for _ in range(12)]
     losses = [report["discriminator"] for report in reports]
     assert losses[-1] < 0.6 * losses[0]
-    assert all(report["lecam"] >= 0 and report["r1"] > 0 for report in reports)
-    after = list(state.objective.networks["discriminator"].parameters())
-    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(report["lecam"] >= 0 and report.get("r1", 1.0) > 0 for report in reports)
+    assert all(not torch.equal(a, b) for a, b in zip(before, learning, strict=True))
+    assert all(p.requires_grad for p in learning)
     means = state.objective.state_dict()["terms"]
     assert float(means["real"]) > float(means["fake"])  # real images got higher logits
 

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from PIL import Image, ImageEnhance
@@ -38,6 +38,21 @@ MAX_UNREADABLE = 1000
 Positive = Annotated[float, Range(0, low_open=True)]
 
 
+SOURCES: dict[str, Any] = {}
+"""Sources by kind: classes of a `SourceConfig`, with the methods of `Source`."""
+
+
+class KnownSource:
+    """Limit of a text: a key of SOURCES, which may grow at any time."""
+
+    def check(self, value: str, where: str) -> None:
+        """Refuse any other text."""
+        require(value in SOURCES, where, f"one of {sorted(SOURCES)}", value)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(SOURCES)}"
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One part of a mixture.
@@ -50,7 +65,7 @@ class SourceConfig:
     channels change places. turns: turn by multiples of 90 degrees too.
     """
 
-    kind: Literal["photographs", "scenes", "text", "folder", "shards", "parquet"]
+    kind: Annotated[str, KnownSource()]
     path: str = ""
     weight: Annotated[float, Range(0)] = 1.0
     zoom: tuple[Positive, Positive] = (0.5, 1.5)
@@ -188,7 +203,7 @@ class ParquetFolder(Stored):
         super().__init__(ParquetImages(FileList.below(config.path, (".parquet",)), Path(config.path)))
 
 
-SOURCES: dict[str, Any] = {
+SOURCES |= {
     "photographs": Photographs,
     "scenes": Scenes,
     "text": Text,
@@ -196,7 +211,6 @@ SOURCES: dict[str, Any] = {
     "shards": ShardFolder,
     "parquet": ParquetFolder,
 }
-"""Sources by kind."""
 
 
 class Mixture(Dataset[dict[str, Any]]):

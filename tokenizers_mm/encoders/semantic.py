@@ -3,66 +3,16 @@
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokenizers_mm._check import fail, require, shorten
-from tokenizers_mm.config import Keys, Length, MLPRatio, Pattern, Range, Share, Width, checked
-
-_CONSTRUCTION = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""Errors of timm's constructors for sizes that they do not check themselves."""
-
-_Side = Annotated[int, Range(1, 4096)]
-_StemDepth = Annotated[int, Range(1, 64)]
-_Mean = Annotated[float, Range(-10, 10)]
-_Deviation = Annotated[float, Range(1e-6, 1e6)]
-
-ChannelMeans = tuple[_Mean, _Mean, _Mean]
-ChannelDeviations = tuple[_Deviation, _Deviation, _Deviation]
-"""Of the red, green and blue values of an image in [0, 1]."""
+from tokenizers_mm._check import fail, require
+from tokenizers_mm.config import Keys, checked
+from tokenizers_mm.layers.towers import ChannelDeviations, ChannelMeans, TowerName, TowerOptions, create_tower
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-TowerName = Annotated[
-    str,
-    Length(1, 100),
-    Pattern(r"[a-z0-9][a-z0-9_]*(\.[a-z0-9_]+)?", "the plain name of a timm architecture (no source, address or path)"),
-]
-
-
-class StemOptions(TypedDict):
-    """Sizes of ViTamin's convolutional stem."""
-
-    embed_dim: tuple[Width, Width, Width]
-    depths: tuple[_StemDepth, _StemDepth, _StemDepth]
-    stem_width: Width
-
-
-class TowerOptions(TypedDict, total=False):
-    """The only options that reach `timm.create_model`: sizes, and nothing that names a file, an address or code."""
-
-    img_size: _Side | tuple[_Side, _Side]
-    patch_size: Annotated[int, Range(1, 256)]
-    embed_dim: Width
-    depth: Annotated[int, Range(1, 256)]
-    num_heads: Annotated[int, Range(1, 1024)]
-    mlp_ratio: MLPRatio
-    num_classes: Annotated[int, Range(0, 1 << 20)]
-    qkv_bias: bool
-    class_token: bool
-    reg_tokens: Annotated[int, Range(0, 1024)]
-    init_values: Annotated[float, Range(0, 1)] | None
-    drop_rate: Share
-    proj_drop_rate: Share
-    attn_drop_rate: Share
-    drop_path_rate: Share
-    act_layer: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"]
-    global_pool: Literal["", "avg", "map", "token"]
-    output_stride: Literal[2, 4, 8, 16, 32]
-    embed_cfg: StemOptions
 
 
 @dataclass(frozen=True)
@@ -110,7 +60,7 @@ class SemanticEncoder(nn.Module):
     def __init__(self, config: SemanticEncoderConfig) -> None:
         super().__init__()
         self.config = config = checked(config)
-        self.tower = _create(config.name, pretrained=False, **{"global_pool": "", **config.options})
+        self.tower = create_tower(config.name, pretrained=False, **{"global_pool": "", **config.options})
         if config.features == "last" and hasattr(self.tower, "norm"):
             self.tower.norm = nn.Identity()
         projected = config.features == "projected"
@@ -134,26 +84,6 @@ class SemanticEncoder(nn.Module):
         return rows
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> nn.Module:
-    """A timm tower without a head by default. What its constructors make of sizes that they cannot use is one error."""
-    import timm  # heavy: loaded when a tower is built, not with the package
-    from timm.models.vitamin import VitCfg
-
-    if "embed_cfg" in options:  # timm takes the sizes of a hybrid stem as an object of its own
-        options["embed_cfg"] = VitCfg(**options["embed_cfg"])
-    try:
-        tower = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **options})
-    except _CONSTRUCTION as error:
-        fail("name and options", "a timm model that can be built", f"{name!r} ({_sentence(error)})")
-    for part in ("forward_features", "num_features"):
-        require(hasattr(tower, part), "name", f"a timm model with {part}", repr(name))
-    return tower
-
-
-def _sentence(error: Exception) -> str:
-    return shorten(" ".join(f"{type(error).__name__}: {error}".split()), 200)
-
-
 def load_pretrained(encoder: SemanticEncoder, package: str = "") -> None:
     """Fill a tower with published weights: timm's, from its hub or the local cache, or those of a Python package.
 
@@ -166,7 +96,7 @@ def load_pretrained(encoder: SemanticEncoder, package: str = "") -> None:
         return
     ours = encoder.config.options  # the published tower keeps its own depth and pooling
     options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
-    state = _create(encoder.config.name, pretrained=True, **options).state_dict()
+    state = create_tower(encoder.config.name, pretrained=True, **options).state_dict()
     wanted = encoder.tower.state_dict()
     missing = [name for name in wanted if name not in state]
     require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")

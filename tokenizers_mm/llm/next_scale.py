@@ -34,11 +34,13 @@ def scale_bounds(grids: Sequence[Grid]) -> list[tuple[int, int]]:
     return bounds
 
 
-def next_scale_features(vectors: Tensor, grids: Sequence[Grid]) -> Tensor:
+def next_scale_features(vectors: Tensor, grids: Sequence[Grid], residual: bool = False) -> Tensor:
     """Inputs of scales 2 to n + 1 (of those there are), [B, m, D], from the code vectors [B, L', D] of n whole scales.
 
     The sum of the codes is carried from scale to scale: what was summed up is resized to the next grid, is the input
     there, and the codes of that scale are added to it. (Not the sum of full-size codes that the decoder reads.)
+    residual: nothing is summed up, the input of a scale is the codes of the scale before it alone, resized; for ids
+    with mistakes (`MultiScaleQuantizer.quantize_corrected`; NextFlow, arXiv 2601.02204).
     """
     parts, carried = [], None
     for index, (start, end) in enumerate(scale_bounds(grids)):
@@ -47,13 +49,25 @@ def next_scale_features(vectors: Tensor, grids: Sequence[Grid]) -> Tensor:
         if start == vectors.shape[1] or index + 1 == len(grids):
             break
         require(end <= vectors.shape[1], "vectors", "a whole number of scales", vectors)
-        carried = carry(carried, vectors[:, start:end].unflatten(1, grids[index]), grids[index + 1])
+        carried = carry(
+            None if residual else carried, vectors[:, start:end].unflatten(1, grids[index]), grids[index + 1]
+        )
     return torch.cat(parts, dim=1)
 
 
 def carry(carried: Tensor | None, codes: Tensor, grid: Grid) -> Tensor:
     """Add the codes [B, r, c, D] of a scale to what was carried to it, and resize the sum to the next grid."""
     return bicubic_up(codes if carried is None else carried + codes, grid)
+
+
+def scale_weights(grids: Sequence[Grid], power: float) -> Tensor:
+    """Weight of each of the L ids in a loss: its scale's number of ids to the power of -`power`, with mean 1.
+
+    0 weighs ids alike, 1 scales alike. Source: NextFlow (arXiv 2601.02204), scale reweighting.
+    """
+    sizes = torch.tensor([rows * columns for rows, columns in grids])
+    weights = (sizes.double() ** -power).repeat_interleave(sizes)
+    return (weights / weights.mean()).float()
 
 
 def block_mask(valid: Tensor, prefix: int, grids: Sequence[Grid]) -> Tensor:
@@ -87,12 +101,20 @@ class NextScaleInputs(nn.Module):
     `levels` has one row for text and one per scale (row i for scale i, counted from 1; the input of scale 1 is text);
     `positions` has one row per id and is added at the L positions that predict an id. longest_prompt: None counts
     position ids from a prompt's first token; a number of tokens counts them so that images begin at the same position
-    after prompts of all lengths up to this one, for decoders with learned positions.
+    after prompts of all lengths up to this one, for decoders with learned positions. residual: see
+    `next_scale_features`.
     """
 
-    def __init__(self, grids: Sequence[Grid], feature_dim: int, width: int, longest_prompt: int | None = None) -> None:
+    def __init__(
+        self,
+        grids: Sequence[Grid],
+        feature_dim: int,
+        width: int,
+        longest_prompt: int | None = None,
+        residual: bool = False,
+    ) -> None:
         super().__init__()
-        self.longest_prompt = longest_prompt
+        self.longest_prompt, self.residual = longest_prompt, residual
         require(len(grids) > 0 and tuple(grids[0]) == (1, 1), "grids", "a first grid of (1, 1)", list(grids)[:1])
         self.grids = tuple(grids)
         self.bounds = scale_bounds(grids)
@@ -142,16 +164,23 @@ class NextScaleInputs(nn.Module):
 
 
 def next_scale_loss(
-    model: Any, inputs: NextScaleInputs, prompt: tuple[Tensor, Tensor], ids: Tensor, vectors: Tensor, first_id: int
+    model: Any,
+    inputs: NextScaleInputs,
+    prompt: tuple[Tensor, Tensor],
+    ids: Tensor,
+    vectors: Tensor,
+    first_id: int,
+    scale_power: float = 0.0,
 ) -> Tensor:
     """Mean cross-entropy of the ids [B, L] of images, each predicted from the prompt and the scales before its own.
 
-    prompt: token ids int64 [B, P] and a mask [B, P], False at (left) padding. vectors: of the ids, [B, L, D], unsummed.
-    first_id: where the codes begin in the vocabulary. The prompt itself is not learned.
+    prompt: token ids int64 [B, P] and a mask [B, P], False at (left) padding. vectors: of the ids (with self-correction
+    of the ids that are read), [B, L, D], unsummed. first_id: where the codes begin in the vocabulary. scale_power: of
+    `scale_weights`. The prompt itself is not learned.
     """
     tokens, valid = prompt
     count, prefix = ids.shape[1], tokens.shape[1]
-    features = next_scale_features(vectors, inputs.grids)
+    features = next_scale_features(vectors, inputs.grids, inputs.residual)
     embeds = inputs(embeddings(model)(tokens), features, prefix)
     valid = torch.cat([valid.bool(), valid.new_ones(ids.shape, dtype=torch.bool)], dim=1)
     where = torch.zeros_like(valid)
@@ -161,7 +190,10 @@ def next_scale_loss(
         "attention_mask": additive_mask(block_mask(valid, prefix, inputs.grids), embeds.dtype),
         "position_ids": inputs.position_ids(valid, prefix),
     }
-    return F.cross_entropy(logits_at(model, given, where).float(), (first_id + ids).flatten())
+    losses = F.cross_entropy(logits_at(model, given, where).float(), (first_id + ids).flatten(), reduction="none")
+    if scale_power:
+        losses = losses.view_as(ids) * scale_weights(inputs.grids, scale_power).to(losses.device)
+    return losses.mean()
 
 
 @dataclass(frozen=True)
@@ -245,7 +277,7 @@ class NextScaleGenerator:
                 codes = self.look_up(chosen).unflatten(1, grid)
             drawn.append(chosen)
             if scale + 1 < len(grids):
-                carried = carry(carried, codes, grids[scale + 1])
+                carried = carry(None if self.inputs.residual else carried, codes, grids[scale + 1])
         return torch.cat(drawn, dim=1)
 
     def _block(self, features: Tensor, scale: int, guide: bool) -> Tensor:

@@ -17,6 +17,9 @@ from tokenizers_mm.llm.ids import as_ids
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """Names of the keys and values among a model's arguments and outputs; a model knows one of them."""
 
+RECOMPUTE_NAMES = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+"""Names of the method by which a model keeps the inputs of its blocks alone; the first one it has counts."""
+
 BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 """Errors of `transformers` for files that are missing, damaged, or ask for code of their own."""
 
@@ -27,6 +30,14 @@ def unwrap(model: Any) -> Any:
     It is the innermost module that has a head (`get_output_embeddings`); a model without wrappers is returned as it is.
     """
     return _chain(model)[-1]
+
+
+def recompute_activations(model: Any) -> bool:
+    """Let a model compute the activations of its blocks again in the backward pass; False for another module."""
+    name = next((name for name in RECOMPUTE_NAMES if hasattr(model, name)), None)
+    if name is not None:
+        getattr(model, name)({"use_reentrant": False})
+    return name is not None
 
 
 def takes(model: Any, name: str) -> bool:

@@ -21,16 +21,15 @@ from tokenizers_mm._images import (
     name_images,
     open_image,
     run_ahead,
-    tensor_to_images,
 )
 from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
+from tokenizers_mm.models.convenience import Convenience
+from tokenizers_mm.models.convenience import ImageInput as ImageInput
+from tokenizers_mm.models.convenience import from_images as from_images
 from tokenizers_mm.models.stable import Stability, stable_encoder
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import UNDISTURBED, Codes, Disturbance, ImageCodes, Reconstruction, Stream, join_codes
-
-ImageInput = Any
-"""A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
 
 BATCH_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 21}
 """Target pixels per batch by device type, at least one image. Larger batches are not faster."""
@@ -69,7 +68,7 @@ def within_memory(build: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     return run
 
 
-class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
+class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     """An image tokenizer: images to ids (or latents) and back.
 
     A family gives `family`, `Config`, `from_config` and the abstract methods. Images are float [B, 3, H, W] in [-1, 1].
@@ -122,8 +121,14 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         """[B, T, C]: what a language model reads for understanding."""
 
     @abstractmethod
-    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
-        """Encode, quantize and decode x [B, 3, H, W] in one differentiable pass: the forward pass of training."""
+    def reconstruct(
+        self, images: ImageInput, disturbance: Disturbance = UNDISTURBED, fit: Fit = "refuse"
+    ) -> Reconstruction:
+        """Encode, quantize and decode in one pass.
+
+        images: a tensor [B, 3, H, W], through which gradients flow (the forward pass of training); or what `encode`
+        takes, all of one size, with `fit` as there and without gradients. A family decorates it with `from_images`.
+        """
 
     @abstractmethod
     def quantizers(self) -> Mapping[str, Quantizer]:
@@ -231,7 +236,7 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         return stable_encoder(self).report
 
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
-        """Images of one size as a checked float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device."""
+        """Images of one size as a float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device, or ValueError."""
         if not isinstance(images, Tensor):
             pictures = [self.fit_picture(open_image(item, name), fit) for name, item in name_images(images)]
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
@@ -259,22 +264,18 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         if height < multiple or width < multiple or height % multiple or width % multiple:
             fail(name, f"height and width that are multiples of {multiple}", f"{height} x {width}")
 
+    @torch.no_grad()
     def decode_ids(self, ids: Any, height: int | None = None, width: int | None = None) -> Tensor:
-        """Images from plain ids [B, L], integers of any kind (a tensor, a numpy array, lists).
+        """Images float [B, 3, H, W] from plain ids [B, L], integers of any kind (a tensor, a numpy array, lists).
 
-        height and width may be left out where the tokenizer takes one size.
+        height and width may be left out where the tokenizer takes one size. No gradients: `decode` has them.
+
+        Raises: ValueError for ids that are not of the streams of this size.
         """
-        if height is None or width is None:
-            require(self.image_size is not None, "height and width", "the size of the image", "None")
-            height, width = self.image_size  # type: ignore[misc]
-        self.check_size(height, width)
+        height, width = self.own_size(height, width)
         streams = self.streams(height, width)
         require(len(streams) > 0, "ids", "latents (this tokenizer is continuous)", ids)
         return self.decode(cast(Codes, ImageCodes(ids, height, width, streams).to(self.device)))
-
-    def to_pil(self, x: Tensor) -> list[Image.Image]:
-        """Float [B, 3, H, W] in [-1, 1] as PIL images, clamped."""
-        return tensor_to_images(x)
 
     @property
     def device(self) -> torch.device:
@@ -289,10 +290,6 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json, model.safetensors, preprocessor_config.json and README.md, atomically."""
         saving.write(self, directory)
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Upload the files of `save` through huggingface_hub; returns the address of the commit."""
-        return saving.push(self, repo_id, private)
 
 
 def _grouped(

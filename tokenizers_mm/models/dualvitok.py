@@ -21,7 +21,7 @@ from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.multiscale import bicubic_up
 from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
-from tokenizers_mm.models.base import ImageInput, ImageTokenizer, within_memory
+from tokenizers_mm.models.base import ImageInput, ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers.base import (
     QUANTIZERS,
     Quantizer,
@@ -130,7 +130,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         return semantic, self.pixel_head(self.pixel_encoder(x).permute(0, 2, 3, 1)), target
 
     def quantize(self, semantic: Tensor, pixel: Tensor) -> dict[str, Quantized]:
-        """Both streams, by name."""
+        """Semantic [B, h', w', D] and pixel features [B, h, w, E] quantized, by the name of the stream."""
         return {"semantic": self.semantic_quantizer.quantize(semantic), "pixel": self.pixel_quantizer.quantize(pixel)}
 
     def merge(self, semantic: Tensor, pixel: Tensor) -> Tensor:
@@ -162,6 +162,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
 
+    @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
         require(disturbance.keep is None, "disturbance.keep", "None (DualViTok has one scale)", disturbance.keep)
         perturb = disturbance.perturb

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from tokenizers_mm._ranks import mean_over_ranks
 from tokenizers_mm.functional.adversarial import (
     adaptive_weight,
     hinge_discriminator,
@@ -16,9 +16,7 @@ from tokenizers_mm.functional.adversarial import (
     non_saturating_generator,
     r1_penalty,
 )
-from tokenizers_mm.losses.discriminators import PatchGAN
-
-from ..distributed import several, sum_over_ranks
+from tokenizers_mm.losses.discriminators import DISCRIMINATORS, DINODiscriminator
 
 if TYPE_CHECKING:
     from .terms import LossConfig
@@ -38,7 +36,11 @@ class Adversary:
     """A discriminator, and the pairs of real and reconstructed images that it learns from in the present step."""
 
     def __init__(self, loss: "LossConfig", device: torch.device) -> None:
-        self.network = PatchGAN(loss.discriminator).to(device)
+        self.network: nn.Module = DISCRIMINATORS[loss.discriminator.kind](loss.discriminator)
+        if isinstance(self.network, DINODiscriminator) and loss.discriminator.pretrained:
+            self.network.load_pretrained()
+        self.network.to(device)
+        self._learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.config, self.adaptive = loss, loss.adaptive
         self.means = {"real": torch.zeros((), device=device), "fake": torch.zeros((), device=device)}
         self._logits: list[Tensor] = []
@@ -51,12 +53,17 @@ class Adversary:
         visible: weighted terms of the image, to whose gradient at `last_layer` an adaptive weight relates this term's.
         """
         self._pairs.append((x, image.detach()))
-        self.network.requires_grad_(False)
+        self._let_learn(False)
         term = self._generator(self.network(image).float())
-        self.network.requires_grad_(True)
+        self._let_learn(True)
         if not self.adaptive or not torch.is_grad_enabled():
             return term
         return term * adaptive_weight(torch.stack(list(visible)).sum(), term, last_layer)
+
+    def _let_learn(self, learns: bool) -> None:
+        """Let the parameters of the discriminator that are not frozen collect gradients or not."""
+        for parameter in self._learning:
+            parameter.requires_grad_(learns)
 
     def weights(self) -> dict[str, float]:
         """Weights of the terms of `terms`, by name."""
@@ -80,8 +87,7 @@ class Adversary:
         """Move the averages of logits that LeCam compares with, over all ranks."""
         if not self._logits:
             return
-        mean = sum_over_ranks(torch.stack(self._logits).mean(0))
-        mean, self._logits = mean / (dist.get_world_size() if several() else 1), []
+        mean, self._logits = mean_over_ranks(torch.stack(self._logits).mean(0)), []
         for name, value in zip(("real", "fake"), mean, strict=True):
             self.means[name] = LECAM_DECAY * self.means[name] + (1 - LECAM_DECAY) * value
 

@@ -15,6 +15,9 @@ from tokenizers_mm.data.sources import mix_seeds
 from ..config import RunConfig
 from ..optim import Learner
 
+Networks = Mapping[str, Any]
+"""Whole networks by name, the moving average in place of the network that it follows (`State.whole`)."""
+
 Terms = dict[str, Tensor]
 """Unweighted scalar terms by name; a weight is applied to each once, in `train.step`."""
 
@@ -81,8 +84,8 @@ class Objective(ABC):
     AVERAGED: ClassVar[str] = ""
     """Name of the network whose moving average `ema` keeps; empty where there is none."""
 
-    MEASURES: ClassVar[tuple[str, ...]] = ()
-    """Names of what `validate` measures, higher values being better."""
+    MEASURES: ClassVar[Mapping[str, int]] = {}
+    """Names of what `validate` measures: 1 where a higher value is better, -1 where a lower one is."""
 
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Keys of its configuration that must stay as they are when a run goes on."""
@@ -132,8 +135,8 @@ class Objective(ABC):
         """Weight of every term of a player; its keys are exactly those of the terms."""
 
     @abstractmethod
-    def save(self, averaged: nn.Module | None, folder: Path) -> None:
-        """Write the finished networks. averaged: the moving average, or the network itself without one."""
+    def save(self, networks: Networks, folder: Path) -> None:
+        """Write the finished networks."""
 
     def counts(self, player: str, batch: Any) -> dict[str, int]:
         """Size of a micro-batch by term, for terms that are means over labels, and the number of "labels" to report.
@@ -145,8 +148,11 @@ class Objective(ABC):
     def check_labels(self, totals: Mapping[str, int], step: int) -> None:  # noqa: B027
         """Refuse a step with too few labels (of all processes together), where there is such a thing."""
 
-    def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
-        """Work before the first step of a stage, at sample `start`; returns lines for the log."""
+    def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
+        """Work before the first step of a stage, at sample `start`; returns lines for the log.
+
+        Before the first stage these are the networks that will learn; later they may be copies of them.
+        """
         return []
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -161,10 +167,10 @@ class Objective(ABC):
         """Values gathered since the last call, for a line of the log."""
         return {}
 
-    def show(self, averaged: nn.Module | None, path: Path) -> None:  # noqa: B027
+    def show(self, networks: Networks, path: Path) -> None:  # noqa: B027
         """Write a few samples to a PNG file, where the objective has any."""
 
-    def validate(self, averaged: nn.Module | None) -> dict[str, float]:
+    def validate(self, networks: Networks) -> dict[str, float]:
         """Measurements on held-out samples, by the names of `MEASURES`."""
         return {}
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from tokenizers_mm.config import Range
-
-from .validation import measure
+from tokenizers_mm.eval.validation import measure
 
 
 @dataclass(frozen=True)

@@ -17,30 +17,29 @@ from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig, list_images
+from tokenizers_mm.eval.validation import held_out
 from tokenizers_mm.llm import Batch as Rows
 from tokenizers_mm.llm import FeatureProjector, ProjectorConfig
+from tokenizers_mm.llm.building import (
+    LanguageModelConfig,
+    build_language_model,
+    language_model_size,
+    save_language_model,
+)
 from tokenizers_mm.llm.joint import caption_batch, caption_loss, num_labels, read_codes
 from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.transformers_api import embeddings
+from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from ..step import weighted_sum
-from .base import Moment, Objective, Player, Stage, Terms
-from .codebook_health import CodebookHealth, RevivalConfig
+from .base import Moment, Networks, Objective, Player, Stage, Terms
 from .guard import Guard, GuardConfig
-from .language import (
-    LanguageModelConfig,
-    RecordConfig,
-    build_language_model,
-    model_size,
-    record_batches,
-    save_language_model,
-)
+from .language import LANGUAGE_MODEL, RecordConfig, record_batches
 from .reconstruction import FIXED_DATA, image_batches, image_size
 from .start import saved_size
 from .terms import ImageTerms, LossConfig, check_loss
-from .validation import held_out
 
 PARTS = ("tokenizer", "projector", "language_model")
 
@@ -109,6 +108,8 @@ class Joint(Objective):
     def check_config(cls, run: RunConfig) -> None:
         config: JointConfig = run.objective
         require(run.steps == 0, "config.steps", "0 or nothing (the stages of a joint run say it)", run.steps)
+        require(run.engine == "ddp", "config.engine", "ddp for joint tuning (its guard takes back whole networks)",
+                run.engine)  # fmt: skip
         require(run.precision != "fp16", "config.precision", "fp32 or bf16 for joint tuning", run.precision)
         require(len(config.stages) > 0, "config.objective.stages", "at least one stage", "none")
         for index, stage in enumerate(config.stages):
@@ -122,7 +123,10 @@ class Joint(Objective):
     @classmethod
     def sizes(cls, run: RunConfig) -> dict[str, int | str]:
         config = run.objective
-        return {"tokenizer": saved_size(config.tokenizer), "language model": model_size(config.language_model)}
+        return {
+            "tokenizer": saved_size(config.tokenizer),
+            "language model": language_model_size(config.language_model, LANGUAGE_MODEL),
+        }
 
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         super().__init__(run, accelerator)
@@ -134,8 +138,8 @@ class Joint(Objective):
         self.size = size
         require(len(tokenizer.streams(*size)) > 0, "config.objective.tokenizer", "one with codes", "a continuous one")
         self.terms = ImageTerms(config.loss, tokenizer, size)
-        self.health = CodebookHealth(tokenizer, RevivalConfig())
-        model, self.processor = build_language_model(config.language_model, tokenizer)
+        self.health = CodebookHealth(tokenizer.quantizers(), RevivalConfig())
+        model, self.processor = build_language_model(config.language_model, tokenizer, LANGUAGE_MODEL)
         self.model, self.projector = model.to(device), self._projector(model).to(device)
         self.networks: dict[str, nn.Module] = {
             "tokenizer": tokenizer, "projector": self.projector, "language_model": self.model, **self.terms.learning,
@@ -234,14 +238,14 @@ class Joint(Objective):
         values["vq"] = weighted_sum(terms, self.terms.weights(adversarial)).detach()
         return {"caption": caption, **terms}, values
 
-    def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
+    def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
         """The guard's first measurement, before the first joint stage."""
         first = self.stages[stage].name == "joint" and not self.guard.before
         return [self.guard.measure(self._guarded(), start // max(1, self._step_size()))] if first else []
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         self.terms.after_step()
-        values = self.health.after_step(moment)
+        values = self.health.after_step(moment.step + 1, moment.progress, moment.once(3))
         within, guard = moment.step + 1, self.guard
         due = within % self.config.guard.every == 0 or within == self.stages[moment.stage].steps
         if "tokenizer" not in self.learning(moment.stage) or not due:
@@ -268,7 +272,7 @@ class Joint(Objective):
     def skipped(self, batch: Batch | Rows) -> Sequence[str]:
         return batch.skipped if isinstance(batch, Batch) else ()
 
-    def save(self, averaged: nn.Module | None, folder: Path) -> None:
+    def save(self, networks: Networks, folder: Path) -> None:
         """The language model as `language` saves it, and the image tokenizer in `tokenizer` below it."""
         save_language_model(self.model, self.processor, self.projector, folder)
         self.tokenizer.eval().save(folder / "tokenizer")

@@ -1,6 +1,6 @@
 """Training of a language model on rows of text and images: next-token prediction or masked diffusion."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm import load
 from tokenizers_mm._check import require
-from tokenizers_mm._files import atomic_directory
-from tokenizers_mm._images import Fit
-from tokenizers_mm.config import Range, to_mapping
+from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Positions
 from tokenizers_mm.llm import (
     Batch,
@@ -21,10 +19,14 @@ from tokenizers_mm.llm import (
     MultimodalProcessor,
     OnlyNewRows,
     ProjectorConfig,
-    VisualVocabulary,
-    extend,
 )
 from tokenizers_mm.llm.batch import IGNORED, Row, pad_rows
+from tokenizers_mm.llm.building import (
+    LanguageModelConfig,
+    build_language_model,
+    language_model_size,
+    save_language_model,
+)
 from tokenizers_mm.llm.diffuse import diffusion_loss
 from tokenizers_mm.llm.loss import next_token_loss, num_predicted
 from tokenizers_mm.llm.model import add_lora
@@ -33,32 +35,15 @@ from tokenizers_mm.llm.projector import embed
 from tokenizers_mm.llm.records import RecordMixture, Records
 from tokenizers_mm.llm.transformers_api import (
     embeddings,
-    load_language_model,
-    load_text_tokenizer,
-    new_language_model,
-    num_parameters,
 )
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
-from .base import Moment, Objective, Player, Terms
+from .base import Moment, Networks, Objective, Player, Terms
 from .start import saved_size
 
-
-@dataclass(frozen=True)
-class LanguageModelConfig:
-    """source: a directory or hub id of a causal language model; or, without one, `kind` and `config` of a new one.
-
-    text_tokenizer: a directory or hub id; by default that of the source. sizes: (height, width) of the images that the
-    vocabulary covers; by default those of `VisualVocabulary.for_tokenizer`. Weights are float32 whatever they are on
-    disk.
-    """
-
-    source: str = ""
-    text_tokenizer: str = ""
-    kind: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
-    sizes: tuple[tuple[int, int], ...] = ()
+LANGUAGE_MODEL = "config.objective.language_model"
+"""Place of its configuration, as errors call it."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +88,13 @@ class Learning:
     """Weights that learn, by name: a checkpoint holds these and not the frozen ones."""
 
     def __init__(self, networks: dict[str, nn.Module]) -> None:
-        named = [(f"{name}.{key}", p) for name, module in networks.items() for key, p in module.named_parameters()]
-        self.parameters = {key: p for key, p in named if p.requires_grad}
+        self.networks = networks
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The weights; an engine may put others in their places."""
+        named = [(f"{name}.{key}", p) for name, module in self.networks.items() for key, p in module.named_parameters()]
+        return {key: p for key, p in named if p.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights."""
@@ -113,13 +103,14 @@ class Learning:
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore them; names and shapes must be these."""
-        shapes = [{name: tuple(t.shape) for name, t in group.items()} for group in (self.parameters, tensors)]
+        mine = self.parameters
+        shapes = [{name: tuple(t.shape) for name, t in group.items()} for group in (mine, tensors)]
         other = sorted(
             name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
         )
         if other:
             raise ValueError(f"another {other[0]}")
-        for name, parameter in self.parameters.items():
+        for name, parameter in mine.items():
             parameter.copy_(tensors[name])
 
 
@@ -135,10 +126,10 @@ class Language(Objective):
     @classmethod
     def check_config(cls, run: RunConfig) -> None:
         config, where = run.objective, "config.objective"
-        decay = config.optimizer.weight_decay
-        require(
-            config.learns != "new_rows" or not decay, f"{where}.optimizer.weight_decay", "0 for learns: new_rows", decay
-        )
+        decay, rows = config.optimizer.weight_decay, config.learns == "new_rows"
+        require(not rows or not decay, f"{where}.optimizer.weight_decay", "0 for learns: new_rows", decay)
+        require(not rows or run.engine == "ddp", "config.engine", "ddp for learns: new_rows (text rows stay by hooks)",
+                run.engine)  # fmt: skip
         diffusion = config.method == "masked_diffusion"
         require(not diffusion or config.projector == "none", f"{where}.projector", "none for masked diffusion",
                 config.projector)  # fmt: skip
@@ -153,7 +144,10 @@ class Language(Objective):
     @classmethod
     def sizes(cls, run: RunConfig) -> dict[str, int | str]:
         config = run.objective
-        return {"tokenizer (frozen)": saved_size(config.tokenizer), "language model": model_size(config.language_model)}
+        return {
+            "tokenizer (frozen)": saved_size(config.tokenizer),
+            "language model": language_model_size(config.language_model, LANGUAGE_MODEL),
+        }
 
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         super().__init__(run, accelerator)
@@ -162,7 +156,9 @@ class Language(Objective):
         features = getattr(tokenizer, "stream_features", None) if config.features == "streams" else None
         by_stream = config.features == "tokenizer" or features is not None
         require(by_stream, "config.objective.features", "tokenizer (no streams here)", "streams")
-        model, self.processor = build_language_model(config.language_model, tokenizer, config.fit, features)
+        model, self.processor = build_language_model(
+            config.language_model, tokenizer, LANGUAGE_MODEL, config.fit, features
+        )
         self.mask_id = _mask_id(self.processor.text_tokenizer, config.mask_token)
         if config.learns == "lora":
             model = add_lora(model, self.processor.vocabulary, config.lora_rank)
@@ -217,58 +213,11 @@ class Language(Objective):
             loss = next_token_loss(self.model, embed(self.model, batch, self.projector))
         return {self.config.method: loss}, {}
 
-    def save(self, averaged: nn.Module | None, folder: Path) -> None:
+    def save(self, networks: Networks, folder: Path) -> None:
         """Model (adapters merged), text tokenizer, visual_vocab.json and projector, in the run's folder itself."""
-        model: Any = self.model
-        save_language_model(
-            model.merge_and_unload() if self.config.learns == "lora" else model, self.processor, self.projector, folder
-        )
-
-
-def save_language_model(
-    model: Any, processor: MultimodalProcessor, projector: FeatureProjector | None, folder: Path
-) -> None:
-    """Files that `AutoModelForCausalLM`, `AutoTokenizer`, `VisualVocabulary.load` and `FeatureProjector.load` read."""
-    with atomic_directory(folder) as temporary:
-        model.eval().save_pretrained(temporary)
-        processor.save(temporary)
-        if projector is not None:
-            projector.save(temporary)
-
-
-def model_size(config: LanguageModelConfig) -> int | str:
-    """Number of parameters before rows for images are added, where it is known without a download."""
-    if not config.kind and not Path(config.source).is_dir():
-        return f"{config.source}, which is not on this machine"
-    return num_parameters(config.kind, config.source, config.config, "config.objective.language_model")
-
-
-def build_language_model(
-    config: LanguageModelConfig,
-    tokenizer: Any,
-    fit: Fit = "refuse",
-    features: Callable[[Any], Any] | None = None,
-) -> tuple[Any, MultimodalProcessor]:
-    """Model with room for images, and processor (with its `fit` and `features`).
-
-    A vocabulary that lies beside the text tokenizer is kept.
-    """
-    where = "config.objective.language_model"
-    require(bool(config.source) != bool(config.kind), where, "either source or kind", to_mapping(config))
-    named = config.text_tokenizer or config.source
-    require(bool(named), f"{where}.text_tokenizer", "a directory or hub id", "nothing")
-    text = load_text_tokenizer(named, f"{where}.text_tokenizer")
-    if config.source:
-        model = load_language_model(config.source, where, dtype=torch.float32)
-    else:
-        model = new_language_model(config.kind, where, {"vocab_size": len(text), **config.config})
-    kept = (Path(named) / "visual_vocab.json").is_file()
-    if kept:
-        vocabulary = VisualVocabulary.load(named)
-    else:
-        vocabulary = VisualVocabulary.for_tokenizer(tokenizer, text, sizes=config.sizes or None)
-    processor = MultimodalProcessor(tokenizer, text, vocabulary, fit, features=features)
-    return extend(model, vocabulary), processor
+        model = networks["model"]
+        model = model.merge_and_unload() if self.config.learns == "lora" else model
+        save_language_model(model, self.processor, networks.get("projector"), folder)
 
 
 def record_batches(

@@ -6,8 +6,6 @@ micro-batches, draw what one large batch would. (Dropout inside the networks dep
 
 import dataclasses
 import itertools
-import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +19,21 @@ from torch import Tensor, nn
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import write_json
+from tokenizers_mm._ranks import sum_over_ranks
 from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig
+from tokenizers_mm.encoders.captions import CaptionEmbedding, CaptionEmbeddingConfig
 from tokenizers_mm.models.mar import MAR, MARConfig, decay_groups
 from tokenizers_mm.models.mar_sampling import SamplingConfig
 from tokenizers_mm.models.saving import save_tensors
 
 from ..config import RunConfig
-from ..distributed import sum_over_ranks
+from ..log import log_curves
 from ..optim import Learner, OptimizerConfig
-from .base import Moment, Objective, Player, Stage, Terms
+from .base import Moment, Networks, Objective, Player, Stage, Terms
 from .reconstruction import FIXED_DATA, image_batches, show_reconstructions
 from .start import saved_size
-
-
-@dataclass(frozen=True)
-class CaptionEmbeddingConfig:
-    """Words, each with its place in the caption, hashed into `buckets`; captions are cut to `max_words`."""
-
-    buckets: Annotated[int, Range(1, 1 << 24)] = 8192
-    max_words: Annotated[int, Range(1, 4096)] = 48
 
 
 @dataclass(frozen=True)
@@ -81,25 +73,6 @@ class MARTrainingConfig:
     posterior: bool = True
     drop: Annotated[float, Range(0, 1)] = 0.1
     scenes: Annotated[int, Range(0)] = 0
-
-
-class CaptionEmbedding(nn.Module):
-    """Captions to condition vectors [B, C] for MAR's buffers: a sum over words at places, and a small MLP."""
-
-    def __init__(self, width: int, config: CaptionEmbeddingConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.words = nn.EmbeddingBag(config.buckets, width, mode="sum")
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.normal_(self.words.weight, std=0.2)
-
-    def forward(self, captions: Sequence[str]) -> Tensor:
-        rows = [re.findall(r"\w+", caption.lower())[: self.config.max_words] for caption in captions]
-        ids = [[zlib.crc32(f"{i} {w}".encode()) % self.config.buckets for i, w in enumerate(row)] for row in rows]
-        flat = torch.tensor([number for row in ids for number in row], dtype=torch.int64)
-        starts = torch.tensor([0, *[len(row) for row in ids[:-1]]]).cumsum(0)
-        device = self.words.weight.device
-        return self.mlp(self.words(flat.to(device), starts.to(device)))
 
 
 class Generator(nn.Module):
@@ -210,7 +183,7 @@ class MARTraining(Objective):
         return {"noise": terms.noise, "bound": terms.bound}
 
     @torch.no_grad()
-    def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
+    def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
         """After the autoencoder's stage the scale is one over the standard deviation of the next step's latents."""
         if stage == 0 or not self.learns_latents(stage):
             return []
@@ -218,7 +191,7 @@ class MARTraining(Objective):
         batches = itertools.islice(self.batches(stage, start), self.run.accumulate)
         rank, world = self.rank()
         for index, batch in enumerate(batches):
-            posterior = self.model.tokenizer.autoencoder.posterior(batch.images.to(sums.device))
+            posterior = networks["generator"].tokenizer.autoencoder.posterior(batch.images.to(sums.device))
             moment = Moment(self.run.seed, stage, 0, row=(index * world + rank) * self.run.batch_size)
             values = posterior.sample(_latent_noise(moment.rows(len(batch.images)), posterior.mean)).double()
             sums += torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
@@ -241,20 +214,30 @@ class MARTraining(Objective):
     def _set_scale(self, model: Generator, latent_scale: float) -> None:
         model.tokenizer.config = dataclasses.replace(model.tokenizer.config, latent_scale=latent_scale)
 
-    def show(self, averaged: Any, path: Path) -> None:
+    def show(self, networks: Networks, path: Path) -> None:
         """Images through the autoencoder; drawing comes at the end."""
         if self._shown is not None:
-            show_reconstructions(self.model.tokenizer, self._shown, path)
+            self._set_scale(networks["generator"], self.model.tokenizer.config.latent_scale)
+            show_reconstructions(networks["generator"].tokenizer, self._shown, path)
 
-    def save(self, averaged: Any, folder: Path) -> None:
+    def save(self, networks: Networks, folder: Path) -> None:
         """The tokenizer in our format, the captions' embedding beside it, curves, and drawn scenes."""
-        from .mar_samples import draw_curves, draw_scenes  # matplotlib
+        from tokenizers_mm.eval.drawings import Drawer, draw_scenes  # matplotlib
+        from tokenizers_mm.eval.pictures import plot_curves
 
+        averaged = networks["generator"]
         self._set_scale(averaged, self.model.tokenizer.config.latent_scale)
         averaged.eval().tokenizer.save(folder / "tokenizer")
         save_tensors(averaged.captions.state_dict(), folder / "captions.safetensors")
-        draw_curves(folder)
-        write_json(folder / "summary.json", draw_scenes(self.run, averaged, folder))
+        if (folder / "log.jsonl").exists():
+            plot_curves(log_curves(folder / "log.jsonl"), folder / "curves.png")
+        config, summary = self.config, {}
+        if config.scenes:
+            assert config.data.image_size is not None
+            drawer = Drawer(averaged.tokenizer, averaged.condition, config.sampling, config.data.image_size[0])
+            zooms = [source.zoom for source in config.data.sources if source.kind == "photographs"]
+            summary = draw_scenes(drawer, config.scenes, self.run.seed, folder, zooms[0] if zooms else None)
+        write_json(folder / "summary.json", summary)
 
 
 def _tokenizer(config: MARTrainingConfig) -> MAR:

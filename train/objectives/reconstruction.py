@@ -14,19 +14,20 @@ from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
+from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
+from tokenizers_mm.losses.perceptual import load_lpips
 from tokenizers_mm.models import MODELS, ImageTokenizer
 from tokenizers_mm.models.semantic import SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow
+from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
 from tokenizers_mm.types import Disturbance
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
-from .base import Moment, Objective, Player, Terms
-from .codebook_health import CodebookHealth, RevivalConfig
+from .base import Moment, Networks, Objective, Player, Terms
 from .start import ModelConfig, build_tokenizer, check_model, model_size, parse_model
 from .terms import ImageTerms, LossConfig, check_loss, check_terms
-from .validation import ValidationConfig, held_out, measure
 from .warm_start import WarmStartConfig, check_warm_start, warm_start
 
 Share = Annotated[float, Range(0, 1)]
@@ -74,7 +75,7 @@ class Reconstruction(Objective):
     kind = "reconstruction"
     Config = ReconstructionConfig
     AVERAGED = "tokenizer"
-    MEASURES = ("psnr", "ssim", "usage")
+    MEASURES = {"psnr": 1, "ssim": 1, "usage": 1, "lpips": -1}
     FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.captions", "loss.semantic", "trainable")
     config: ReconstructionConfig
 
@@ -83,6 +84,8 @@ class Reconstruction(Objective):
         config: ReconstructionConfig = run.objective
         check_model(config.model)
         check_loss(config.loss)
+        measured = run.best != "lpips" or bool(config.validation.lpips_weights)
+        require(measured, "config.objective.validation.lpips_weights", "a file, for best: lpips", "nothing")
         if config.model.config:
             with torch.device("meta"):
                 tokenizer = MODELS[config.model.family].from_config(parse_model(config.model))
@@ -111,12 +114,14 @@ class Reconstruction(Objective):
         self.size = image_size(self.tokenizer, self.config.data)
         self._check_disturbances()
         self.terms = ImageTerms(self.config.loss, self.tokenizer, self.size or (256, 256))
-        self.health = CodebookHealth(self.tokenizer, self.config.revival)
+        self.health = CodebookHealth(self.tokenizer.quantizers(), self.config.revival, "config.objective.revival")
         self.networks: dict[str, nn.Module] = {"tokenizer": self.tokenizer, **self.terms.learning}
         if self.terms.adversary is not None:
             self.networks["discriminator"] = self.terms.adversary.network
         self._shown: Tensor | None = None
         self._held_out: Tensor | None = None
+        weights = self.config.validation.lpips_weights
+        self._lpips = load_lpips(weights) if weights else None
 
     def _check_disturbances(self) -> None:
         config, tokenizer = self.config, self.tokenizer
@@ -134,7 +139,7 @@ class Reconstruction(Objective):
         streams = self.tokenizer.streams(*(self.size or (side, side)))
         return max((len(stream.grids) for stream in streams), default=1)
 
-    def begin(self, stage: int, start: int) -> list[dict[str, Any]]:
+    def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
         if self.config.warm_start is not None:
             warm_start(
                 cast("TokenFlow | SemanticTokenizer", self.tokenizer),
@@ -208,14 +213,14 @@ class Reconstruction(Objective):
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         self.terms.after_step()
-        return self.health.after_step(moment), []
+        return self.health.after_step(moment.step + 1, moment.progress, moment.once(3)), []
 
-    def validate(self, averaged: Any) -> dict[str, float]:
-        config = self.config.validation
+    def validate(self, networks: Networks) -> dict[str, float]:
+        config, averaged = self.config.validation, networks["tokenizer"]
         if self._held_out is None:
             side = averaged.size_multiple * max(1, 256 // averaged.size_multiple)
             self._held_out = held_out(config.folder, config.images, self.size or (side, side))
-        return measure(averaged, self._held_out)
+        return measure(averaged, self._held_out, lpips=self._lpips)
 
     def window(self) -> dict[str, float]:
         return self.health.window()
@@ -223,12 +228,12 @@ class Reconstruction(Objective):
     def skipped(self, batch: Batch) -> Sequence[str]:
         return batch.skipped
 
-    def show(self, averaged: nn.Module | None, path: Path) -> None:
+    def show(self, networks: Networks, path: Path) -> None:
         if self._shown is not None and "pixel" in self.tokenizer.loss_terms:
-            show_reconstructions(averaged, self._shown, path)
+            show_reconstructions(networks["tokenizer"], self._shown, path)
 
-    def save(self, averaged: Any, folder: Path) -> None:
-        averaged.save(folder / "tokenizer")
+    def save(self, networks: Networks, folder: Path) -> None:
+        networks["tokenizer"].save(folder / "tokenizer")
 
     def state_dict(self) -> dict[str, Any]:
         return {"health": self.health.state_dict(), "terms": self.terms.state_dict()}

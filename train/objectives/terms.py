@@ -9,21 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm._check import require
-from tokenizers_mm.config import Keys, Pixels, Range
+from tokenizers_mm.config import Choice, Keys, Pixels, Range
 from tokenizers_mm.data.sources import Batch
-from tokenizers_mm.encoders.semantic import (
-    ChannelDeviations,
-    ChannelMeans,
-    SemanticEncoder,
-    SemanticEncoderConfig,
-    TowerName,
-    TowerOptions,
-    load_pretrained,
-)
+from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.alignment import cosine_distance
+from tokenizers_mm.layers.towers import ChannelDeviations, ChannelMeans, TowerName, TowerOptions
+from tokenizers_mm.losses import LOSSES
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
-from tokenizers_mm.losses.discriminators import PatchGANConfig
+from tokenizers_mm.losses.discriminators import DISCRIMINATORS, PatchGANConfig
 from tokenizers_mm.losses.perceptual import LPIPS, load_lpips
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.types import Reconstruction
@@ -65,11 +59,12 @@ class LossConfig:
     """Terms and their weights.
 
     weights: weight of each term by its name: "pixel", "perceptual", "semantic", "generator" (the discriminator's loss
-    has its weight too), and every term of the tokenizer's quantizers ("codebook", "commitment", "entropy", ...). A term
-    with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same
-    from the tokenizer's own frozen tower) or "captions" (contrast). gan: the losses of generator and discriminator.
-    gan_start: step of the stage from which both act. adaptive: scale the generator's term by gradient norms. lecam, r1:
-    weights of two regularisers of the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
+    has its weight too), losses that were registered, and every term of the tokenizer's quantizers ("codebook",
+    "commitment", "entropy", ...). A term with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none",
+    "teacher" (distillation), "target" (the same from the tokenizer's own frozen tower) or "captions" (contrast).
+    gan: the losses of generator and discriminator. gan_start: step of the stage from which both act. discriminator:
+    {kind: patchgan | dino, ...}. adaptive: scale the generator's term by gradient norms. lecam, r1: weights of two
+    regularisers of the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
     """
 
     weights: dict[str, Weight] = field(default_factory=lambda: {"pixel": 1.0, "codebook": 1.0, "commitment": 0.25})
@@ -80,7 +75,7 @@ class LossConfig:
     gan: Literal["hinge", "non_saturating"] = "hinge"
     gan_start: Annotated[int, Range(0)] = 0
     adaptive: bool = False
-    discriminator: PatchGANConfig = field(default_factory=PatchGANConfig)
+    discriminator: Annotated[Any, Choice(DISCRIMINATORS, "patchgan")] = field(default_factory=PatchGANConfig)
     lecam: Weight = 0.0
     r1: Weight = 0.0
     lpips_weights: str = ""
@@ -109,6 +104,8 @@ def check_loss(loss: LossConfig) -> None:
             require(not idle, f"{where}.{key}", f"nothing where weights.{term} is 0", getattr(loss, key))
     require(loss.semantic == "captions" or loss.captions == plain.captions, f"{where}.captions",
             "nothing where semantic is not captions", "some values")  # fmt: skip
+    smooth = loss.discriminator.kind == "patchgan" or not loss.r1
+    require(smooth, f"{where}.r1", "0 for a dino discriminator (attention has no second derivative)", loss.r1)
     require(any(loss.weights.values()), f"{where}.weights", "a weight above 0", "none")
 
 
@@ -119,7 +116,11 @@ def check_terms(loss: LossConfig, tokenizer: ImageTokenizer[Any]) -> None:
     of_model = f"a term of this {tokenizer.family} model (its quantizers compute {computed})"
     for name, weight in loss.weights.items():
         off = not weight and name in ("semantic", *ALWAYS, *PLAIN_TERMS)
-        require(off or name in have or (name in ALWAYS and "pixel" in have), f"{where}.weights.{name}", of_model, name)
+        own = name in LOSSES
+        shown = name in ALWAYS and "pixel" in have
+        require(off or own or name in have or shown, f"{where}.weights.{name}", of_model, name)
+        clash = own and name in {*have, *ALWAYS, *PLAIN_TERMS}
+        require(not clash, f"{where}.weights.{name}", "a registered loss with a name of its own", name)
     require(loss.semantic != "target" or "target" in have, f"{where}.semantic", of_model, "target")
     for name in computed:
         named = name in loss.weights
@@ -192,6 +193,9 @@ class ImageTerms:
         for name in {name: None for each in quantized for name in each}:  # in a fixed order
             if weight(name):
                 terms[name] = torch.stack([each[name] for each in quantized if name in each]).sum()
+        for name in LOSSES:
+            if weight(name):
+                terms[name] = LOSSES[name](x, output)
         if adversarial and self.adversary is not None and output.image is not None:
             visible = [weight(name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
             terms["generator"] = self.adversary.generator_term(x, output.image, visible, last_layer)

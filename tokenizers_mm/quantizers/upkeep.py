@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import require
+from tokenizers_mm._ranks import share_from_first, sum_over_ranks
 from tokenizers_mm.config import Range
 from tokenizers_mm.functional.usage import count_ids, perplexity, usage
-from tokenizers_mm.models import ImageTokenizer
+from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import Quantized
-
-from ..distributed import share_from_first, sum_over_ranks
-from .base import Moment
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,13 @@ class CodebookHealth:
     Every rank revives the same codes with the same vectors.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer[Any], revival: RevivalConfig) -> None:
-        self.revival, self.quantizers = revival, dict(tokenizer.quantizers())
+    def __init__(self, quantizers: Mapping[str, Quantizer], revival: RevivalConfig, where: str = "revival") -> None:
+        """quantizers: of a tokenizer, by stream. where: how errors call the configuration."""
+        self.revival, self.quantizers = revival, dict(quantizers)
         fixed = sorted(name for name, quantizer in self.quantizers.items() if not quantizer.revivable)
         movable = len(self.quantizers) > 0 and not fixed
-        require(not revival.every or movable, "config.objective.revival.every",
-                "0 (no codebook of this model has codes that can be moved)", revival.every)  # fmt: skip
+        expected = "0 (no codebook of this model has codes that can be moved)"
+        require(not revival.every or movable, f"{where}.every", expected, revival.every)
         self.counted = {name: q for name, q in self.quantizers.items() if q.codebook_size * q.groups <= MAX_COUNTED}
         self._step: dict[str, Tensor] = {}
         self._last: dict[str, Quantized] = {}
@@ -62,17 +61,20 @@ class CodebookHealth:
             counts = count_ids(ids, quantizer.codebook_size * quantizer.groups)
             self._step[name] = self._step.get(name, 0) + counts
 
-    def after_step(self, moment: Moment) -> dict[str, float]:
-        """Add the counts of all ranks; when it is time, move unused codes onto random queries of this batch."""
+    def after_step(self, step: int, progress: float, generator: torch.Generator) -> dict[str, float]:
+        """Add the counts of all ranks; when it is time, move unused codes onto random queries of this batch.
+
+        step: number of the step that is done, from 1. progress: share of the run that is done.
+        """
         for name, counts in sorted(self._step.items()):
             total = sum_over_ranks(counts).cpu()
             self.shown[name] += total
             self.unrevived[name] += total
         self._step = {}
         every = self.revival.every
-        if not every or (moment.step + 1) % every or moment.progress >= self.revival.until:
+        if not every or step % every or progress >= self.revival.until:
             return {}
-        return {"revived": float(self.revive(moment.once(3)))}
+        return {"revived": float(self.revive(generator))}
 
     def revive(self, generator: torch.Generator) -> int:
         """Move the codes not used since the last call onto queries of the last micro-batch; returns how many."""
