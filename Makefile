@@ -10,7 +10,7 @@ INSTALL = -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := scikit-build-core cmake ninja
 comma := ,
 
-.PHONY: demo test test-full test-newest test-oldest versions lint format clean gpu
+.PHONY: demo test test-full test-newest test-oldest versions lint format clean gpu docs
 
 demo: $(STAMP)
 	$(RUN) -m tokenizers_mm.cli demo
@@ -52,6 +52,9 @@ lint: $(STAMP)
 gpu:
 	@if [ -z "$(GPU_PYTHON)" ] && ! $(PYTHON) -c "import torch" 2>/dev/null; then $(MAKE) $(STAMP) && $(RUN) -m benchmarks.gpu $(GPU_OPTIONS); \
 	else $(or $(GPU_PYTHON),$(PYTHON)) -m benchmarks.gpu $(GPU_OPTIONS); fi
+
+docs: $(STAMP)
+	$(RUN) -m mkdocs build --quiet
 
 format: $(STAMP)
 	$(VENV)/bin/ruff format .

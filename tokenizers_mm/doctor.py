@@ -3,20 +3,12 @@
 import importlib.metadata
 import importlib.util
 import platform
+import re
 
 import torch
 
 from tokenizers_mm import kernels
 from tokenizers_mm.kernels import _native
-
-EXTRAS = {
-    "train": ("accelerate", "lpips", "tqdm", "matplotlib", "tensorboard", "scikit-image", "scikit-learn"),
-    "eval": ("torch-fidelity", "lpips", "matplotlib", "scikit-image", "scikit-learn"),
-    "export": ("onnx", "onnxscript", "onnxruntime"),
-    "llm": ("transformers", "peft"),
-    "xformers": ("xformers",),
-}
-
 
 def report() -> list[str]:
     """Lines for a person to read."""
@@ -31,11 +23,21 @@ def report() -> list[str]:
     lines.append(f"kernels        {live['path']} {live['isa']} ({live['reason']})")
     if live["isa_cap"] != _native.ISAS[-1]:
         lines.append(f"isa            at most {live['isa_cap']} (TOKENIZERS_MM_ISA)")
-    for extra, packages in EXTRAS.items():
+    for extra, packages in extras().items():
         missing = [package for package in packages if _version(package) == "missing"]
         state = "complete" if not missing else f"missing {', '.join(missing)}: pip install 'tokenizers_mm[{extra}]'"
         lines.append(f"extra {extra:<8} {state}")
     return lines
+
+
+def extras() -> dict[str, list[str]]:
+    """Packages of each optional extra, as the installed package states them, but for those of development."""
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("tokenizers_mm") or ():
+        match = re.fullmatch(r"([\w.-]+).*;.*\bextra == ['\"](\w+)['\"].*", line)
+        if match and match[2] != "dev":
+            found.setdefault(match[2], []).append(match[1])
+    return found
 
 
 def _version(name: str) -> str:
