@@ -41,7 +41,7 @@ def test_info_encode_decode_eval(saved: Path, tmp_path: Path, capsys: pytest.Cap
     ids = str(tmp_path / "ids.safetensors")
     assert main(["encode", *images, "--tokenizer", tok, "--out", ids]) == 0
     assert main(["decode", ids, "--tokenizer", tok, "--out-dir", str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
     (saved / "images" / "bad.png").write_bytes(b"junk")
     report = str(tmp_path / "report.json")
     assert main(["eval", "--tokenizer", tok, "--images", str(saved / "images"), "--out", report]) == 0
@@ -64,7 +64,7 @@ def test_latents_go_the_same_way(tmp_path: Path) -> None:
     out = str(tmp_path / "z.safetensors")
     assert main(["encode", str(tmp_path / "a.png"), "--tokenizer", str(tmp_path / "mar"), "--out", out]) == 0
     assert main(["decode", out, "--tokenizer", str(tmp_path / "mar"), "--out-dir", str(tmp_path / "o")]) == 0
-    again = Image.open(tmp_path / "o" / "00000.png")
+    again = Image.open(tmp_path / "o" / "a.png")
     expected = tokenizer.to_pil(tokenizer.decode(tokenizer.encode(tmp_path / "a.png")))[0]
     assert again.tobytes() == expected.tobytes()
 
@@ -148,7 +148,7 @@ def test_any_size_goes_out_and_comes_back(any_size: Path, tmp_path: Path, family
     paths = [Path(first), *sorted((any_size / "images").iterdir())]
     for index, path in enumerate(paths):
         expected = tokenizer.to_pil(tokenizer.decode(tokenizer.encode(path)))[0]
-        written = Image.open(tmp_path / "out" / f"{index:05d}.png")
+        written = Image.open(tmp_path / "out" / (path.name if index == 0 else f"images/{path.name}"))
         assert written.size == expected.size
         difference = torch.tensor(list(written.tobytes())) - torch.tensor(list(expected.tobytes()))
         assert int(difference.abs().max()) <= 1, "batches of another size may round otherwise"
@@ -231,7 +231,7 @@ def test_outputs_are_judged_before_the_work(saved: Path, tmp_path: Path, capsys:
     image, tok = str(saved / "images" / "0.png"), str(saved / "tok")
     evaluate = ["eval", "--images", str(saved / "images"), "--tokenizer", tok, "--out"]
     for arguments, message in [
-        (["encode", image, "--tokenizer", tok, "--out", str(tmp_path / "x.jpg")], "ends in .safetensors or .npz, got"),
+        (["encode", image, "--tokenizer", tok, "--out", str(tmp_path / "x.jpg")], "or .npz or .parquet, got"),
         (["encode", image, "--tokenizer", tok, "--out", str(tmp_path / "fifo.npz")], "got a FIFO"),
         ([*evaluate, "/dev/null"], "got a device"),
         ([*evaluate, image], "expected a folder, a new name or a .json file, got a file"),

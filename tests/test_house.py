@@ -13,7 +13,7 @@ import pytest
 from tests.cases import ROOT
 
 PACKAGE = ROOT / "tokenizers_mm"
-LEAVES = {"types", "_check", "config", "_files", "_images", "_summary", "_ranks", "resolutions"}
+LEAVES = {"types", "_check", "config", "_files", "_images", "_display", "_summary", "_ranks", "resolutions"}
 PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
@@ -23,7 +23,8 @@ ALLOWED = {
     "_summary": {"_files"},
     "_ranks": set(),
     "config": {"_check"},
-    "types": {"_check"},
+    "types": {"_check", "_display", "_images"},
+    "_display": {"_images"},
     "_images": {"_check", "_files", "resolutions"},
     "resolutions": {"_check", "config"},
     "kernels": {"types", "_check"},
@@ -38,8 +39,9 @@ ALLOWED = {
     "export": {"models"} | BELOW_MODELS,
     "llm": {"models", "data"} | BELOW_MODELS,
 }
-EVERYTHING = {*ALLOWED, "cli", "doctor"}
+EVERYTHING = {*ALLOWED, "cli", "doctor", "registry"}
 ALLOWED["doctor"] = EVERYTHING
+ALLOWED["registry"] = EVERYTHING
 ALLOWED["cli"] = EVERYTHING
 ALLOWED["__init__"] = EVERYTHING
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
+from tests.data.test_buckets import stored
 from tokenizers_mm import _images
 from tokenizers_mm.data.buckets import AnySize, BucketConfig, Draw, random_cut
 from tokenizers_mm.data.transforms import center_crop, random_crop, random_patch
@@ -418,15 +419,15 @@ def test_the_thin_road_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_file_too_thin_for_its_bucket_is_skipped_and_named(tmp_path: Path) -> None:
     Image.new("L", (2, 30_000)).save(tmp_path / "thin.png")
     Image.new("L", (64, 64)).save(tmp_path / "good.png")
-    data = AnySize(sorted(tmp_path.iterdir()), BucketConfig(max_pixels=64**2, step=16))
-    assert [path.name for path in data.files] == ["good.png"]
+    data = AnySize(stored(sorted(tmp_path.iterdir())), BucketConfig(max_pixels=64**2, step=16))
+    assert [data.name(index) for index in range(len(data))] == ["good.png"]
     assert "thin.png: expected a shape that fits" in data.skipped[0]
 
 
 def test_captions_that_are_no_utf_8_are_named_and_the_image_is_used(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
-    data = AnySize([tmp_path / "a.png"], BucketConfig())
+    data = AnySize(stored([tmp_path / "a.png"]), BucketConfig())
     sample = data[Draw(0, (64, 64), 0)]
     assert sample["caption"] == ""
     assert "a.txt: expected UTF-8, got byte 0xe9 at 3" in sample["skipped"][0]

@@ -8,10 +8,12 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenizers_mm.checkpoints.store import load as load
     from tokenizers_mm.models import MODELS as MODELS
     from tokenizers_mm.models.base import ImageTokenizer as ImageTokenizer
     from tokenizers_mm.models.from_encoder import tokenizer_from as tokenizer_from
+    from tokenizers_mm.models.loading import from_pretrained as from_pretrained
+    from tokenizers_mm.models.loading import load as load
+    from tokenizers_mm.registry import register as register
     from tokenizers_mm.types import ImageCodes as ImageCodes
     from tokenizers_mm.types import ImageLatents as ImageLatents
     from tokenizers_mm.types import Quantized as Quantized
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "load": "checkpoints.store",
+    "load": "models.loading",
+    "from_pretrained": "models.loading",
+    "register": "registry",
     "MODELS": "models",
     "ImageTokenizer": "models.base",
     "tokenizer_from": "models.from_encoder",

@@ -17,12 +17,14 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +41,12 @@ MAX_PIXELS = 256 * 1024 * 1024
 MAX_CANVAS = 64 * 1024 * 1024
 """Pixels of an intermediate image, unless the image itself has half as many: larger ones are refused or avoided."""
 
+AHEAD = 16
+"""Images that each thread of `run_ahead` may have ready."""
+
 GREY = (127, 127, 127)
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 Fit = Literal["refuse", "crop", "pad", "resize"]
 """What to do with an image of a size that the tokenizer does not take."""
@@ -75,13 +82,23 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) of an image file, upright, from its header. ValueError as of `read_image`."""
     with _opened(path, f"image {Path(path)}") as image:
-        width, height = image.size
-        # The EXIF of a PNG can stand behind its pixels; of a TIFF, newer versions of Pillow have swapped the sides.
-        orientation = 1 if image.format == "PNG" else _orientation(image)
-        if image.format == "TIFF":
-            tags = image.getexif()
-            width, height = tags.get(TIFF_WIDTH, width), tags.get(TIFF_HEIGHT, height)
-        return (width, height) if orientation >= 5 else (height, width)
+        return _upright_size(image)
+
+
+def decode_size(data: bytes, name: str) -> tuple[int, int]:
+    """(height, width) of the bytes of an image file, as `read_size`."""
+    with _decoding(name), Image.open(BytesIO(data)) as image:
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    # The EXIF of a PNG can stand behind its pixels; of a TIFF, newer versions of Pillow have swapped the sides.
+    orientation = 1 if image.format == "PNG" else _orientation(image)
+    if image.format == "TIFF":
+        tags = image.getexif()
+        width, height = tags.get(TIFF_WIDTH, width), tags.get(TIFF_HEIGHT, height)
+    return (width, height) if orientation >= 5 else (height, width)
 
 
 @contextmanager
@@ -369,6 +386,39 @@ def name_images(images: Any) -> list[tuple[str, Any]]:
 def open_image(item: Any, name: str = "image") -> Image.Image:
     """A PIL image or the path of one as upright RGB."""
     return upright_rgb(item, name) if isinstance(item, Image.Image) else read_image(item)
+
+
+def run_ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[tuple[int, Result | ValueError]]:
+    """(index, result) of every item, in order; a ValueError that was raised stands in place of its result.
+
+    workers: threads that work ahead, up to `AHEAD` items each; decoders of images release Python's lock. 0: none.
+    """
+
+    def guarded(item: Item) -> Result | ValueError:
+        try:
+            return work(item)
+        except ValueError as error:
+            return error
+
+    if workers <= 0:
+        yield from enumerate(map(guarded, items))
+        return
+    with ThreadPoolExecutor(workers, "tokenizers_mm read ahead") as pool:
+        waiting: deque[Future[Result | ValueError]] = deque()
+        done = 0
+        try:
+            for item in items:
+                waiting.append(pool.submit(guarded, item))
+                if len(waiting) > AHEAD * workers:
+                    yield done, waiting.popleft().result()
+                    done += 1
+            while waiting:
+                yield done, waiting.popleft().result()
+                done += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def check_images(x: Tensor, name: str = "images") -> None:

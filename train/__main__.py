@@ -1,43 +1,136 @@
 """`python -m train CONFIG [key=value ...]`, the same as `tokenizers-mm train`; also under `accelerate launch`."""
 
+import argparse
+import os
+import shlex
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tokenizers_mm.cli import guarded
+from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import write_text
+from tokenizers_mm.cli import configs, guarded
+from tokenizers_mm.cli.imports import run_imports, split_imports
+from tokenizers_mm.cli.train import SUMMARY, add_arguments
 from tokenizers_mm.config import to_mapping
 
-from .config import RunConfig, objective_class, read_config
+from .checkpoint import list_checkpoints
+from .config import RunConfig, objective_class, parse_config, read_config
 from .loop import InterruptedRunError, run
+from .presets import make_preset
 
-USAGE = """usage: tokenizers-mm train CONFIG [key=value ...] [--check]
+EXISTING = "config.yaml"
+"""The complete configuration that a preset writes, in the folder of its run."""
 
-CONFIG: a YAML file; configs/ holds one for every kind of run.
---check: read and validate, print the whole configuration and the size of what it trains, and touch nothing."""
+
+class _Keys(argparse.Action):
+    """`--help`: the options, then every key of a configuration."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .reference import text  # imports every objective
+
+        parser.print_help()
+        print("\nKeys of a configuration (and of key=value), with types, defaults and meanings:\n")
+        print(text())
+        parser.exit()
 
 
 def main(arguments: list[str]) -> int:
     """Train. Bad input ends with one sentence and code 2, a signal with a checkpoint and 128 plus its number."""
-    return guarded("tokenizers-mm train", lambda: _main(arguments))
+    arguments, files = split_imports(arguments)
+    parser = argparse.ArgumentParser(prog="tokenizers-mm train", description=SUMMARY, add_help=False)
+    parser.add_argument("-h", "--help", action=_Keys, nargs=0, help="this text and every key of a configuration")
+    add_arguments(parser)
+    try:
+        options = parser.parse_intermixed_args(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    if not (options.words or options.preset):
+        parser.print_usage(sys.stderr)
+        return 2
+
+    def train() -> int:
+        run_imports(files)
+        return _train(options, shlex.join(["tokenizers-mm", "train", *arguments]))
+
+    return guarded("tokenizers-mm train", train)
 
 
-def _main(arguments: list[str]) -> int:
-    given = [argument for argument in arguments if argument != "--check"]
-    if not given or given[0] in ("-h", "--help"):
-        print(USAGE, file=sys.stderr)
-        return 0 if given else 2
-    config = read_config(given[0], given[1:])
-    if "--check" in arguments:
+def _train(options: argparse.Namespace, command: str) -> int:
+    config = _config(options, command)
+    if options.check:
         print(check(config))
         return 0
+    _keep_existing(config, options.overwrite)
+    if options.preset:
+        print(f"configuration: {Path(config.out) / EXISTING}", file=sys.stderr)
     try:
-        run(config)
+        state = run(config)
     except InterruptedRunError as interrupted:
         print(f"tokenizers-mm train: {interrupted}", file=sys.stderr)
         return 128 + interrupted.number
+    if state.accelerator.is_main_process:
+        from .summary import summarize  # matplotlib, where it is installed
+
+        print("\n".join(summarize(config)))
     return 0
+
+
+def _config(options: argparse.Namespace, command: str) -> RunConfig:
+    """The configuration of a file, of a shipped name, of stdin, or of a preset."""
+    overrides = [word for word in options.words if "=" in word and not Path(word).is_file()]
+    names = [word for word in options.words if word not in overrides]
+    overrides += [f"out={options.out}"] if options.out else []
+    made_for = {name: getattr(options, name) for name in ("images", "size", "codebook")}
+    if options.preset:
+        require(not names, "CONFIG", "none beside --preset", names)
+        text = make_preset(options.preset, overrides, command, **made_for)
+        config = parse_config(yaml.safe_load(text))
+        return config if options.check else _written(config, text, options.overwrite)
+    given = [f"--{name}" for name, value in made_for.items() if value is not None]
+    require(not given, given[0] if given else "", "--preset beside it (or key=value)", "none")
+    require(len(names) == 1, "CONFIG", "one file or name", names or "none")
+    (name,) = names
+    if name == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "stdin.yaml"
+            place.write_text(sys.stdin.read(), encoding="utf-8")
+            return read_config(str(place), overrides)
+    return read_config(
+        name if Path(name).exists() or "/" in name or "." in name else str(configs.find(name)), overrides
+    )
+
+
+def _written(config: RunConfig, text: str, overwrite: bool) -> RunConfig:
+    """Write the configuration of a preset into the folder of its run, where it is not there yet."""
+    place = Path(config.out) / EXISTING
+    if place.is_file() and not overwrite:
+        before = yaml.safe_load(place.read_text(encoding="utf-8"))
+        if before == yaml.safe_load(text):
+            return config  # the same command again: the run goes on
+        fail("out", "a new folder, or --overwrite", f"{place}, of another command (to go on with it: train {place})")
+    write_text(place, text)
+    return config
+
+
+def _keep_existing(config: RunConfig, overwrite: bool) -> None:
+    """Refuse to start anew where a run is, unless asked. The first process alone looks: it may have begun already."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    found = [step for step, _ in list_checkpoints(config.out)]
+    there = bool(found) or (Path(config.out) / "log.jsonl").is_file()
+    if overwrite:
+        for name in ("checkpoints", "samples", "tensorboard", "best"):
+            shutil.rmtree(Path(config.out) / name, ignore_errors=True)
+        (Path(config.out) / "log.jsonl").unlink(missing_ok=True)
+    elif there and config.resume == "never":
+        last = f"a run up to step {found[-1]}" if found else "a run"
+        fail("config.out", "a folder without a run (or resume=auto to go on, --overwrite to replace)",
+             f"{last} in {config.out}")  # fmt: skip
 
 
 def check(config: RunConfig) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import Range, from_mapping, read_yaml
+from tokenizers_mm.registry import OBJECTIVES as REGISTERED
 
 OBJECTIVES = {
     "reconstruction": ("reconstruction", "Reconstruction"),
@@ -101,8 +102,10 @@ HARMLESS = frozenset(
 
 def objective_class(kind: Any) -> Any:
     """Class of a kind of objective; its module is imported now (`language` and `joint` need transformers)."""
+    if kind in REGISTERED:
+        return REGISTERED[kind]
     if kind not in OBJECTIVES:
-        fail("config.objective.kind", f"one of {sorted(OBJECTIVES)}", kind)
+        fail("config.objective.kind", f"one of {sorted([*OBJECTIVES, *REGISTERED])}", kind)
     module, name = OBJECTIVES[kind]
     return getattr(importlib.import_module(f".objectives.{module}", __package__), name)
 

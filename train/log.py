@@ -4,7 +4,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,43 @@ SHOWN_SKIPS = 20
 """Inputs left out that are named on the screen; those after them are only counted, by cause."""
 
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+"""The bar without its own estimate of the time left, which knows neither checkpoints nor a limit of time."""
+
+
+class Pace:
+    """Time left, from the wall-clock time of the last steps, everything between them included."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, window: int = 1000) -> None:
+        """window: number of steps that count."""
+        self._clock = clock
+        self._seen: deque[tuple[int, float]] = deque(maxlen=window)
+
+    def note(self, step: int) -> None:
+        """A step has ended."""
+        self._seen.append((step, self._clock()))
+
+    def left(self, steps: int, limit: float | None = None) -> float | None:
+        """Seconds from the last step to step `steps`; None before two were seen. limit: for a run by time, its rest."""
+        (first, begun), (last, now) = self._seen[0], self._seen[-1]
+        if last == first:
+            return limit
+        left = (steps - last) * (now - begun) / (last - first)
+        return left if limit is None else max(0.0, min(left, limit))
+
+
+def brief(seconds: float | None) -> str:
+    """Seconds as `1 d 2 h`, `1 h 20 min`, `3 min` or `20 s`; `?` for None."""
+    if seconds is None:
+        return "?"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
 class Log:
     """Writer of rank 0; on other ranks it writes nothing."""
 
@@ -39,7 +78,12 @@ class Log:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         _forget_after(self.path, state.step if resumed else -1)
-        self._bar = tqdm(total=state.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5)
+        self._bar = tqdm(
+            total=state.steps, initial=state.step, unit="step", file=sys.stderr, mininterval=0.5, bar_format=BAR
+        )
+        if resumed:
+            self._bar.write(f"resumed from step {state.step}", file=sys.stderr)
+        self._pace = Pace()
         self._signs = Signs(read_log(self.path) if self.path.exists() else [])
         self._accelerator = state.accelerator
         if state.config.trackers:
@@ -63,6 +107,7 @@ class Log:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counted[name] = self._counted.get(name, 0) + 1
         self._bar.update(1)
+        self._pace.note(state.step)
         if due:
             self._write(state, window)
 
@@ -73,7 +118,9 @@ class Log:
         line |= {n: v if n.startswith(TOTALS) else v / self._counted[n] for n, v in self._sums.items()} | window
         self._sums, self._counted = {}, {}
         self._append(line)
-        shown = {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
+        limit = state.config.max_seconds - state.stage_seconds if state.timed else None
+        shown = {"left": brief(self._pace.left(state.steps, limit))}
+        shown |= {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)
         if state.config.trackers:

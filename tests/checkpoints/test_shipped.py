@@ -74,6 +74,6 @@ def test_the_command_line_needs_an_image_only(
     fixed_crops("heldout", 1, 90)[0].save("image.png")
     assert main(["encode", "image.png"]) == 0
     assert main(["decode", "ids.safetensors"]) == 0
-    with Image.open(tmp_path / "decoded" / "00000.png") as image:
+    with Image.open(tmp_path / "decoded" / "image.png") as image:
         assert image.size == (64, 64)
     assert main(["encode", "image.png", "--fit", "refuse"]) == 2

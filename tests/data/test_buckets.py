@@ -11,9 +11,14 @@ from PIL import Image
 
 from tokenizers_mm._images import read_size
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig, Draw, bucket_size
-from tokenizers_mm.data.sources import collate, list_images
+from tokenizers_mm.data.image_sets import ImageFiles, Source
+from tokenizers_mm.data.sources import Stored, collate, list_images
 
 SHAPES = [(300, 400), (400, 300), (310, 410), (64, 64), (20, 50), (700, 900), (305, 402), (410, 306)]
+
+
+def stored(files: list[Path]) -> list[Source]:
+    return [Stored(ImageFiles(files, files[0].parent))]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def test_resuming_and_ranks_share_one_sequence() -> None:
 
 
 def test_pictures_are_never_transposed(folder: Path) -> None:
-    dataset = AnySize(list_images(folder), BucketConfig())
+    dataset = AnySize(stored(list_images(folder)), BucketConfig())
     batches = BucketBatches(dataset.sizes, 2, seed=0).one_pass(0)
     for draws in batches:
         images = collate([dataset[draw] for draw in draws]).images
@@ -78,14 +83,14 @@ def test_what_cannot_be_read_is_replaced_and_reported(folder: Path, tmp_path: Pa
     late = tmp_path / "c.png"
     data = (folder / "1.png").read_bytes()
     late.write_bytes(data[: len(data) // 2])  # the header is whole, the picture is not
-    dataset = AnySize([bad, good, late], BucketConfig())
-    assert [file.name for file in dataset.files] == ["b.png", "c.png"]
+    dataset = AnySize(stored([bad, good, late]), BucketConfig())
+    assert [dataset.name(index) for index in range(len(dataset))] == ["b.png", "c.png"]
     assert "a.png: expected a readable image" in dataset.skipped[0]
     sample = dataset[Draw(1, (64, 64), 0)]
     assert sample["image"].shape == (3, 64, 64)
     assert "c.png" in sample["skipped"][0]
-    with pytest.raises(ValueError, match="at least one readable picture"):
-        AnySize([bad], BucketConfig())
+    with pytest.raises(ValueError, match="at least one readable image"):
+        AnySize(stored([bad]), BucketConfig())
 
 
 def test_turned_pictures_and_bad_configurations(tmp_path: Path) -> None:

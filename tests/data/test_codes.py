@@ -2,14 +2,20 @@
 
 import random
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from tokenizers_mm.data.codes import read_codes, write_codes
+from tokenizers_mm.data.codes import CodesOfImage, read_codes, write_codes
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream
 
+ENDINGS = [
+    ".safetensors",
+    ".npz",
+    pytest.param(".parquet", marks=pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow is not installed")),
+]
 SIZES = ([(16, 16), (16, 16)], [(16, 16), (32, 16), (8, 64)])
 
 
@@ -22,19 +28,21 @@ def codes(sizes: list[tuple[int, int]]) -> list[ImageCodes]:
     return [ImageCodes(torch.randint(8, (1, h * w // 64), generator=generator), h, w, streams(h, w)) for h, w in sizes]
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".npz"])
+@pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_codes_and_latents_come_back(tmp_path: Path, ending: str, sizes: list[tuple[int, int]]) -> None:
     path = tmp_path / f"x{ending}"
     ids = codes(sizes)
-    write_codes(path, ids, [f"{index}.png" for index in range(len(ids))], "some")
-    for item, expected in zip(read_codes(path), ids, strict=True):
+    items = [CodesOfImage.of(each, f"{index}.png", f"é {index}") for index, each in enumerate(ids)]
+    write_codes(path, items, "some")
+    for index, (item, expected) in enumerate(zip(read_codes(path), ids, strict=True)):
+        assert (item.name, item.caption) == (f"{index}.png", f"é {index}")
         found = item.codes(streams)
         assert isinstance(found, ImageCodes)
         assert torch.equal(found.ids, expected.ids)
         assert (found.height, found.width) == (expected.height, expected.width)
     latents = [ImageLatents(torch.randn(1, h * w // 64, 5), h, w, (h // 8, w // 8)) for h, w in sizes]
-    write_codes(path, latents, ["a"] * len(latents), "some")
+    write_codes(path, [CodesOfImage.of(each) for each in latents], "some")
     for item, wanted in zip(read_codes(path), latents, strict=True):
         back = item.codes(lambda *_: ())
         assert isinstance(back, ImageLatents)
@@ -42,11 +50,11 @@ def test_codes_and_latents_come_back(tmp_path: Path, ending: str, sizes: list[tu
         assert back.grid == wanted.grid
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".npz"])
+@pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_mutated_files_are_one_sentence(tmp_path: Path, ending: str, sizes: list[tuple[int, int]]) -> None:
     path, rng, refused = tmp_path / f"x{ending}", random.Random(ending), 0
-    write_codes(path, codes(sizes), ["a"] * len(sizes), "some")
+    write_codes(path, [CodesOfImage.of(each, "a") for each in codes(sizes)], "some")
     whole = path.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -117,11 +117,11 @@ def test_shards_are_read_at_any_place(tmp_path: Path, monkeypatch: pytest.Monkey
     make_shard(tmp_path / "0.tar", ["20", "21"], broken="21")
     source = Shards(tmp_path)
     assert len(source) == 5
-    image, caption, skipped = source[4]
+    image, caption, skipped = source.read(4)
     assert (image.getpixel((0, 0)), caption, skipped) == ((12, 0, 0), f"caption {'long' * 40}/12", [])
-    assert source[3][1] == ""
+    assert source.read(3).caption == ""
     with pytest.raises(ValueError, match=r"0.tar at byte \d+: expected a readable image"):
-        source[1]
+        source.read(1)
     monkeypatch.setattr(shards, "_scan", lambda *_: 1 / 0)  # a second start reads the index alone
     assert torch.equal(Shards(tmp_path).places, source.places)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from tokenizers_mm.encoders.pixel import PixelEncoderConfig
 from tokenizers_mm.encoders.qwen2_vit import Qwen2ViTConfig
 from tokenizers_mm.layers.rotary import RotaryTransformerConfig
 from tokenizers_mm.models import DualViTok, DualViTokConfig
-from tokenizers_mm.quantizers.vq import SimVQConfig
+from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
 from tokenizers_mm.resolutions import ANCHORS
 from tokenizers_mm.types import Disturbance, ImageCodes
 
@@ -89,6 +89,8 @@ def test_disturbed_pixel_codes_reach_the_image_only(tokenizer: DualViTok) -> Non
     x = noise(1, 3, 64, 64)
     with torch.no_grad():
         plain, disturbed = tokenizer(x), tokenizer.reconstruct(x, Disturbance(perturb=torch.zeros_like))
+    assert plain.image is not None
+    assert disturbed.image is not None
     assert not torch.allclose(plain.image, disturbed.image)
     assert plain.semantic is not None
     assert disturbed.semantic is not None
@@ -172,6 +174,7 @@ def test_searches_in_float32_whatever_the_features_are(tokenizer: DualViTok) -> 
     z = noise(50, 8).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         ids = tokenizer.pixel_quantizer.quantize(z).ids
+    assert isinstance(tokenizer.pixel_quantizer, SimVQ)
     distances = (z.double()[:, None] - tokenizer.pixel_quantizer.codebook().double()).square().sum(-1)
     assert torch.equal(ids, distances.argmin(1))
 

@@ -63,7 +63,7 @@ def test_a_list_is_encoded_a_few_images_at_a_time(
     encode = TokenFlow.encode_tensor
 
     def counted(self: TokenFlow, x: torch.Tensor) -> ImageCodes:
-        opened.forget(2 * len(x))  # `prepare` asks for each image once more
+        opened.forget(len(x))
         return encode(self, x)
 
     monkeypatch.setattr(TokenFlow, "encode_tensor", counted)
@@ -71,7 +71,7 @@ def test_a_list_is_encoded_a_few_images_at_a_time(
     assert isinstance(codes, ImageCodes)
     assert codes.ids.shape == (120, 21)
     limit = base.BATCH_PIXELS["cpu"] // 32**2
-    assert opened.most <= 2 * limit
+    assert opened.most <= limit + 1
     for index in range(120):
         assert torch.equal(codes.ids[index], codes.ids[index % 7])
 
@@ -100,7 +100,6 @@ def test_many_sizes_wait_within_a_limit_and_keep_their_order(
             yield indices, codes
 
     monkeypatch.setattr(base, "open_image", counted)
-    monkeypatch.setattr(any_size, "prepare", lambda members: torch.stack([_images.image_to_tensor(m) for m in members]))
     found = {index: codes for indices, batch in items() for index, codes in zip(indices, batch.unbind(), strict=True)}
     assert most <= (base.WAITING_BATCHES + 1) * 64 * 64 + 160 * 96
     for index, (size, image) in enumerate(zip(sizes, images, strict=True)):

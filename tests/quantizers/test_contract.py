@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.quantizers.kinds import CONFIGS, DIM, MAKERS
 from tokenizers_mm.config import Choice, from_mapping, to_mapping
+from tokenizers_mm.kernels.decisions import watch_decisions
+from tokenizers_mm.models.stable import Watcher
 from tokenizers_mm.quantizers import QUANTIZERS, VQ, Quantizer, VQConfig, build_quantizer
 from tokenizers_mm.types import Quantized
 
@@ -238,3 +240,40 @@ def test_a_kind_of_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     found = quantizer.quantize(z)
     torch.testing.assert_close(found.queries, z / 2)
     torch.testing.assert_close(found.vectors, quantizer.look_up(found.ids))
+
+
+PLAIN = (
+    "vq",
+    "simvq",
+    "simvq, bias",
+    "ibq",
+    "lfq",
+    "lfq, groups",
+    "bsq",
+    "bsq, bits as ids",
+    "fsq, symmetric",
+    "per dimension",
+)
+"""Kinds whose margins are distances in the space of the features themselves."""
+
+
+def test_every_id_has_a_margin_and_float64_stays_float64(made) -> None:
+    """What stable ids need of a quantizer, see `models.stable`."""
+    name, quantizer, z = made
+    quantizer = quantizer.eval().double()
+    with watch_decisions() as found, Watcher() as watcher:
+        ids = quantizer.quantize(z.double()).ids
+    watcher.refuse()
+    assert sum(each.ids.numel() for each in found) == ids.numel()
+    margins = [each.margin for each in found]
+    for margin in margins:
+        assert margin is not None
+        assert bool((margin >= 0).all())
+    if name in PLAIN:
+        (margin,) = margins
+        assert margin is not None
+        least = margin.reshape(*z.shape[:-1], -1).amin(-1)
+        assert float(least.max()) > 0
+        for direction in torch.randn(20, *z.shape, dtype=torch.float64):
+            moved = z.double() + torch.nn.functional.normalize(direction, dim=-1) * (0.4999 * least)[..., None]
+            assert torch.equal(quantizer.quantize(moved).ids, ids)

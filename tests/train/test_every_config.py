@@ -54,6 +54,8 @@ def small(path: Path, place: Path) -> dict[str, Any]:
 
 def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, Any]:
     model = objective["model"]
+    if model["family"] == "vqgan":
+        return small_vqgan()
     if model["family"] == "dualvitok":
         edits: dict[str, Any] = {"objective.model.config": to_mapping(test_dualvitok.tiny_config())}
         if "buckets" in objective["data"]:
@@ -138,6 +140,15 @@ def small_joint(objective: dict[str, Any], place: Path) -> dict[str, Any]:
         name = objective["loss"]["teacher"]["name"].partition(".")[0]
         edits["objective.loss.teacher"] = {"name": name, "options": {**tower, "num_classes": 0}, "pretrained": False}
     return edits
+
+
+def small_vqgan() -> dict[str, Any]:
+    pixel = {"channels": 16, "multipliers": [1, 1], "num_blocks": 1, "attention_levels": [], "num_groups": 8}
+    return {
+        "objective.data.image_size": [32, 32],
+        "objective.model.config.encoder": {"out_channels": 16, "stem_patch": 4, **pixel},
+        "objective.model.config.decoder": {"in_channels": 16, "head_patch": 4, **pixel},
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

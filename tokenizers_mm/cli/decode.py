@@ -1,7 +1,7 @@
 """`tokenizers-mm decode`."""
 
 import argparse
-import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,78 @@ SUMMARY = "Ids to images."
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    command.add_argument("ids", type=Path, help="a file that `encode` wrote")
+    command.add_argument("ids", type=Path, help="a file or a folder of shards that `encode` or `tokenize` wrote")
     tokenizer_option(command)
     command.add_argument("--out-dir", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Decode a file of ids into a folder of PNG files."""
+    """Decode ids into a folder of PNG files with the names of the images, a few at a time."""
     import torch
 
     from tokenizers_mm._images import tensor_to_images
-    from tokenizers_mm.data.codes import read_codes
+    from tokenizers_mm.data.codes import CodesOfImage
+    from tokenizers_mm.data.token_shards import read_shards
     from tokenizers_mm.eval.pictures import save_picture
     from tokenizers_mm.models.base import BATCH_PIXELS
     from tokenizers_mm.types import join_codes
 
-    items = list(read_codes(options.ids))
+    rows = read_shards(options.ids)
+    first = next(rows, None)
     tokenizer = load_tokenizer(options)
     limit = BATCH_PIXELS.get(tokenizer.device.type, BATCH_PIXELS["cuda"])
+    names = Names(options.out_dir)
     done = 0
-    while done < len(items):
-        first = items[done]
-        continuous = not tokenizer.streams(first.height, first.width)
-        if continuous != (first.grid is not None):
-            kind = "latents" if continuous else "ids"
-            fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
-        most = max(1, limit // (first.height * first.width))
-        alike: list[Any] = list(itertools.takewhile(first.is_like, items[done : done + most]))
-        codes = join_codes([item.codes(tokenizer.streams) for item in alike])
+
+    def write(batch: list[Any]) -> None:
+        codes = join_codes([item.codes(tokenizer.streams) for item in batch])
         with torch.no_grad():
             images = tokenizer.decode(codes.to(tokenizer.device))
-        for index, image in enumerate(tensor_to_images(images), done):
-            save_picture(image, options.out_dir / f"{index:05d}.png")
-        done += len(alike)
+        for item, image in zip(batch, tensor_to_images(images), strict=True):
+            save_picture(image, names(item.name))
+
+    waiting: list[Any] = []
+    for item in _chained(first, rows):
+        if not isinstance(item, CodesOfImage):
+            fail("ids", "ids of images", f"records in {options.ids}")
+        continuous = not tokenizer.streams(item.height, item.width)
+        if continuous != (item.grid is not None):
+            kind = "latents" if continuous else "ids"
+            fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
+        most = max(1, limit // (item.height * item.width))
+        if waiting and (len(waiting) == most or not item.is_like(waiting[0])):
+            write(waiting)
+            waiting = []
+        waiting.append(item)
+        done += 1
+    if waiting:
+        write(waiting)
     print(f"{options.out_dir}: {done} images")
+
+
+def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    if first is not None:
+        yield first
+        yield from rest
+
+
+class Names:
+    """Paths of PNG files in a folder by the names of images: no name leads out of it, and no two are equal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.taken: set[str] = set()
+
+    def __call__(self, name: str) -> Path:
+        """The path for the next image; one without a name, or with a bad one, is called by its number."""
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        parts = [part if not part.startswith(".") else f"_{part}" for part in parts]
+        usable = bool(parts) and name.isprintable() and all(len(part.encode()) <= 200 for part in parts)
+        stem = "/".join([*parts[:-1], Path(parts[-1]).stem]) if usable and len(parts) <= 32 else f"{self.count:05d}"
+        chosen = stem
+        while chosen.lower() in self.taken:
+            chosen = f"{stem}_{self.count:05d}"
+            stem += "_"
+        self.taken.add(chosen.lower())
+        self.count += 1
+        return self.folder / f"{chosen}.png"

@@ -2,52 +2,118 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers_mm._check import fail
-from tokenizers_mm.cli.boundary import printable
 from tokenizers_mm.cli.options import SHIPPED, fit_option, load_tokenizer, tokenizer_option
+from tokenizers_mm.cli.progress import Progress
 
-SUMMARY = "Images to ids."
+SUMMARY = "Images to ids: one file, or a folder of shards."
+
+PART = 1024
+"""Images of a part: what a run that was interrupted may have to do again."""
+
+SHOWN = 20
+"""Images left out that are named on the screen."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
+    command.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGES",
+        help="image files, folders of them, .tar or .parquet files",
+    )
     tokenizer_option(command)
     fit_option(command)
     command.add_argument("--strict", action="store_true", help="end at the first image that cannot be encoded")
+    command.add_argument("--stable", action="store_true", help="ids that depend on no batch, machine or dtype")
+    command.add_argument("--workers", type=int, default=1, help="threads that read images ahead (default: %(default)s)")
+    command.add_argument("--batch-size", type=int, help="images of a batch (default: by their size)")
     command.add_argument(
-        "--out", type=Path, default=Path("ids.safetensors"), help="a .safetensors or .npz file (default: %(default)s)"
+        "--out",
+        default="ids.safetensors",
+        help="a .safetensors, .npz or .parquet file, or a name that ends in / for a folder of Parquet shards "
+        "(default: %(default)s); a run that was interrupted goes on when it is started again",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Encode images and write one file of ids."""
+    """Encode images and write one file or a folder of ids."""
+    folder = options.out.endswith("/") or Path(options.out).is_dir()
+    options.out = Path(options.out)
+    if folder:
+        from tokenizers_mm.cli import tokenize  # a folder: the same as that verb
+
+        tokenize.run_with(options, "parquet", processes=0)
+        return
     from tokenizers_mm.data.codes import check_output, write_codes
-    from tokenizers_mm.data.sources import list_images
+    from tokenizers_mm.data.token_shards import read_shards
 
     check_output(options.out)
-    fit = options.fit or ("crop" if options.tokenizer == SHIPPED else "refuse")
-    paths: list[Path] = []
-    for path in options.images:
-        paths += list_images(path) if path.is_dir() else [path]
-    tokenizer = load_tokenizer(options)
-    skipped: list[str] = []
-    tolerant = len(paths) > 1 and not options.strict
-    report = (lambda _, error: _skip(error, skipped)) if tolerant else None
-    found: dict[int, Any] = {}
-    for indices, batch in tokenizer.encode_batches(paths, fit, report):
-        found.update(zip(indices, batch.to("cpu").unbind(), strict=True))
-    if not found:
-        fail("images", "at least one readable image", f"none ({len(skipped)} refused)")
-    order = sorted(found)
-    write_codes(options.out, [found[i] for i in order], [printable(paths[i]) for i in order], tokenizer.family)
-    count = f"{len(found)} images" + (f", {len(skipped)} skipped" if skipped else "")
-    print(f"{options.out}: {count}")
+    from tokenizers_mm.data.tokenizing import Encoding, Job, begin, can_resume, finish, forget, plan, run_here
+    from tokenizers_mm.models.saving import fingerprint
+
+    open_input = partial(open_images, options.images)
+    rows, tokenizer = open_input(), load_tokenizer(options)
+    strict = options.strict or len(rows) == 1
+    how = Encoding(fit_of(options), options.stable, options.batch_size, options.workers, strict)
+    parts = options.out.parent / f".{options.out.name}.parts"
+    job = Job(open_input, partial(load_tokenizer, options), parts, "npz", PART, how)
+    planned = plan(job, rows, fingerprint(tokenizer), tokenizer.family)
+    if not can_resume(job, planned):
+        forget(job)
+    missing = begin(job, planned)
+    with Progress(len(rows), done_rows(len(rows), PART, missing)) as progress:
+        run_here(job, rows, tokenizer, missing, progress)
+    manifest = finish(job, planned)
+    report_failures(manifest)
+    if manifest["images"]:
+        write_codes(options.out, lambda: read_shards(parts), tokenizer.family)  # type: ignore[arg-type]
+    forget(job)
+    closing(options.out, manifest, tokenizer if options.stable else None)
 
 
-def _skip(error: ValueError, skipped: list[str]) -> None:
-    skipped.append(printable(error))
-    print(f"skipped: {skipped[-1]}", file=sys.stderr)
+def open_images(paths: list[Path]) -> Any:
+    """The images of files and folders as an input."""
+    from tokenizers_mm.data.open_images import open_image_set
+    from tokenizers_mm.data.tokenizing import ImageRows
+
+    return ImageRows(open_image_set(paths))
+
+
+def fit_of(options: argparse.Namespace) -> Any:
+    """What to do with images of another size."""
+    return options.fit or ("crop" if options.tokenizer == SHIPPED else "refuse")
+
+
+def done_rows(total: int, shard_size: int, missing: list[int]) -> int:
+    """Rows of the shards that are done; tells the user where the run goes on."""
+    left = sum(min(shard_size, total - number * shard_size) for number in missing)
+    if left < total:
+        print(f"resumed: {total - left} of {total} rows are done", file=sys.stderr)
+    return total - left
+
+
+def report_failures(manifest: dict[str, Any]) -> None:
+    """Name the first images that were left out, and count all by cause."""
+    for failure in manifest["failed"][:SHOWN]:
+        print(f"skipped: {failure['reason']}", file=sys.stderr)
+    if manifest["failures"] > SHOWN:
+        counts = ", ".join(f"{count} not {cause}" for cause, count in manifest["failures_by_cause"].items())
+        print(f"skipped in all: {manifest['failures']} ({counts})", file=sys.stderr)
+
+
+def closing(out: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
+    """Print what was made; ValueError where nothing was. tokenizer: whose stable ids to report on."""
+    from tokenizers_mm._check import fail
+
+    if not manifest["images"]:
+        fail("images", "at least one readable image", f"none ({manifest['failures']} refused)")
+    skipped = f", {manifest['failures']} skipped" if manifest["failures"] else ""
+    print(f"{out}: {manifest['images']} images{skipped}")
+    if tokenizer is not None and tokenizer.stability.images:
+        print(f"stable: {tokenizer.stability}")

@@ -17,7 +17,9 @@ def run(options: argparse.Namespace) -> None:
     """Print the facts that config.json states; where it does not, those of the loaded model."""
     from tokenizers_mm._summary import describe, read_lines
 
-    lines = read_lines(Path(options.tokenizer))
+    path = Path(options.tokenizer)
+    shipped = Path(__file__).resolve().parents[1] / "pretrained" / path.name
+    lines = read_lines(shipped if options.tokenizer == f"tokenizers_mm/{path.name}" and not path.is_dir() else path)
     if lines is None:
         tokenizer = load_tokenizer(options)
         from tokenizers_mm.config import to_mapping  # with torch, as all that follows

@@ -30,6 +30,6 @@ def fit_option(command: argparse.ArgumentParser, default: str = "") -> None:
 
 def load_tokenizer(options: argparse.Namespace) -> Any:
     """The tokenizer that the options name."""
-    from tokenizers_mm.checkpoints.store import load  # after the arguments are known to be good
+    from tokenizers_mm.models.loading import load  # after the arguments are known to be good
 
     return load(options.tokenizer, device=getattr(options, "device", None))

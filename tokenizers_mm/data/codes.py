@@ -1,26 +1,31 @@
-"""Files of codes: what `tokenizers-mm encode` writes and `decode` reads, `.safetensors` or `.npz`.
+"""Files of codes: what `tokenizers-mm encode` writes and `decode` reads, `.safetensors`, `.npz` or `.parquet`.
 
 Images of one size: `ids` int64 [B, L] or `latents` float [B, L, D]. Images of several sizes: the rows of all images one
 after the other, `ids` [N] or `latents` [N, D]; `offsets` int64 [B + 1], where each image begins and the last one ends;
 `sizes` int64 [B, 2], height and width; for latents `grids` int64 [B, 2], rows and columns. The texts beside the tensors
-(in an `.npz` the array `metadata`, JSON) are `family`, `names` (a JSON list: the files), and for one size `height`,
-`width` and for latents `rows` and `columns`.
+(in an `.npz` the array `metadata`, JSON) are `family`, `names` and, where there are any, `captions` (JSON lists), and
+for one size `height`, `width` and for latents `rows` and `columns`.
+
+A `.parquet` file has a row per image: `name`, `caption`, `height`, `width`, and `ids` (a list of int32, or int64 for
+ids that need it), or `latents` (a list of float32, row-major), `rows` and `columns`; the family stands in its metadata.
+
+Everything is written and, from Parquet, read a few images at a time.
 """
 
+import io
 import json
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
@@ -28,23 +33,41 @@ from tokenizers_mm._files import atomic_path, file_place, kind_of
 from tokenizers_mm._images import MAX_PIXELS
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream, as_ids
 
-ENDINGS = (".safetensors", ".npz")
+ENDINGS = (".safetensors", ".npz", ".parquet")
+
+ROW_GROUP = 1024
+"""Images of a row group of a Parquet file."""
+
+MAX_ROW_GROUP = 1 << 30
+"""Bytes of a row group that is read."""
 
 BROKEN = (
     *(SafetensorError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError, MemoryError),
     *(OSError, EOFError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError),
 )
-"""Errors of safetensors, zipfile and numpy for files that are broken."""
+"""Errors of safetensors, zipfile, numpy and pyarrow for files that are broken."""
 
 
 @dataclass(frozen=True)
 class CodesOfImage:
-    """The rows of one image: ids int64 [L] or latents float [L, D]; grid is (rows, columns) of latents."""
+    """The rows of one image: ids int64 [L] or latents float [L, D]; grid is (rows, columns) of latents.
+
+    name: relative path or another text that tells the image. caption: "" for none.
+    """
 
     values: Tensor
     height: int
     width: int
     grid: tuple[int, int] | None
+    name: str = ""
+    caption: str = ""
+
+    @classmethod
+    def of(cls, codes: ImageCodes | ImageLatents, name: str = "", caption: str = "") -> "CodesOfImage":
+        """A batch of one image, on the CPU."""
+        if isinstance(codes, ImageLatents):
+            return cls(codes.values[0].cpu(), codes.height, codes.width, codes.grid, name, caption)
+        return cls(codes.ids[0].cpu(), codes.height, codes.width, None, name, caption)
 
     def is_like(self, other: "CodesOfImage") -> bool:
         """Whether the codes of both can be one batch."""
@@ -61,43 +84,171 @@ class CodesOfImage:
 def check_output(path: Path) -> None:
     """Refuse a file name whose ending says no known format, or a place where no file can be written."""
     require(path.suffix in ENDINGS, "out", f"a file name that ends in {' or '.join(ENDINGS)}", str(path))
+    if path.suffix == ".parquet":
+        import_arrow()
     file_place(path)
 
 
+def import_arrow() -> Any:
+    """The modules of pyarrow; ValueError that says how to get it."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        fail("Parquet", "pyarrow to be installed (pip install 'tokenizers_mm[data]')", "no such package")
+    return pyarrow
+
+
+class _Columns:
+    """What is known of all images after a first pass: kinds, sizes and names, but no ids."""
+
+    def __init__(self, items: Iterable[CodesOfImage]) -> None:
+        self.names, self.captions = [], []
+        self.lengths: list[int] = []
+        self.places: list[tuple[int, ...]] = []
+        self.largest, self.width, self.dtype = 0, None, torch.int64
+        for item in items:
+            if not self.names:
+                self.width = item.values.shape[1] if item.grid is not None else None
+                self.dtype = torch.int64 if self.width is None else item.values.dtype
+            other = (item.values.shape[1] if item.grid is not None else None) != self.width
+            require(not other, "codes", "ids only, or latents of one width", item.values)
+            self.names.append(item.name)
+            self.captions.append(item.caption)
+            self.lengths.append(len(item.values))
+            self.places.append((item.height, item.width, *(item.grid or ())))
+            self.largest = max(self.largest, int(item.values.max()) if self.width is None else 0)
+        require(len(self.names) > 0, "codes", "at least one image", "none")
+
+    @property
+    def alike(self) -> bool:
+        return len({(place, length) for place, length in zip(self.places, self.lengths, strict=True)}) == 1
+
+    def facts(self, family: str) -> dict[str, str]:
+        facts = {"family": family, "names": json.dumps(self.names)}
+        if any(self.captions):
+            facts["captions"] = json.dumps(self.captions)
+        if self.alike:
+            facts |= dict(zip(("height", "width", "rows", "columns"), map(str, self.places[0]), strict=False))
+        return facts
+
+    def index(self) -> dict[str, np.ndarray]:
+        """The small arrays for images of several sizes."""
+        if self.alike:
+            return {}
+        places = np.array(self.places, dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        arrays = {"offsets": offsets, "sizes": np.ascontiguousarray(places[:, :2])}
+        return arrays | ({} if self.width is None else {"grids": np.ascontiguousarray(places[:, 2:])})
+
+    def shape(self) -> tuple[int, ...]:
+        first = (len(self.names), self.lengths[0]) if self.alike else (sum(self.lengths),)
+        return first if self.width is None else (*first, self.width)
+
+
 def write_codes(
-    path: Path, codes: Sequence[ImageCodes] | Sequence[ImageLatents], names: Sequence[str], family: str
+    path: Path, items: Callable[[], Iterable[CodesOfImage]] | Sequence[CodesOfImage], family: str, largest: int = 0
 ) -> None:
-    """Write the codes of single images, in order, each with a name."""
+    """Write the codes of images, in order, whole or not at all.
+
+    items: a sequence, or a function that begins to go through them; it is called twice. largest: an id that fits too.
+    """
     check_output(path)
-    first = codes[0]
-    latents = isinstance(first, ImageLatents)
-    rows = [(item.values if isinstance(item, ImageLatents) else item.ids)[0].cpu() for item in codes]
-    facts = {"family": family, "names": json.dumps(list(names))}
-    key = "latents" if latents else "ids"
-    sizes = [(item.height, item.width) for item in codes]
-    if len(set(sizes)) == 1:
-        tensors = {key: torch.stack(rows)}
-        facts |= {"height": str(first.height), "width": str(first.width)}
-        if isinstance(first, ImageLatents):
-            facts |= {"rows": str(first.grid[0]), "columns": str(first.grid[1])}
+    begin = items if callable(items) else lambda: items
+    columns = _Columns(begin())
+    columns.largest = max(columns.largest, largest)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix, _write_safetensors)(
+            stream, begin(), columns, family
+        )
+
+
+_SAFETENSORS = {torch.int64: "I64", torch.float32: "F32", torch.float64: "F64", torch.float16: "F16"}
+
+
+def _write_safetensors(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, family: str) -> None:
+    """The format's own layout: the length of a JSON header, the header, the values."""
+    key, dtype = ("ids" if columns.width is None else "latents"), columns.dtype
+    dtype = torch.float32 if dtype not in _SAFETENSORS else dtype
+    size = int(np.prod(columns.shape(), dtype=np.int64)) * dtype.itemsize
+    header: dict[str, Any] = {"__metadata__": columns.facts(family)}
+    header[key] = {"dtype": _SAFETENSORS[dtype], "shape": list(columns.shape()), "data_offsets": [0, size]}
+    for name, array in columns.index().items():
+        end = size + array.nbytes
+        header[name], size = {"dtype": "I64", "shape": list(array.shape), "data_offsets": [size, end]}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(struct.pack("<Q", len(text)) + text)
+    for item in items:
+        stream.write(item.values.to(dtype).contiguous().numpy().tobytes())
+    for array in columns.index().values():
+        stream.write(array.tobytes())
+
+
+def _write_npz(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, family: str) -> None:
+    key, dtype = ("ids", np.int64) if columns.width is None else ("latents", np.float32)
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, array in {"metadata": np.array(json.dumps(columns.facts(family))), **columns.index()}.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+        with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
+            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            np.lib.format.write_array_header_2_0(
+                member, {"descr": descr, "fortran_order": False, "shape": columns.shape()}
+            )
+            for item in items:
+                member.write(item.values.float().numpy().tobytes() if columns.width else item.values.numpy().tobytes())
+
+
+def _write_parquet(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, family: str) -> None:
+    arrow = import_arrow()
+    schema = parquet_schema(arrow, columns.width, columns.largest, {"family": family})
+    with arrow.parquet.ParquetWriter(stream, schema) as writer:
+        waiting: list[CodesOfImage] = []
+        for item in items:
+            waiting.append(item)
+            if len(waiting) == ROW_GROUP:
+                writer.write_table(_table(arrow, schema, waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(_table(arrow, schema, waiting))
+
+
+def parquet_schema(arrow: Any, width: int | None, largest: int, facts: Mapping[str, Any]) -> Any:
+    """Columns of a Parquet file of codes. width: channels of latents, None for ids. largest: the largest id."""
+    text, side = arrow.string(), arrow.int32()
+    fields = [("name", text), ("caption", text), ("height", side), ("width", side)]
+    if width is None:
+        fields.append(("ids", arrow.list_(arrow.int64() if largest > 2**31 - 1 else arrow.int32())))
     else:
-        lengths = torch.tensor([0, *(len(row) for row in rows)])
-        tensors = {key: torch.cat(rows), "offsets": lengths.cumsum(0), "sizes": torch.tensor(sizes)}
-        if latents:
-            tensors["grids"] = torch.tensor([item.grid for item in codes if isinstance(item, ImageLatents)])
-    with atomic_path(path) as temporary:
-        if path.suffix == ".npz":
-            arrays: dict[str, Any] = {}
-            for name, tensor in tensors.items():
-                arrays[name] = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-            with temporary.open("wb") as stream:
-                np.savez(stream, metadata=np.array(json.dumps(facts)), **arrays)
-        else:
-            save_file(tensors, temporary, metadata=facts)
+        fields += [("rows", side), ("columns", side), ("latents", arrow.list_(arrow.float32()))]
+    return arrow.schema(fields, metadata={"tokenizers_mm": json.dumps({**facts, "channels": width})})
+
+
+def _table(arrow: Any, schema: Any, items: Sequence[CodesOfImage]) -> Any:
+    arrays: dict[str, Any] = {
+        "name": [item.name for item in items],
+        "caption": [item.caption for item in items],
+        "height": [item.height for item in items],
+        "width": [item.width for item in items],
+        "rows": [item.grid[0] if item.grid else None for item in items],
+        "columns": [item.grid[1] if item.grid else None for item in items],
+    }
+    values = [item.values.flatten() for item in items]
+    ends = np.concatenate([[0], np.cumsum([len(part) for part in values])]).astype(np.int32)
+    flat = torch.cat(values)
+    last = schema.field(len(schema) - 1)
+    flat = flat.float() if last.name == "latents" else flat
+    lists = arrow.ListArray.from_arrays(ends, arrow.array(flat.numpy()).cast(last.type.value_type))
+    columns = [arrow.array(arrays[field.name], field.type) for field in list(schema)[:-1]]
+    return arrow.Table.from_arrays([*columns, lists], schema=schema)
 
 
 def read_codes(path: Path) -> Iterator[CodesOfImage]:
     """The codes of each image of a file, checked; ValueError names the file and what is wrong with it."""
+    if path.suffix == ".parquet":
+        yield from read_parquet_codes(path)
+        return
     tensors, facts = _read(path)
     key = "ids" if "ids" in tensors else "latents"
     if key not in tensors:
@@ -125,9 +276,64 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
         require(right, str(path), "offsets and sizes that fit each other", f"offsets {list(offsets.shape)}")
         places = torch.cat(wide, 1).tolist()
         parts = values.split(offsets.diff().tolist())
-    for part, (height, width, *grid) in zip(parts, places, strict=True):
-        require(0 < height * width <= MAX_PIXELS and height > 0, str(path), "sizes of images", f"{height} x {width}")
-        yield CodesOfImage(part, height, width, (grid[0], grid[1]) if grid else None)
+    names, captions = (_texts(facts, key, len(parts)) for key in ("names", "captions"))
+    for part, place, name, caption in zip(parts, places, names, captions, strict=True):
+        yield check_place(str(path), part, place, name, caption)
+
+
+def check_place(where: str, values: Tensor, place: Sequence[Any], name: Any, caption: Any) -> CodesOfImage:
+    """The codes of an image from what a file says; place: height and width, and for latents rows and columns."""
+    sound = all(type(side) is int and side > 0 for side in place) and place[0] * place[1] <= MAX_PIXELS
+    require(sound and len(values) > 0, where, "sizes of images", list(place))
+    height, width, *grid = place
+    name, caption = (text if isinstance(text, str) else "" for text in (name, caption))
+    return CodesOfImage(values, height, width, (grid[0], grid[1]) if grid else None, name, caption)
+
+
+def _texts(facts: Mapping[str, str], key: str, count: int) -> list[str]:
+    """A list of texts beside the tensors; empty texts where it is missing or of another length."""
+    try:
+        found = json.loads(facts.get(key, "[]"))
+    except (ValueError, RecursionError):
+        found = []
+    right = isinstance(found, list) and len(found) == count and all(isinstance(text, str) for text in found)
+    return found if right else [""] * count
+
+
+def read_parquet_codes(path: Path) -> Iterator[CodesOfImage]:
+    """The codes of each image of a Parquet file, a row group at a time."""
+    if not path.is_file():
+        fail("ids", "a file that `encode` wrote", f"{kind_of(path)}: {path}")
+    arrow = import_arrow()
+    try:
+        with arrow.parquet.ParquetFile(path) as file:
+            names = set(file.schema_arrow.names)
+            key = "ids" if "ids" in names else "latents"
+            sides = ("height", "width") if key == "ids" else ("height", "width", "rows", "columns")
+            require({key, *sides} <= names, str(path), f"columns {key}, {', '.join(sides)}", sorted(names))
+            wanted = [key, *sides, *(name for name in ("name", "caption") if name in names)]
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).total_byte_size
+                require(size <= MAX_ROW_GROUP, str(path), f"row groups of at most {MAX_ROW_GROUP} bytes", size)
+                yield from _rows_of(path, file.read_row_group(group, columns=wanted).to_pydict(), key, sides)
+    except BROKEN as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(path)):
+            raise
+        fail("ids", "a whole file that `encode` wrote", f"{path} ({type(error).__name__}: {error})")
+
+
+def _rows_of(path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[str]) -> Iterator[CodesOfImage]:
+    for index, row in enumerate(table[key]):
+        require(isinstance(row, list) and len(row) > 0, f"{path}: {key}", "lists of numbers", row)
+        place = [table[side][index] for side in sides]
+        name, caption = (table.get(text, [""] * (index + 1))[index] for text in ("name", "caption"))
+        values = as_ids(row) if key == "ids" else torch.tensor(row, dtype=torch.float32)
+        if key == "latents":
+            rows, columns = place[2:]
+            right = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0
+            require(right and len(row) % (rows * columns) == 0, f"{path}: latents", "rows x columns vectors", place)
+            values = values.view(rows * columns, -1)
+        yield check_place(str(path), values, place, name, caption)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -150,3 +356,27 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
         raise ValueError("metadata is no mapping of texts")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}, facts
+
+
+def array_bytes(values: Tensor, largest: int) -> bytes:
+    """A tensor as the bytes of an `.npy` file: int32, or int64 if `largest` needs it; float32 for latents."""
+    array = values.float().numpy() if values.is_floating_point() else values.numpy()
+    if array.dtype == np.int64 and largest < 2**31:
+        array = array.astype(np.int32)
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
+    return stream.getvalue()
+
+
+def array_from_bytes(data: bytes, name: str) -> Tensor:
+    """The inverse of `array_bytes`; ValueError with the name for what is no plain array of numbers, or incomplete."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(stream)
+        array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    except BROKEN as error:
+        fail(name, "an .npy file", f"{type(error).__name__}: {error}")
+    require(array.dtype.kind in "iuf", name, "an array of numbers", array)
+    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))

@@ -7,7 +7,7 @@ from typing import overload
 
 import torch
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -30,6 +30,14 @@ class FileList(Sequence[Path]):
     @classmethod
     def below(cls, folder: str | Path, extensions: Sequence[str] = EXTENSIONS) -> "FileList":
         """All files below a folder with one of some extensions, sorted; an empty or missing folder is an error."""
+        found = cls.try_below(folder, extensions)
+        if found is None:
+            fail("images", f"image files ({', '.join(extensions)}) below {str(folder)!r}", "none")
+        return found
+
+    @classmethod
+    def try_below(cls, folder: str | Path, extensions: Sequence[str] = EXTENSIONS) -> "FileList | None":
+        """As `below`, but None where there are none."""
         if not Path(folder).is_dir():
             fail("images", "a folder", f"{str(folder)!r}")
         names = [
@@ -39,8 +47,7 @@ class FileList(Sequence[Path]):
             if name.lower().endswith(tuple(extensions))
         ]
         names = sorted(names, key=lambda name: Path(name).parts)
-        require(len(names) > 0, "images", f"image files ({', '.join(extensions)}) below {str(folder)!r}", "none")
-        return cls(folder, names)
+        return cls(folder, names) if names else None
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -7,6 +7,8 @@ import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 
+import numpy as np
+
 from tokenizers_mm._check import require
 
 ROUNDS = 4
@@ -68,6 +70,37 @@ class Interleaving:
                 return source, before
             position, rest = position - before, rest - count  # among the sources that follow
         raise AssertionError("the last source takes what is left")
+
+
+class BlockOrder:
+    """Orders that stay in a few blocks of samples for a while, for samples that are read a block at a time.
+
+    In every pass the blocks come in a new order, and the samples of `window` blocks that follow each other are shuffled
+    together; each sample comes once. A new pass takes time in the number of blocks, a position in its logarithm.
+    """
+
+    def __init__(self, counts: Sequence[int], window: int = 1) -> None:
+        """counts: samples of each block, none of them 0."""
+        require(len(counts) > 0 and min(counts) > 0, "blocks", "blocks with samples", counts)
+        self.counts, self.window = np.asarray(counts, dtype=np.int64), window
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._pass: tuple[int, int] = (-1, -1)
+        self._blocks, self._ends = self.counts, self.starts
+
+    def __call__(self, position: int, seed: int) -> int:
+        """Index of the sample at a position of endless passes."""
+        epoch, place = divmod(position, int(self.starts[-1]))
+        key = mix_seeds(seed, epoch, 4)
+        if self._pass != (seed, epoch):
+            count = len(self.counts)
+            self._blocks = np.array([permute(number, count, key) for number in range(count)], dtype=np.int64)
+            self._ends = np.concatenate([[0], np.cumsum(self.counts[self._blocks])])
+            self._pass = (seed, epoch)
+        first = (int(np.searchsorted(self._ends, place, side="right")) - 1) // self.window * self.window
+        low, high = (int(self._ends[at]) for at in (first, min(first + self.window, len(self._blocks))))
+        place = low + permute(place - low, high - low, mix_seeds(key >> 1, first))
+        at = int(np.searchsorted(self._ends, place, side="right")) - 1
+        return int(self.starts[self._blocks[at]]) + place - int(self._ends[at])
 
 
 def shuffled(position: int, size: int, seed: int) -> int:

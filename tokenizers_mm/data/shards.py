@@ -4,18 +4,20 @@ Members that share a name up to the first dot of their file name are one sample:
 """
 
 import tarfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
-from tokenizers_mm._images import decode_image
+from tokenizers_mm._images import decode_image, decode_size
 from tokenizers_mm.data.files import EXTENSIONS, FileList
+from tokenizers_mm.data.image_sets import Sample, digest
 
 INDEX = ".tokenizers_mm_index.safetensors"
 """File beside the shards with the places of all samples, written where the folder permits; without it every start reads
@@ -26,27 +28,63 @@ MAX_MEMBER = 1 << 30
 
 
 class Shards:
-    """Samples of all tar files below a folder, in the order of their names.
+    """Samples of tar files, in the order of their names.
 
+    folder: all below it; or `files` of it alone.
     places: int64 [N, 5]: number of the shard, start and size of the image, start and size of the caption (0: none).
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.files = FileList.below(folder, (".tar",))
-        index = Path(folder) / INDEX
-        marks = _marks(self.files)
-        found = _read_index(index, marks)
+    def __init__(self, folder: str | Path, files: Sequence[Path] | None = None) -> None:
+        self.root = Path(folder)
+        self.files = FileList.below(folder, (".tar",)) if files is None else files
+        self.marks = _marks(self.root, self.files)
+        found = _read_index(self.root / INDEX, self.marks) if files is None else None
         if found is None:
             found = torch.cat([_scan(path, number) for number, path in enumerate(self.files)])
-            _write_index(index, marks, found)
+            if files is None:
+                _write_index(self.root / INDEX, self.marks, found)
         self.places = found
         require(len(found) > 0, "data.sources.path", f"tar files with images ({', '.join(EXTENSIONS)})", str(folder))
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str, list[str]]:
+    def name(self, index: int) -> str:
+        """The name of the image inside of its tar file, below the name of that file."""
+        number, start, *_ = self.places[index].tolist()
+        path = self.files[number]
+        member = str(start)
+        with suppress(OSError, tarfile.TarError, UnicodeError), open(path, "rb") as file:
+            file.seek(max(0, start - tarfile.BLOCKSIZE))
+            header = file.read(tarfile.BLOCKSIZE)
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name or member
+        return f"{path.relative_to(self.root).with_suffix('').as_posix()}/{member}"
+
+    def order(self, position: int, seed: int) -> int | None:
+        """None: every order is as fast."""
+        return None
+
+    def fingerprint(self) -> str:
+        """A digest of names, sizes and times of the tar files."""
+        return digest(iter([self.marks]))
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, from its header."""
+        name, data, _ = self._bytes(index)
+        return decode_size(data, name)
+
+    def read(self, index: int) -> Sample:
         """Image, caption ("" for none), and captions that could not be read; ValueError for an unreadable image."""
+        name, data, text = self._bytes(index)
+        image = decode_image(data, name)
+        try:
+            return Sample(image, text.decode("utf-8").strip(), [])
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+            return Sample(image, "", [f"caption of {name}: expected UTF-8, got {byte}"])
+
+    def _bytes(self, index: int) -> tuple[str, bytes, bytes]:
+        """What errors call the image, its bytes, and those of its caption."""
         number, start, size, text_start, text_size = self.places[index].tolist()
         path = self.files[number]
         name = f"image {path} at byte {start}"
@@ -59,12 +97,7 @@ class Shards:
                 text = file.read(text_size)
         except OSError as error:
             fail(name, "a tar file that can be read", error.strerror)
-        image = decode_image(data, name)
-        try:
-            return image, text.decode("utf-8").strip(), []
-        except UnicodeDecodeError as error:
-            byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
-            return image, "", [f"caption {path} at byte {text_start}: expected UTF-8, got {byte}"]
+        return name, data, text
 
 
 def _scan(path: Path, number: int) -> Tensor:
@@ -87,9 +120,9 @@ def _scan(path: Path, number: int) -> Tensor:
     return torch.tensor(samples, dtype=torch.int64).view(-1, 5)
 
 
-def _marks(files: FileList) -> str:
+def _marks(root: Path, files: Sequence[Path]) -> str:
     """Names, sizes and times of the shards."""
-    stats = [(path.relative_to(files.root), path.stat()) for path in files]
+    stats = [(path.relative_to(root), path.stat()) for path in files]
     return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
 

@@ -8,7 +8,8 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from PIL import Image, ImageEnhance
@@ -16,19 +17,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import image_to_tensor, read_image
+from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches, BucketConfig
-from tokenizers_mm.data.captions import read_caption
 from tokenizers_mm.data.files import FileList
 from tokenizers_mm.data.files import list_images as list_images
+from tokenizers_mm.data.image_sets import ImageFiles, ImageSet, Sample, Source
 from tokenizers_mm.data.order import Interleaving, shuffled
 from tokenizers_mm.data.order import mix_seeds as mix_seeds
+from tokenizers_mm.data.parquet import ParquetImages
 from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.shards import Shards
 from tokenizers_mm.data.text_images import text_image
-from tokenizers_mm.data.transforms import random_crop, random_flip, random_patch
+from tokenizers_mm.data.transforms import random_crop, random_cut, random_flip, random_patch
 
 MAX_UNREADABLE = 1000
 """Samples in a row that may be unreadable before a source is given up."""
@@ -36,18 +38,34 @@ MAX_UNREADABLE = 1000
 Positive = Annotated[float, Range(0, low_open=True)]
 
 
+SOURCES: dict[str, Any] = {}
+"""Sources by kind: classes of a `SourceConfig`, with the methods of `Source`."""
+
+
+class KnownSource:
+    """Limit of a text: a key of SOURCES, which may grow at any time."""
+
+    def check(self, value: str, where: str) -> None:
+        """Refuse any other text."""
+        require(value in SOURCES, where, f"one of {sorted(SOURCES)}", value)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(SOURCES)}"
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One part of a mixture.
 
     kind: "photographs" (built in), "scenes" (rendered, with captions), "text" (rendered words), "folder" (images below
-    `path`; a text file of the same name beside an image is its caption) or "shards" (tar files, in the same way).
+    `path`; a text file of the same name beside an image is its caption), "shards" (tar files, in the same way) or
+    "parquet" (columns with the bytes or paths of images, and captions).
     weight: share of the samples. zoom: for photographs, bounds of output pixels per image pixel. colour: strength of
     random brightness, contrast, saturation and hue, from 0 (none) to 1. channels: share of the samples whose colour
     channels change places. turns: turn by multiples of 90 degrees too.
     """
 
-    kind: Literal["photographs", "scenes", "text", "folder", "shards"]
+    kind: Annotated[str, KnownSource()]
     path: str = ""
     weight: Annotated[float, Range(0)] = 1.0
     zoom: tuple[Positive, Positive] = (0.5, 1.5)
@@ -61,7 +79,7 @@ class DataConfig:
     """Training samples: a mixture of sources, and the worker processes that decode them (0: in the main process).
 
     For a tokenizer that takes any size, one of two says which: image_size (height, width) for all samples, or buckets
-    of sizes by the images' own shapes, for folders of images.
+    of sizes by the images' own shapes.
     """
 
     sources: tuple[SourceConfig, ...] = field(default_factory=lambda: (SourceConfig("photographs"),))
@@ -83,33 +101,28 @@ class Batch:
         return Batch(self.images.pin_memory(), self.captions, self.skipped)
 
 
-class Sample(NamedTuple):
-    """An image of the size that was asked for, before augmentation, its caption ("" for none), what was left out."""
+class Endless:
+    """What all sources without end have in common: images of any shape, as they are asked for."""
 
-    image: Image.Image
-    caption: str
-    skipped: Sequence[str] = ()
+    size, augmented = None, True
 
+    def shape(self, index: int) -> tuple[int, int]:
+        """A shape that the index decides: aspect ratios from 1:2 to 2:1, evenly on a logarithmic scale."""
+        half = 0.5 * (mix_seeds(index, 3) / 2**64 * 2 - 1)
+        return round(1024 * 2**-half), round(1024 * 2**half)
 
-class Source(Protocol):
-    """Samples by index; an index that cannot be read is a ValueError that names it.
+    def name(self, index: int) -> str:
+        return f"{type(self).__name__.lower()} {index}"
 
-    size: how many there are, None for an endless source, whose index is the position itself. augmented: whether
-    samples are mirrored and coloured at random.
-    """
-
-    size: int | None
-    augmented: bool
-
-    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
-        """The sample of an index, cut to (height, width)."""
-        ...
+    def locate(self, position: int, seed: int) -> int:
+        """The position itself."""
+        return position
 
 
-class Scenes:
+class Scenes(Endless):
     """Rendered scenes with captions, without end."""
 
-    size, augmented = None, False
+    augmented = False
 
     def __init__(self, config: SourceConfig) -> None:
         require(not config.path, "data.sources.path", "nothing for scenes", config.path)
@@ -120,10 +133,8 @@ class Scenes:
         return Sample(scene.render(max(height, width)).resize((width, height)), scene.caption)
 
 
-class Photographs:
+class Photographs(Endless):
     """Random patches of the built-in photographs, without end."""
-
-    size, augmented = None, True
 
     def __init__(self, config: SourceConfig) -> None:
         require(not config.path, "data.sources.path", "nothing for photographs", config.path)
@@ -135,10 +146,8 @@ class Photographs:
         return Sample(random_patch(image, image_size, rng, self.zoom), "")
 
 
-class Text:
+class Text(Endless):
     """Rendered words, without end."""
-
-    size, augmented = None, True
 
     def __init__(self, config: SourceConfig) -> None:
         require(not config.path, "data.sources.path", "nothing for text", config.path)
@@ -147,48 +156,61 @@ class Text:
         return Sample(text_image(rng, image_size), "")
 
 
-class Folder:
-    """Image files below a folder, each cut at random."""
+class Stored:
+    """Images of a set, each cut at random."""
 
     augmented = True
 
-    def __init__(self, config: SourceConfig) -> None:
-        self.files = FileList.below(config.path)
-        self.size = len(self.files)
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+        self.size = len(images)
 
     def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
-        path, skipped = self.files[index], []
-        return Sample(_cut(read_image(path), image_size, rng), read_caption(path, skipped), skipped)
+        image, caption, skipped = self.images.read(index)
+        height, width = image_size
+        cut = random_crop(image, height, rng) if height == width else random_cut(image, image_size, rng)
+        return Sample(cut, caption, skipped)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        return self.images.shape(index)
+
+    def locate(self, position: int, seed: int) -> int:
+        found = self.images.order(position, seed)
+        return shuffled(position, self.size, seed) if found is None else found
 
 
-class ShardFolder:
-    """Images in tar files below a folder, each cut at random."""
-
-    augmented = True
+class Folder(Stored):
+    """Image files below a folder."""
 
     def __init__(self, config: SourceConfig) -> None:
-        self.shards = Shards(config.path)
-        self.size = len(self.shards)
-
-    def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
-        image, caption, skipped = self.shards[index]
-        return Sample(_cut(image, image_size, rng), caption, skipped)
+        super().__init__(ImageFiles(FileList.below(config.path)))
 
 
-SOURCES: dict[str, Any] = {
+class ShardFolder(Stored):
+    """Images in tar files below a folder."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        super().__init__(Shards(config.path))
+
+
+class ParquetFolder(Stored):
+    """Images in Parquet files below a folder."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        super().__init__(ParquetImages(FileList.below(config.path, (".parquet",)), Path(config.path)))
+
+
+SOURCES |= {
     "photographs": Photographs,
     "scenes": Scenes,
     "text": Text,
     "folder": Folder,
     "shards": ShardFolder,
+    "parquet": ParquetFolder,
 }
-"""Sources by kind."""
-
-
-def _cut(image: Image.Image, image_size: tuple[int, int], rng: random.Random) -> Image.Image:
-    height, width = image_size
-    require(height == width, "image_size", "a square for folders of images", image_size)
-    return random_crop(image, height, rng)
 
 
 class Mixture(Dataset[dict[str, Any]]):
@@ -203,8 +225,7 @@ class Mixture(Dataset[dict[str, Any]]):
     def locate(self, position: int, offset: int = 0) -> tuple[int, int]:
         """Number of the source and index in it; `offset` samples further on in the same source."""
         number, place = self.interleaving(position)
-        size, seed = self.sources[number].size, mix_seeds(self.seed, number) >> 1
-        return number, place + offset if size is None else shuffled(place + offset, size, seed)
+        return number, self.sources[number].locate(place + offset, mix_seeds(self.seed, number) >> 1)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         skipped: list[str] = []

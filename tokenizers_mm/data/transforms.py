@@ -7,6 +7,7 @@ from PIL import Image
 
 from tokenizers_mm._check import require
 from tokenizers_mm._images import middle, scale_and_cut
+from tokenizers_mm.resolutions import covering_size
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -21,6 +22,13 @@ def random_crop(image: Image.Image, size: int, rng: random.Random, min_fraction:
     top = rng.randint(0, scaled[0] - size)  # the original draws rows first
     left = rng.randint(0, scaled[1] - size)
     return scale_and_cut(image, scaled, (top, left, size, size), Image.Resampling.BICUBIC)
+
+
+def random_cut(image: Image.Image, size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """Scale (bicubic) until `size` is covered, then cut at a random place along the longer way."""
+    scaled = covering_size((image.height, image.width), size)
+    left, top = rng.randint(0, scaled[1] - size[1]), rng.randint(0, scaled[0] - size[0])
+    return scale_and_cut(image, scaled, (top, left, *size), Image.Resampling.BICUBIC)
 
 
 def random_patch(

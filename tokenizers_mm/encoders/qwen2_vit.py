@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenizers_mm._check import fail
 from tokenizers_mm.config import Depth, Heads, MLPRatio, Range, Width, checked
 from tokenizers_mm.encoders.semantic import CLIP_MEAN, CLIP_STD
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.layers.attention import Activation, Block, check_block
 from tokenizers_mm.layers.position import block_order, grid_positions, rotary_2d
 
@@ -63,8 +64,8 @@ class Qwen2ViT(nn.Module):
         self.requires_grad_(False)
 
     def prepare(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """What the tower sees: x resized (bicubic, antialiased, float32), in [0, 1], normalised as CLIP's images."""
-        x = F.interpolate((x.float() + 1) / 2, size=size, mode="bicubic", align_corners=False, antialias=True)
+        """The input of the tower: x resized (bicubic, antialiased) in at least float32, in [0, 1], normalised."""
+        x = F.interpolate((at_least_float32(x) + 1) / 2, size=size, mode="bicubic", align_corners=False, antialias=True)
         mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (x.clamp(0, 1) - mean) / std
 

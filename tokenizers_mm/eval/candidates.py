@@ -20,6 +20,7 @@ from tokenizers_mm.config import to_mapping
 from tokenizers_mm.eval.codecs import CODECS, CURVES, Codec
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.models.loading import read_json
+from tokenizers_mm.models.saving import MODEL_TYPE
 from tokenizers_mm.types import ImageCodes, Stream
 
 LATENT_BITS = 16
@@ -314,7 +315,7 @@ def _open_model(name: str, load: Callable[[str], ImageTokenizer[Any]], device: s
 
         options = {"use_safetensors": True, "local_files_only": True}
         return DIFFUSERS[kind](label, path.parent, getattr(diffusers, kind).from_pretrained(name, **options), device)
-    if model is not None:
+    if model is not None and model != MODEL_TYPE:
         if model in NO_PIXELS:
             fail(f"{path}: model_type", "a model that gives pixels back", f"{model!r}, an encoder only")
         if model not in TRANSFORMERS:

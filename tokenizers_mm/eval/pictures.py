@@ -5,24 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
+from tokenizers_mm._display import comparison_grid as comparison_grid
 from tokenizers_mm._files import atomic_path
-from tokenizers_mm._images import tensor_to_images
-
-
-def comparison_grid(originals: Tensor, reconstructions: Tensor, columns: int = 8, zoom: int = 1) -> Image.Image:
-    """Rows of originals, each over the row of its reconstructions; images [B, 3, H, W] in [-1, 1]."""
-    height, width = originals.shape[-2] * zoom, originals.shape[-1] * zoom
-    rows = -(-len(originals) // columns)
-    gap = max(2, 2 * zoom)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (2 * height + 2 * gap) + gap), "white")
-    for index, pair in enumerate(zip(tensor_to_images(originals), tensor_to_images(reconstructions), strict=True)):
-        row, column = divmod(index, columns)
-        for line, image in enumerate(pair):
-            large = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(large, (gap + column * (width + gap), gap + row * (2 * height + 2 * gap) + line * (height + 1)))
-    return sheet
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:

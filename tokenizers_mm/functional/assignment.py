@@ -43,6 +43,20 @@ def largest_logit(
     return torch.ops.tokenizers_mm.largest_logit(z.detach(), keys.detach(), bias)
 
 
+@torch.no_grad()
+def logit_margin(z: Float[Tensor, "n d"], keys: Float[Tensor, "k d"]) -> Float[Tensor, "n"]:
+    """Margins: `largest_logit` gives the same for any change of z with a norm below margin / 2; float64.
+
+    A change e of z moves the difference of two logits by at most |e| |key1 - key2|, which is at most twice the largest
+    norm of a key.
+    """
+    wide, most = keys.double(), keys.double().norm(dim=1).max().clamp_min(1e-300)
+    if len(wide) == 1:
+        return torch.full((len(z),), torch.inf, dtype=torch.float64, device=z.device)
+    tops = [(part.double() @ wide.T).topk(2, dim=1).values for part in z.split(max(1, TILE // len(wide)))]
+    return (torch.cat([top[:, 0] - top[:, 1] for top in tops]) if tops else wide.new_empty(0)) / most
+
+
 def assign(
     z: Float[Tensor, "n d"],
     keys: Float[Tensor, "k d"],

@@ -26,24 +26,40 @@ SIGMOID_SLOPE = 1.6
 
 def round_to_levels(z: Float[Tensor, "*n d"], levels: tuple[int, ...], bound: Bound = "tanh") -> Float[Tensor, "*n d"]:
     """Whole numbers from -(L // 2) to (L - 1) // 2, L = levels[d], with the gradient of the bounding function."""
-    counts = torch.tensor(levels, dtype=z.dtype, device=z.device)
-    offset = torch.where(counts % 2 == 0, 0.5, 0.0)
-    if bound == "tanh":
-        half = (counts - 1) * (1 + SLACK) / 2
-        bounded = (z + (offset / half).atanh()).tanh() * half - offset
-        return bounded + (bounded.round() - bounded).detach()
-    unit = z.tanh() if bound == "symmetric" else 2 * torch.sigmoid(SIGMOID_SLOPE * z) - 1
-    bounded = unit * (counts - 1) / 2 - offset
+    bounded, _ = _bounded(z, levels, bound)
     whole = (bounded + 0.5).floor() if bound == "symmetric" else bounded.round()
     return bounded + (whole - bounded).detach()
 
 
+def rounding_margin(z: Float[Tensor, "*n d"], levels: tuple[int, ...], bound: Bound = "tanh") -> Float[Tensor, "*n"]:
+    """Margins: `round_to_levels` gives the same for any change of z with a norm below margin / 2.
+
+    A change of one channel moves its bounded value by at most the largest slope of the bounding function times as much,
+    and the nearest border between two levels is the first that could be crossed.
+    """
+    bounded, slope = _bounded(z, levels, bound)
+    return ((0.5 - (bounded - bounded.round()).abs()) / slope).amin(-1) * 2
+
+
+def _bounded(z: Tensor, levels: tuple[int, ...], bound: Bound) -> tuple[Tensor, Tensor]:
+    """z inside of the range of the levels, and the largest slope of that map by channel."""
+    counts = torch.tensor(levels, dtype=z.dtype, device=z.device)
+    offset = (counts % 2 == 0).to(z.dtype) / 2
+    if bound == "tanh":
+        half = (counts - 1) * (1 + SLACK) / 2
+        return (z + (offset / half).atanh()).tanh() * half - offset, half
+    half = (counts - 1) / 2
+    if bound == "symmetric":
+        return z.tanh() * half - offset, half
+    return (2 * torch.sigmoid(SIGMOID_SLOPE * z) - 1) * half - offset, half * SIGMOID_SLOPE / 2
+
+
 def level_values(whole: Float[Tensor, "*n d"], levels: tuple[int, ...], bound: Bound = "tanh") -> Float[Tensor, "*n d"]:
     """Whole numbers of `round_to_levels` scaled to [-1, 1]: by L // 2; symmetric: from -1 to 1 in L - 1 steps."""
-    counts = torch.tensor(levels, device=whole.device)
+    counts = torch.tensor(levels, dtype=whole.dtype, device=whole.device)
     if bound == "symmetric":
-        return (whole + counts // 2) * (2 / (counts - 1)).to(whole.dtype) - 1
-    return whole / (counts // 2)
+        return (whole + counts.div(2, rounding_mode="floor")) * (2 / (counts - 1)) - 1
+    return whole / counts.div(2, rounding_mode="floor")
 
 
 def levels_to_ids(whole: Float[Tensor, "*n d"], levels: tuple[int, ...]) -> Int[Tensor, "*n"]:
@@ -76,6 +92,16 @@ def normal_levels(count: int, low: float, high: float, deviations: float = 3.0) 
     pairs = list(pairwise(edges))
     means = [(normal.pdf(a) - normal.pdf(b)) / (normal.cdf(b) - normal.cdf(a)) for a, b in pairs]
     return low + (torch.tensor(means, dtype=torch.float64) + deviations) * ((high - low) / (2 * deviations))
+
+
+def level_margin(x: Float[Tensor, "*n"], values: Float[Tensor, "l"]) -> Float[Tensor, "*n"]:
+    """Margins: `nearest_level` gives the same for any change of x below margin / 2; infinity for one value."""
+    borders = (values[1:] + values[:-1]) / 2
+    if len(borders) == 0:
+        return torch.full_like(x, torch.inf)
+    above = torch.bucketize(x.detach().contiguous(), borders)
+    near = torch.stack([borders[(above - 1).clamp_min(0)], borders[above.clamp_max(len(borders) - 1)]])
+    return 2 * (near - x).abs().amin(0)
 
 
 def nearest_level(x: Float[Tensor, "*n"], values: Float[Tensor, "l"]) -> Int[Tensor, "*n"]:

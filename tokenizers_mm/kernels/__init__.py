@@ -1,6 +1,6 @@
 """Operations that also exist in C++ and CUDA. Each is exact, and none of them holds an N x K matrix."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, overload
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.kernels import _cuda, _native, _ops, _register  # noqa: F401 (defines torch.ops.tokenizers_mm)
 from tokenizers_mm.kernels._kmeans import KMeans, kmeans
+from tokenizers_mm.kernels.decisions import decided, watched
 
 __all__ = [
     "KMeans",
@@ -90,15 +91,17 @@ def nearest_code(
     """
     _check_pair(name, z, "codebook", codebook)
     margin = None
-    if return_margin:
+    if return_margin or watched():
         distance, margin, ids = _nearest_margin(z.detach(), codebook.detach(), trust_version, name)
+        decided(ids, margin)
     elif return_distance:
         distance, ids = _nearest_distance(z.detach(), codebook.detach(), trust_version, name)
     else:
         return _nearest(z, codebook, trust_version, name)
+    if not return_margin:
+        margin = None
     if not return_distance:
-        assert margin is not None
-        return ids, margin
+        return ids if margin is None else (ids, margin)
     if _ops.may_be_differentiated(z, codebook):
         gap = z.to(distance.dtype) - _rows(codebook, ids).to(distance.dtype)
         distance = _with_derivative(distance, gap.square().sum(-1))
@@ -161,8 +164,10 @@ def nearest_code_shared(
     require(all(weight >= 0 for weight in weights), "weights", ">= 0", weights)
     arguments = (list(zs), list(codebooks), [float(weight) for weight in weights], normalize, trust_version, labels)
     margin = None
-    if return_margin:
+    if return_margin or watched():
         margin, ids = _nearest_shared_margin(*arguments)
+        decided(ids, margin)
+        margin = margin if return_margin else None
     else:
         ids = _nearest_shared(*arguments)
     if not return_distance:
@@ -177,12 +182,15 @@ def nearest_code_shared(
     return (ids, distance) if margin is None else (ids, distance, margin)
 
 
-def finite_ids(z: Tensor, ids: Tensor, name: str = "z") -> Tensor:
+def finite_ids(z: Tensor, ids: Tensor, name: str = "z", margin: Callable[[], Tensor] | None = None) -> Tensor:
     """ids [...] int64 for features z [..., D] that were turned into ids without a search.
 
+    margin: computes margins [...], as those of `nearest_code`: the ids stay the same for any change of z with a norm
+    below margin / 2. Called only inside of `decisions.watch_decisions`.
     Raises ValueError when z holds NaN or infinity; on CUDA, where nothing is read back, such ids become -1.
     """
     require(ids.dtype == torch.int64 and ids.shape == z.shape[:-1], "ids", f"int64 {list(z.shape[:-1])}", ids)
+    decided(ids, margin)
     return _finite_ids(z, ids, name)
 
 

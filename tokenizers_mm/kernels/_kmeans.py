@@ -47,6 +47,8 @@ def kmeans(
 
     A centre without rows moves to a row drawn in proportion to its squared distance, as in k-means++. Returns a
     `KMeans`, its codebook in the dtype of z (float32 where that is narrower), ids and inertia those of this codebook.
+
+    Raises: ValueError for other shapes and for features that are not finite.
     """
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     require(z.ndim == 2 and z.is_floating_point() and z.shape[1] > 0, "z", "float [N, D]", z)

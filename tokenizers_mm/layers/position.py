@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tokenizers_mm.functional.precision import at_least_float32
+
 Rotate = Callable[[Tensor], Tensor]
 
 
@@ -32,14 +34,18 @@ def rotary_2d(positions: Tensor, dim: int, theta: float = 10000.0) -> Rotate:
     """A function that turns heads [B, heads, N, dim] by their positions [N, 2]: half the frequencies for each axis.
 
     Channel i is paired with channel i + dim / 2. The angles are computed in float64, which gives the same table on
-    every instruction set; the rotation is done in float32, the dtype is kept.
+    every instruction set; the rotation is done in float32 (float64 for heads in float64), the dtype is kept.
     """
     frequencies = theta ** -(torch.arange(0, dim // 2, 2, device=positions.device, dtype=torch.float64) / (dim // 2))
     angles = (positions.double()[:, :, None] * frequencies).flatten(1)
-    cos, sin = (torch.cat([table, table], -1).float() for table in (angles.cos(), angles.sin()))
+    exact = [torch.cat([table, table], -1) for table in (angles.cos(), angles.sin())]
+    tables: dict[torch.dtype, list[Tensor]] = {}
 
     def rotate(x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = at_least_float32(x)
+        if wide.dtype not in tables:
+            tables[wide.dtype] = [table.to(wide.dtype) for table in exact]
+        cos, sin = tables[wide.dtype]
         first, second = wide.chunk(2, dim=-1)
         return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 

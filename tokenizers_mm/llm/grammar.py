@@ -251,7 +251,7 @@ class Grammar:
         return self.begin(state)
 
     def begin(self, state: Tensor) -> Tensor:
-        """The states from which the model speaks: START in place of free text, but for mode "free"."""
+        """States int64 [B] from which the model speaks: START in place of free text, but for mode "free"."""
         if self.mode == "free":
             return state
         return torch.where(state < (1 if self.mode == "image" else len(self._nodes)), START, state)

@@ -19,7 +19,7 @@ Those of Gemma are so where the configuration caps no logits. Others (Cohere and
 
 
 def next_token_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of the labelled tokens, each predicted from those before it; 0 where nothing is labelled.
+    """Mean cross-entropy (a scalar) of the labelled tokens, each predicted from those before it; 0 without any.
 
     inputs: `Batch.model_inputs()`, or `projector.embed(...)`. The same number as the model's own loss.
     """

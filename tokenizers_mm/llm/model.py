@@ -120,7 +120,7 @@ class OnlyNewRows:
             self._hooks.append(table.register_hook(_row_mask(visual[:, None].to(table.device))))
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """Parameters that are trained: the tables that hold new rows."""
         return [parameter for parameter, _ in self._before if parameter.requires_grad]
 
     def remove(self) -> None:

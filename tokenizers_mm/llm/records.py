@@ -7,25 +7,32 @@ A line is `{"content": [PART, ...]}`; a part is one of
     {"codes": {"height": 64, "width": 64, "ids": [3, 17, ...]}}  an image that went through the tokenizer already
 
 and may also say `"learn": false` (its tokens are no labels) and, for images, `"features": true` (shown as continuous
-features). Other keys of a line, such as an id, are left alone. A path that leads out of the folder (absolute, with
-"..", or by a symbolic link) is refused unless `outside=True` says that the file may name any image of this machine.
+features). Other keys of a line, such as an id, are not read; `pretokenize` keeps them. A path that leads out of the
+folder (absolute, with "..", or by a symbolic link) is refused unless `outside=True` says that the file may name any
+image of this machine.
 """
 
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail, require, shorten
 from tokenizers_mm._files import atomic_path
+from tokenizers_mm.data.token_shards import Row
+from tokenizers_mm.data.tokenizing import Encoding, Failure, encode_pairs, largest_id, readable
 from tokenizers_mm.llm.batch import Segment
 from tokenizers_mm.llm.vocabulary import MAX_ROWS, MAX_SIZE
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
+
+RANGE = 256
+"""Rows whose images `pretokenize` encodes together."""
 
 
 class Records:
@@ -51,10 +58,14 @@ class Records:
 
     def __getitem__(self, index: int) -> list[Segment]:
         """The segments of one row; ValueError says which row is wrong and how."""
-        return [self._segment(part, index) for part in self.content(index)]
+        return [self.segment(part, index) for part in self.content(index)]
 
     def content(self, index: int) -> list[dict[str, Any]]:
         """The parts of one row as they are written."""
+        return self.record(index)["content"]
+
+    def record(self, index: int) -> dict[str, Any]:
+        """One row as it is written, with all of its keys."""
         name = f"{self.path} row {index}"
         with self.path.open("rb") as file:
             require(_version(file) == self._version, name, "the file as it was opened", "another one")
@@ -67,9 +78,11 @@ class Records:
         parts = record.get("content") if isinstance(record, dict) else None
         if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
             fail(name, "a list of parts under 'content'", line[:40].decode(errors="replace"))
-        return parts
+        assert isinstance(record, dict)
+        return record
 
-    def _segment(self, part: dict[str, Any], index: int) -> Segment:
+    def segment(self, part: dict[str, Any], index: int) -> Segment:
+        """A part of row `index`, checked."""
         name = f"{self.path} row {index}"
         kinds = [key for key in ("text", "image", "codes") if key in part]
         unknown = sorted(set(part) - {"text", "image", "codes", "learn", "features"})
@@ -136,23 +149,84 @@ class RecordMixture:
         return records[rng.randrange(len(records))]
 
 
-def pretokenize(records: Records, path: str | os.PathLike[str]) -> int:
-    """Write the same rows with codes in place of images; returns how many images there were.
+def pretokenize(records: Records, path: str | os.PathLike[str], stable: bool = False) -> int:
+    """Write the same rows, all of their keys kept, with codes in place of images; returns how many images there were.
 
     Images that are to be shown as features stay images; give the new file the folder of the old one for their paths.
+    stable: see `ImageTokenizer.encode`.
     """
     done = 0
+    how = Encoding(stable=stable, strict=True)
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for index in range(len(records)):
-            content, segments = records.content(index), records[index]
-            for part, segment in zip(content, segments, strict=True):
-                if "image" not in part or segment.as_features:
-                    continue
-                codes = records.tokenizer.encode(segment.content)
-                if not isinstance(codes, ImageCodes):
-                    fail("tokenizer", "one with ids", "a continuous one")
-                del part["image"]
-                part["codes"] = {"height": codes.height, "width": codes.width, "ids": codes.ids[0].tolist()}
-                done += 1
-            file.write(json.dumps({"content": content}, ensure_ascii=False) + "\n")
+        for start in range(0, len(records), RANGE):
+            numbers = range(start, min(len(records), start + RANGE))
+            found, _, images, _ = RecordRows(records).encode(records.tokenizer, numbers, how, lambda _: None)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in found)
+            done += images
     return done
+
+
+class RecordRows:
+    """Records as an input of `data.tokenizing`: their images become codes, every other key of a row is kept.
+
+    A row with an image that cannot be encoded fails as a whole.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+
+    @classmethod
+    def open(cls, path: Path) -> "RecordRows":
+        """The records of a file."""
+        return cls(Records(path, cast(Any, None)))  # the tokenizer comes with `encode`
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def fingerprint(self) -> str:
+        """A digest of the file."""
+        found = sha256()
+        with self.records.path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+        return found.hexdigest()
+
+    def encode(
+        self, tokenizer: ImageTokenizer[Any], numbers: range, how: Encoding, step: Callable[[int], None]
+    ) -> tuple[list[tuple[int, Row]], list[Failure], int, int]:
+        """See `data.tokenizing.Rows`."""
+        self.records.tokenizer = tokenizer
+        rows: dict[int, Row] = {}
+        failures: dict[int, Failure] = {}
+        work: list[tuple[int, dict[str, Any], Path]] = []
+
+        def fails(number: int, error: ValueError) -> None:
+            if how.strict:
+                raise error
+            name = f"row {number}"
+            failures.setdefault(number, Failure(number, name, shorten(readable(str(error)), 500)))
+
+        for number in numbers:
+            try:
+                record = self.records.record(number)
+                parts = record["content"]
+                for part in parts:
+                    segment = self.records.segment(part, number)
+                    if isinstance(segment.content, Path) and not segment.as_features:
+                        work.append((number, part, segment.content))
+                rows[number] = record
+            except ValueError as error:
+                fails(number, error)
+        pairs = ((f"image {path}", path) for _, _, path in work)
+        largest = images = 0
+        for indices, codes in encode_pairs(tokenizer, pairs, how, lambda index, error: fails(work[index][0], error)):
+            if not isinstance(codes, ImageCodes):
+                fail("tokenizer", "one with ids", "a continuous one")
+            largest, images = max(largest, largest_id(codes)), images + len(indices)
+            for index, ids in zip(indices, codes.ids.tolist(), strict=True):
+                part = work[index][1]
+                del part["image"]
+                part["codes"] = {"height": codes.height, "width": codes.width, "ids": ids}
+        step(len(numbers))
+        whole = [(number, row) for number, row in rows.items() if number not in failures]
+        return whole, sorted(failures.values(), key=lambda failure: failure.row), images, largest

@@ -202,11 +202,11 @@ class VisualVocabulary:
         return plan.to_tokens(codes.ids)
 
     def to_codes(self, tokens: Tensor, height: int, width: int) -> ImageCodes:
-        """The inverse of `to_tokens`; ValueError for a sequence that is not such an image."""
+        """Codes of tokens int64 [B, L], the inverse of `to_tokens`; ValueError for what is not such an image."""
         return self.plan(height, width).to_codes(tokens)
 
     def token(self, stream: str, ids: Tensor) -> Tensor:
-        """Codes of one stream as tokens, any shape."""
+        """Codes of one stream as tokens, int64 of any shape; ValueError for an unknown stream or code."""
         ids = as_ids(ids, "ids")
         code = next((code for code in self.codes if code.stream == stream), None)
         if code is None:
@@ -271,12 +271,12 @@ class VisualVocabulary:
         return added
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write visual_vocab.json."""
+        """Write visual_vocab.json into a directory, atomically."""
         write_json(Path(directory) / FILE, {"library": "tokenizers_mm", "format": FORMAT, **to_mapping(self)})
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "VisualVocabulary":
-        """Read visual_vocab.json."""
+        """Read visual_vocab.json of a directory; ValueError where there is none of this format."""
         settle(directory)
         path = Path(directory) / FILE
         require(path.is_file(), "directory", f"a directory with {FILE}", str(directory))

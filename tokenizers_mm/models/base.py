@@ -20,15 +20,16 @@ from tokenizers_mm._images import (
     image_to_tensor,
     name_images,
     open_image,
-    tensor_to_images,
+    run_ahead,
 )
 from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
+from tokenizers_mm.models.convenience import Convenience
+from tokenizers_mm.models.convenience import ImageInput as ImageInput
+from tokenizers_mm.models.convenience import from_images as from_images
+from tokenizers_mm.models.stable import Stability, stable_encoder
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import UNDISTURBED, Codes, Disturbance, ImageCodes, Reconstruction, Stream, join_codes
-
-ImageInput = Any
-"""A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
 
 BATCH_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 21}
 """Target pixels per batch by device type, at least one image. Larger batches are not faster."""
@@ -67,7 +68,7 @@ def within_memory(build: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     return run
 
 
-class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
+class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     """An image tokenizer: images to ids (or latents) and back.
 
     A family gives `family`, `Config`, `from_config` and the abstract methods. Images are float [B, 3, H, W] in [-1, 1].
@@ -77,6 +78,9 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
     Config: ClassVar[type]
     DISTURBANCES: ClassVar[frozenset[str]] = frozenset()
     """Fields of `Disturbance` that `reconstruct` honours; it refuses the others."""
+
+    ONLY_DECODE: ClassVar[frozenset[str]] = frozenset()
+    """Names of the children that encoding does not need; `models.stable` makes no float64 copy of them."""
 
     config: Any
     provenance: Provenance = Provenance()
@@ -117,8 +121,14 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         """[B, T, C]: what a language model reads for understanding."""
 
     @abstractmethod
-    def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
-        """Encode, quantize and decode x [B, 3, H, W] in one differentiable pass: the forward pass of training."""
+    def reconstruct(
+        self, images: ImageInput, disturbance: Disturbance = UNDISTURBED, fit: Fit = "refuse"
+    ) -> Reconstruction:
+        """Encode, quantize and decode in one pass.
+
+        images: a tensor [B, 3, H, W], through which gradients flow (the forward pass of training); or what `encode`
+        takes, all of one size, with `fit` as there and without gradients. A family decorates it with `from_images`.
+        """
 
     @abstractmethod
     def quantizers(self) -> Mapping[str, Quantizer]:
@@ -139,13 +149,15 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         return frozenset(["pixel"])
 
     @overload
-    def encode(self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse") -> Codes: ...
+    def encode(
+        self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse", *, stable: bool = False
+    ) -> Codes: ...
 
     @overload
-    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Any: ...
+    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Any: ...
 
     @torch.no_grad()
-    def encode(self, images: ImageInput, fit: Fit = "refuse") -> Codes | list[Codes]:
+    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | list[Codes]:
         """Images to codes (latents for a continuous tokenizer).
 
         images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s), which are opened a few at a time. Those
@@ -153,61 +165,84 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         `encode_each` returns.
         fit: for PIL images and paths of another size than the tokenizer takes: "refuse" (an error), "crop", "pad" or
         "resize" (see `fit_picture`).
+        stable: ids that depend on the image and the weights only, not on batch, threads, machine or dtype, with
+        margins (see `models.stable`; `stability` tells what was done). ValueError for a tokenizer that cannot promise
+        it.
         """
         if isinstance(images, Tensor):
-            return self.encode_tensor(self.prepare(images))
-        parts = list(self.encode_batches(images, fit))
-        if len({(codes.height, codes.width) for _, codes in parts}) == 1:
-            return cast(Codes, join_codes([cast(Any, codes) for _, codes in parts]))
-        return _in_order(parts)
+            if stable:
+                return cast(Codes, stable_encoder(self).encode(self._checked(images)))
+            return self._encode_prepared(images)
+        each = self.encode_each(images, fit, stable=stable)
+        if len({(codes.height, codes.width) for codes in each}) == 1:
+            return cast(Codes, join_codes(cast(Any, each)))
+        return each
 
-    def encode_each(self, images: ImageInput, fit: Fit = "refuse") -> list[Codes]:
+    def encode_each(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> list[Codes]:
         """Codes of every image by itself, in order; images of one size go through the networks together."""
-        return _in_order(self.encode_batches(images, fit))
+        return _in_order(self.encode_batches(images, fit, stable=stable))
 
     def encode_batches(
-        self, images: ImageInput, fit: Fit = "refuse", refused: Callable[[int, ValueError], None] | None = None
+        self,
+        images: ImageInput | Iterator[tuple[str, Any]],
+        fit: Fit = "refuse",
+        refused: Callable[[int, ValueError], None] | None = None,
+        *,
+        stable: bool = False,
+        batch_size: int | None = None,
+        workers: int = 0,
     ) -> Iterator[tuple[list[int], Codes]]:
         """Batches of images of one size, as (positions in `images`, codes), with few images in memory at a time.
 
-        A batch holds up to `BATCH_PIXELS` pixels. refused: called with the position and the error of an image that
-        cannot be read or is of a wrong size; by default the error is raised.
+        images: as for `encode`, no tensor; or an iterator of pairs: the name that an error about an image begins with,
+        and the image, its path, or a function that gives it.
+        refused: called with the position and the error of an image that cannot be read or is of a wrong size; by
+        default the error is raised. batch_size: images of a batch; by default it holds up to `BATCH_PIXELS` pixels.
+        workers: threads that read images ahead. stable: as for `encode`.
         """
-        limit = BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cuda"])
-        waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
-        for index, (name, item) in enumerate(name_images(images)):
-            try:
-                image = self.fit_picture(open_image(item, name), fit)
-                self.check_size(image.height, image.width, name)
-            except ValueError as error:
-                if refused is None:
-                    raise
-                refused(index, error)
-                continue
-            waiting.setdefault(image.size, []).append((index, image))
-            area = {size: size[0] * size[1] * len(members) for size, members in waiting.items()}
-            if area[image.size] + image.width * image.height > limit:
-                yield self._encode_waiting(waiting.pop(image.size))
-            elif sum(area.values()) > WAITING_BATCHES * limit:
-                yield self._encode_waiting(waiting.pop(max(area, key=lambda size: area[size])))
-        for members in waiting.values():
-            yield self._encode_waiting(members)
+
+        def open_fitted(pair: tuple[str, Any]) -> Image.Image:
+            name, item = pair
+            image = self.fit_picture(open_image(item() if callable(item) else item, name), fit)
+            self.check_size(image.height, image.width, name)
+            return image
+
+        require(batch_size is None or batch_size > 0, "batch_size", "at least 1", batch_size)
+        require(workers >= 0, "workers", "0 or more threads", workers)
+        pairs = images if isinstance(images, Iterator) else name_images(images)
+        groups = _grouped(run_ahead(open_fitted, pairs, workers), refused, self.device.type, batch_size)
+        batches = ((list(numbers), torch.stack(list(map(image_to_tensor, found)))) for numbers, found in groups)
+        if stable:
+            encoded = stable_encoder(self).encode_many((numbers, self._checked(x)) for numbers, x in batches)
+            yield from cast("Iterator[tuple[list[int], Codes]]", encoded)
+            return
+        for numbers, x in batches:
+            yield numbers, self._encode_prepared(x)
 
     @torch.no_grad()
-    def _encode_waiting(self, members: list[tuple[int, Image.Image]]) -> tuple[list[int], Codes]:
-        return [index for index, _ in members], self.encode_tensor(self.prepare([image for _, image in members]))
+    def _encode_prepared(self, images: Tensor) -> Codes:
+        return self.encode_tensor(self.prepare(images))
+
+    def _checked(self, images: Tensor) -> Tensor:
+        """A tensor of images [B, 3, H, W] on the tokenizer's device, in its own dtype."""
+        check_images(images)
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
+        return images.to(self.device)
+
+    @property
+    def stability(self) -> Stability:
+        """Report of what `encode(..., stable=True)` did with this tokenizer so far."""
+        return stable_encoder(self).report
 
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
-        """Images of one size as a checked float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device."""
+        """Images of one size as a float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device, or ValueError."""
         if not isinstance(images, Tensor):
             pictures = [self.fit_picture(open_image(item, name), fit) for name, item in name_images(images)]
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
-        check_images(images)
-        height, width = images.shape[-2:]
-        self.check_size(height, width)
-        return images.to(self.device, self.dtype)
+        return self._checked(images).to(self.dtype)
 
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
         """A picture brought to a size that `encode` takes; with "refuse", as it is, for `check_size` to judge.
@@ -229,22 +264,18 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         if height < multiple or width < multiple or height % multiple or width % multiple:
             fail(name, f"height and width that are multiples of {multiple}", f"{height} x {width}")
 
+    @torch.no_grad()
     def decode_ids(self, ids: Any, height: int | None = None, width: int | None = None) -> Tensor:
-        """Images from plain ids [B, L], integers of any kind (a tensor, a numpy array, lists).
+        """Images float [B, 3, H, W] from plain ids [B, L], integers of any kind (a tensor, a numpy array, lists).
 
-        height and width may be left out where the tokenizer takes one size.
+        height and width may be left out where the tokenizer takes one size. No gradients: `decode` has them.
+
+        Raises: ValueError for ids that are not of the streams of this size.
         """
-        if height is None or width is None:
-            require(self.image_size is not None, "height and width", "the size of the image", "None")
-            height, width = self.image_size  # type: ignore[misc]
-        self.check_size(height, width)
+        height, width = self.own_size(height, width)
         streams = self.streams(height, width)
         require(len(streams) > 0, "ids", "latents (this tokenizer is continuous)", ids)
         return self.decode(cast(Codes, ImageCodes(ids, height, width, streams).to(self.device)))
-
-    def to_pil(self, x: Tensor) -> list[Image.Image]:
-        """Float [B, 3, H, W] in [-1, 1] as PIL images, clamped."""
-        return tensor_to_images(x)
 
     @property
     def device(self) -> torch.device:
@@ -260,9 +291,37 @@ class ImageTokenizer(nn.Module, ABC, Generic[Codes]):
         """Write config.json, model.safetensors, preprocessor_config.json and README.md, atomically."""
         saving.write(self, directory)
 
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Upload the files of `save` through huggingface_hub; returns the address of the commit."""
-        return saving.push(self, repo_id, private)
+
+def _grouped(
+    opened: Iterable[tuple[int, Image.Image | ValueError]],
+    refused: Callable[[int, ValueError], None] | None,
+    device: str,
+    batch_size: int | None,
+) -> Iterator[tuple[tuple[int, ...], tuple[Image.Image, ...]]]:
+    """Positions and images, all of one size, as they become enough for a batch."""
+    limit = BATCH_PIXELS.get(device, BATCH_PIXELS["cuda"])
+    waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
+    for index, image in opened:
+        if isinstance(image, ValueError):
+            if refused is None:
+                raise image
+            refused(index, image)
+            continue
+        waiting.setdefault(image.size, []).append((index, image))
+        area = {size: size[0] * size[1] * len(members) for size, members in waiting.items()}
+        pixels = image.width * image.height
+        most = limit if batch_size is None else batch_size * pixels
+        ready = None
+        if area[image.size] + pixels > most:
+            ready = image.size
+        elif sum(area.values()) > WAITING_BATCHES * max(limit, most):
+            ready = max(area, key=lambda size: area[size])
+        if ready is not None:
+            numbers, images = zip(*waiting.pop(ready), strict=True)
+            yield numbers, images
+    for members in waiting.values():
+        numbers, images = zip(*members, strict=True)
+        yield numbers, images
 
 
 def _in_order(parts: Iterable[tuple[list[int], Codes]]) -> list[Codes]:

@@ -19,8 +19,9 @@ from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig, DualSemanticEncoder
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.functional.multiscale import bicubic_up
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
-from tokenizers_mm.models.base import ImageInput, ImageTokenizer, within_memory
+from tokenizers_mm.models.base import ImageInput, ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers.base import (
     QUANTIZERS,
     Quantizer,
@@ -66,6 +67,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     family = "dualvitok"
     Config = DualViTokConfig
     DISTURBANCES = frozenset(["perturb"])
+    ONLY_DECODE = frozenset(["semantic_decoder", "pixel_decoder"])
 
     def __init__(
         self,
@@ -128,13 +130,13 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         return semantic, self.pixel_head(self.pixel_encoder(x).permute(0, 2, 3, 1)), target
 
     def quantize(self, semantic: Tensor, pixel: Tensor) -> dict[str, Quantized]:
-        """Both streams, by name."""
+        """Semantic [B, h', w', D] and pixel features [B, h, w, E] quantized, by the name of the stream."""
         return {"semantic": self.semantic_quantizer.quantize(semantic), "pixel": self.pixel_quantizer.quantize(pixel)}
 
     def merge(self, semantic: Tensor, pixel: Tensor) -> Tensor:
         """Semantic [B, h', w', D] and pixel vectors [B, h, w, E] joined on the pixel grid, [B, h, w, D + E]."""
         rows, columns = pixel.shape[1:3]
-        return torch.cat([bicubic_up(semantic.float(), (rows, columns)).to(pixel.dtype), pixel], dim=-1)
+        return torch.cat([bicubic_up(at_least_float32(semantic), (rows, columns)).to(pixel.dtype), pixel], dim=-1)
 
     def decode_pixels(self, vectors: Tensor) -> Tensor:
         """Image [B, 3, H, W] from joined vectors [B, h, w, D + E]."""
@@ -160,6 +162,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
 
+    @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
         require(disturbance.keep is None, "disturbance.keep", "None (DualViTok has one scale)", disturbance.keep)
         perturb = disturbance.perturb

@@ -1,6 +1,10 @@
-"""Reading a directory that `ImageTokenizer.save` wrote, and tensors into modules; strict, and no code is executed."""
+"""Reading a directory that `ImageTokenizer.save` wrote, or the hub id of one, and tensors into modules.
+
+Strict, and no code is executed.
+"""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +26,50 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 MAX_COMPUTED = 1 << 28
 """Limit of the values in buffers that no checkpoint holds, which are computed from a configuration alone."""
+
+SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
+"""Tokenizers that come with the package; `tokenizers_mm/NAME` is the one in the folder NAME."""
+
+
+def shipped() -> list[str]:
+    """Names of the tokenizers that come with the package."""
+    return sorted(f"tokenizers_mm/{path.parent.name}" for path in SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def load(
+    source: str | os.PathLike[str], revision: str | None = None, device: torch.device | str | None = None
+) -> ImageTokenizer[Any]:
+    """A tokenizer from a directory, a hub id or the name of a shipped one ("tokenizers_mm/demo-64"), for evaluation.
+
+    Strict: every tensor must be there with its shape, and no other. No code of the checkpoint is executed.
+    """
+    place = None if device is None else usable_device(device)
+    tokenizer = load_directory(_directory(source, revision))
+    return tokenizer if place is None else tokenizer.to(place)
+
+
+from_pretrained = load
+"""The name that Hugging Face libraries use."""
+
+
+def _directory(source: str | os.PathLike[str], revision: str | None) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    name = str(source)
+    if name in shipped():
+        return SHIPPED / name.partition("/")[2]
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        fail("source", "a directory written by save, or a hub id such as 'owner/name'", name)
+    if name.startswith("tokenizers_mm/"):
+        fail("source", f"one of the shipped tokenizers {shipped()}", name)
+    from huggingface_hub import snapshot_download  # network code: loaded when asked for
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, "*.json", WEIGHTS, "*.md"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        fail("source", "a directory, or a hub id that can be reached", f"{name!r} ({type(error).__name__})")
 
 
 def load_directory(directory: Path) -> ImageTokenizer[Any]:

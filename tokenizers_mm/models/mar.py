@@ -18,7 +18,7 @@ from tokenizers_mm.decoders.mar import MARDecoder, MARDecoderConfig
 from tokenizers_mm.encoders.mar import MAREncoder, MAREncoderConfig
 from tokenizers_mm.functional.diffusion import TRAIN_STEPS, add_noise, diffusion_terms, schedule
 from tokenizers_mm.functional.masking import masked_mean, random_mask
-from tokenizers_mm.models.base import ImageTokenizer, within_memory
+from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 from tokenizers_mm.quantizers.base import Quantizer
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageLatents, Reconstruction, Stream
@@ -122,7 +122,7 @@ class MAR(ImageTokenizer[ImageLatents]):
 
     @property
     def feature_dim(self) -> int:
-        """Channels of `features`."""
+        """Channels C of `features`, those of the encoder."""
         return self.config.encoder.width
 
     def streams(self, height: int, width: int) -> tuple[Stream, ...]:
@@ -165,8 +165,9 @@ class MAR(ImageTokenizer[ImageLatents]):
         codes = images_or_codes if isinstance(images_or_codes, ImageLatents) else self.encode(images_or_codes)
         return buffers_last(self.encoder(codes.values, codes.grid), self.num_buffers)
 
+    @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
-        """The autoencoder alone: the image decoded from the mean of the posterior."""
+        """The autoencoder alone: images [B, 3, H, W] decoded from the mean of the posterior, without disturbance."""
         require(disturbance == UNDISTURBED, "disturbance", "none (MAR has no codes)", disturbance)
         latents = self.encode_tensor(x)
         return Reconstruction(self.decode(latents), None, None, {}, self.vectors(latents))

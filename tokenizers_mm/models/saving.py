@@ -4,19 +4,21 @@ config.json and the metadata of model.safetensors carry the same `save_id` (see 
 are never taken for one tokenizer. Reading it back is `models.loading.load_directory`.
 """
 
+import json
 import os
-import tempfile
 from collections.abc import Mapping
+from hashlib import sha256
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
 from tokenizers_mm._summary import CONFIG, SAVE_ID, SUMMARY, WEIGHTS, save_id, tensors_id
 from tokenizers_mm.config import to_mapping
+from tokenizers_mm.models.card import card
 
 if TYPE_CHECKING:
     from tokenizers_mm.models.base import ImageTokenizer
@@ -24,11 +26,19 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of config.json; raised when a file of an older library could no longer be read as it is."""
 
+MODEL_TYPE = "tokenizers_mm"
+"""Name of the form for transformers (`tokenizers_mm.llm.automodel`)."""
+
 PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
 
 
-def write(tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str]) -> None:
-    """Write the four files, which replace those of an earlier save as a set."""
+def write(
+    tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str], files: Mapping[str, str] | None = None
+) -> None:
+    """Write the four files, which replace those of an earlier save as a set.
+
+    files: texts of further files by name; a README.md among them takes the place of the card.
+    """
     state = tokenizer.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _config(tokenizer) | {SUMMARY: summarize(tokenizer) | {"tensors": tensors_id(shapes)}}
@@ -36,7 +46,8 @@ def write(tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str]) -
     with atomic_directory(directory) as folder:
         write_json(folder / CONFIG, config | mark)
         write_json(folder / PREPROCESSOR, _preprocessor(tokenizer))
-        write_text(folder / CARD, _card(tokenizer))
+        for name, text in ({CARD: card(tokenizer)} | dict(files or {})).items():
+            write_text(folder / name, text)
         save_tensors(state, folder / WEIGHTS, mark)
 
 
@@ -49,27 +60,27 @@ def save_tensors(
         save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
-def push(tokenizer: "ImageTokenizer[Any]", repo_id: str, private: bool) -> str:
-    """Upload the four files as one commit."""
-    from huggingface_hub import HfApi  # network code: loaded when asked for
-
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "tokenizer"
-        write(tokenizer, directory)
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message="Upload tokenizer"))
-
-
 def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
     return {
         "library": "tokenizers_mm",
         "library_version": metadata.version("tokenizers_mm"),
         "format": FORMAT,
+        "model_type": MODEL_TYPE,
         "family": tokenizer.family,
         "config": to_mapping(tokenizer.config),
         "provenance": to_mapping(tokenizer.provenance),
     }
+
+
+def fingerprint(tokenizer: "ImageTokenizer[Any]") -> str:
+    """A digest of family, configuration and weights, the same whatever the device: equal ones give equal ids."""
+    facts = {"family": tokenizer.family, "config": to_mapping(tokenizer.config)}
+    found = sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {data.dtype} {list(data.shape)}".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
@@ -84,9 +95,16 @@ def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
 
 
 def _preprocessor(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
+    """Settings of a stock image processor of transformers, which prepares images as `prepare(..., fit="resize")` does.
+
+    Equal for images of the size that is taken; after a change of size within 1 of 255 (another bicubic). It knows
+    neither EXIF orientation nor colour profiles.
+    """
     size = tokenizer.image_size
     return {
-        "image_processor_type": "tokenizers_mm",
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": size is not None,
+        "resample": 3,
         "do_convert_rgb": True,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -96,27 +114,3 @@ def _preprocessor(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
         "size": None if size is None else {"height": size[0], "width": size[1]},
         "size_multiple": tokenizer.size_multiple,
     }
-
-
-def _card(tokenizer: "ImageTokenizer[Any]") -> str:
-    origin = tokenizer.provenance
-    size = tokenizer.image_size
-    lines = ["---", "library_name: tokenizers_mm", "tags: [image-tokenizer]"]
-    lines += [f"license: {origin.license.lower()}"] if origin.license else []
-    lines += ["---", "", f"# A {tokenizer.family} image tokenizer", ""]
-    lines.append(
-        f"Images: {f'{size[0]} x {size[1]}' if size else f'any multiple of {tokenizer.size_multiple}'} pixels, RGB."
-    )
-    for stream in tokenizer.streams(*size) if size else ():
-        grids = ", ".join(f"{rows}x{columns}" for rows, columns in stream.grids)
-        lines.append(f"Stream `{stream.name}`: {stream.num_ids} ids of {stream.codebook_size} codes (grids {grids}).")
-    facts = {
-        "Source": origin.source,
-        "Licence": origin.license,
-        "sha256 of the source": origin.sha256,
-        "Notice": origin.notice,
-    }
-    lines += [f"{name}: {value}" for name, value in facts.items() if value]
-    lines += ["", "```python", "import tokenizers_mm as tmm", "", "tok = tmm.load('this directory')"]
-    lines += ["codes = tok.encode('picture.png', fit='crop')", "image = tok.to_pil(tok.decode(codes))[0]", "```", ""]
-    return "\n".join(lines)

@@ -15,7 +15,7 @@ from tokenizers_mm.config import Choice, Pixels, checked
 from tokenizers_mm.decoders.features import ConvFeatureDecoder, TransformerFeatureDecoder
 from tokenizers_mm.encoders.plain_vit import PlainViT
 from tokenizers_mm.encoders.semantic import SemanticEncoder
-from tokenizers_mm.models.base import ImageTokenizer, within_memory
+from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.models.vqgan import DECODERS
 from tokenizers_mm.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from tokenizers_mm.quantizers.base import join_groups, make_streams, split_groups
@@ -66,6 +66,7 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
     family = "semantic"
     Config = SemanticConfig
     DISTURBANCES = frozenset(["perturb"])
+    ONLY_DECODE = frozenset(["pixel_decoder", "semantic_decoder"])
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
 
+    @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
         require(disturbance.keep is None, "disturbance.keep", "None (there is one scale)", disturbance.keep)
         target = self.tower_features(x)

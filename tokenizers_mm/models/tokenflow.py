@@ -17,7 +17,7 @@ from tokenizers_mm.decoders.pixel import PixelDecoder, PixelDecoderConfig
 from tokenizers_mm.decoders.semantic import SemanticDecoder, SemanticDecoderConfig
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
-from tokenizers_mm.models.base import ImageTokenizer, within_memory
+from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers.base import QUANTIZERS, build_quantizer, join_groups, make_streams, split_groups
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
@@ -76,6 +76,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
     family = "tokenflow"
     Config = TokenFlowConfig
     DISTURBANCES = frozenset(["keep"])
+    ONLY_DECODE = frozenset(["semantic_decoder", "pixel_decoder"])
 
     def __init__(
         self,
@@ -159,6 +160,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
 
+    @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
         require(disturbance.perturb is None, "disturbance.perturb", "None (no pixel stream here)", "a function")
         quantized = self.quantizer.quantize(self.encode_features(x), disturbance.keep)

@@ -20,7 +20,7 @@ from tokenizers_mm.encoders.patch import PatchEncoder
 from tokenizers_mm.encoders.pixel import PixelEncoder
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
-from tokenizers_mm.models.base import ImageTokenizer, within_memory
+from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, ScalesConfig, build_quantizer
 from tokenizers_mm.quantizers.base import join_groups, make_streams, split_groups
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
@@ -84,6 +84,7 @@ class VQGAN(ImageTokenizer[ImageCodes]):
     family = "vqgan"
     Config = VQGANConfig
     DISTURBANCES = frozenset(["keep", "perturb"])
+    ONLY_DECODE = frozenset(["decoder", "semantic_decoder"])
 
     def __init__(
         self,
@@ -163,6 +164,7 @@ class VQGAN(ImageTokenizer[ImageCodes]):
     def forward(self, x: Tensor) -> Reconstruction:
         return self.reconstruct(x)
 
+    @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
         z, keep, perturb = self.encode_features(x), disturbance.keep, disturbance.perturb
         if isinstance(self.quantizer, MultiScaleQuantizer):

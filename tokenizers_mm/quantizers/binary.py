@@ -120,7 +120,8 @@ class BinaryQuantizer(Quantizer):
     def quantize(self, z: Tensor) -> Quantized:
         bits = z.detach() > 0
         ids = bits_to_ids(bits.unflatten(-1, (self.groups, -1)), self.config.order)
-        ids = kernels.finite_ids(z.unflatten(-1, (self.groups, -1)), ids, self.query_names[0])
+        parts = z.detach().unflatten(-1, (self.groups, -1))
+        ids = kernels.finite_ids(parts, ids, self.query_names[0], lambda: 2 * parts.abs().amin(-1))
         z = self._compared(z)
         vectors = self._pass(z, signs(z.detach()))
         terms = self.terms(z, vectors) if self.training else None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Codes, Depth, Heads, Range, Width, checked
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.layers.attention import Block, check_block
 from tokenizers_mm.layers.init import xavier_linears
 from tokenizers_mm.quantizers.vq import VQ, CodebookQuantizer, VQConfig
@@ -60,7 +61,7 @@ class FVQ(CodebookQuantizer):
         x = self.compress(self.codes.view(1, -1, self.config.group * self.dim))
         for block in self.blocks:
             x = block(x)
-        return self.recover(self.norm(x)).view(self.codebook_size, self.dim).float()
+        return at_least_float32(self.recover(self.norm(x))).view(self.codebook_size, self.dim)
 
     @torch.no_grad()
     def folded(self) -> VQ:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Length, Range, Width, checked
-from tokenizers_mm.functional.scalar import Bound, ids_to_levels, level_values, levels_to_ids, round_to_levels
+from tokenizers_mm.functional.scalar import (
+    Bound,
+    ids_to_levels,
+    level_values,
+    levels_to_ids,
+    round_to_levels,
+    rounding_margin,
+)
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
 
@@ -57,9 +64,11 @@ class FSQ(Quantizer):
     def quantize(self, z: Tensor) -> Quantized:
         require(z.shape[-1] == self.dim, self.query_names[0], f"float [..., {self.dim}]", z)
         levels = self.config.levels
-        whole = round_to_levels(_linear(self.project_in, z), levels, self.config.bound)
+        narrow, bound = _linear(self.project_in, z), self.config.bound
+        whole = round_to_levels(narrow, levels, bound)
         terms = {} if self.training else None
-        ids = kernels.finite_ids(z, levels_to_ids(whole, levels), self.query_names[0])
+        ids = levels_to_ids(whole, levels)
+        ids = kernels.finite_ids(z, ids, self.query_names[0], lambda: rounding_margin(narrow, levels, bound))
         return Quantized(self._expand(whole), ids, terms, queries=z.detach())
 
     @in_float32

@@ -3,6 +3,7 @@
 The code is the one with the largest logit, and the gradient of the vectors reaches every code through the softmax.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm.config import Codes, Range, Width, checked
-from tokenizers_mm.functional.assignment import assign, largest_logit
+from tokenizers_mm.functional.assignment import assign, largest_logit, logit_margin
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.functional.vq import look_up, straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
@@ -60,7 +62,7 @@ class IBQ(Quantizer):
 
     def codebook(self) -> Tensor:
         """The codes that `look_up` returns, [K, D]."""
-        return self.codes.float()
+        return at_least_float32(self.codes)
 
     @in_float32
     def quantize(self, z: Tensor) -> Quantized:
@@ -70,7 +72,8 @@ class IBQ(Quantizer):
             z, keys = F.normalize(z, dim=-1), F.normalize(codes, dim=-1)
         rows = z.reshape(-1, self.dim)
         if not self.training:
-            ids = self._checked(raw, largest_logit(rows.detach(), keys.detach()).view(z.shape[:-1]))
+            ids = largest_logit(rows.detach(), keys.detach()).view(z.shape[:-1])
+            ids = self._checked(raw, ids, lambda: logit_margin(rows, keys).view(z.shape[:-1]))
             return Quantized(straight_through(z, look_up(keys, ids)), ids, queries=z.detach())
         config, slope = self.config, 2.0 if self.config.normalize else 1.0
         entropy_scale = 0.0 if config.entropy_temperature is None else slope / config.entropy_temperature
@@ -89,6 +92,6 @@ class IBQ(Quantizer):
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         self.codes[ids] = vectors.to(self.codes.dtype)
 
-    def _checked(self, z: Tensor, ids: Tensor) -> Tensor:
+    def _checked(self, z: Tensor, ids: Tensor, margin: Callable[[], Tensor] | None = None) -> Tensor:
         """The ids, features that are not finite refused."""
-        return kernels.finite_ids(z, ids, self.query_names[0])
+        return kernels.finite_ids(z, ids, self.query_names[0], margin)

@@ -8,7 +8,8 @@ from torch import Tensor
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range, Width, checked
-from tokenizers_mm.functional.scalar import nearest_level, normal_levels, uniform_levels
+from tokenizers_mm.functional.precision import at_least_float32
+from tokenizers_mm.functional.scalar import level_margin, nearest_level, normal_levels, uniform_levels
 from tokenizers_mm.functional.vq import look_up, straight_through
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
@@ -55,7 +56,8 @@ class PerDimension(Quantizer):
         require(z.shape[-1] == self.dim, self.query_names[0], f"float [..., {self.dim}]", z)
         assert isinstance(self.values, Tensor)
         values = self.values.to(z.dtype)
-        ids = kernels.finite_ids(z[..., None], nearest_level(z, values), self.query_names[0])
+        ids = nearest_level(z, values)
+        ids = kernels.finite_ids(z[..., None], ids, self.query_names[0], lambda: level_margin(z, values))
         ids = ids if self.groups > 1 else ids[..., 0]
         return Quantized(
             straight_through(z, self.look_up(ids).to(z.dtype)), ids, {} if self.training else None, z.detach()
@@ -63,7 +65,7 @@ class PerDimension(Quantizer):
 
     def look_up(self, ids: Tensor) -> Tensor:
         ids = ids if self.groups > 1 else ids[..., None]
-        return look_up(self.values.float()[:, None], ids)[..., 0]  # type: ignore[operator]
+        return look_up(at_least_float32(self.values)[:, None], ids)[..., 0]  # type: ignore[operator]
 
     @property
     def revivable(self) -> bool:

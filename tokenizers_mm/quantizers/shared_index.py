@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Codes, Length, Range, Width, checked
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.functional.shared_index import normalize_parts
 from tokenizers_mm.functional.vq import codebook_entropy, look_up, straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
@@ -65,7 +66,7 @@ class SharedIndexQuantizer(Quantizer):
 
     def codebook(self) -> Tensor:
         """The codes as they are compared and decoded, [K, D], in float32."""
-        codes = torch.cat([part.float() for part in self.codebooks], dim=-1)
+        codes = torch.cat([at_least_float32(part) for part in self.codebooks], dim=-1)
         return self._normalized(codes)
 
     @in_float32

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm.config import Codes, Range, Width, checked
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.functional.vq import codebook_entropy, look_up, rotate_to, straight_through, vq_terms
 from tokenizers_mm.quantizers.base import Quantizer, in_float32
 from tokenizers_mm.types import Quantized
@@ -94,7 +95,7 @@ class VQ(CodebookQuantizer):
         self.codes = nn.Parameter(torch.randn(config.codebook_size, config.dim) * config.dim**-0.5)
 
     def codebook(self) -> Tensor:
-        return self._compared(self.codes.float())
+        return self._compared(at_least_float32(self.codes))
 
     @torch.no_grad()
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
@@ -148,11 +149,11 @@ class SimVQ(CodebookQuantizer):
         self.transform = nn.Linear(frozen_dim, config.dim, bias=config.bias)
 
     def codebook(self) -> Tensor:
-        return self._transformed(self.frozen.float())  # type: ignore[operator]
+        return self._transformed(at_least_float32(self.frozen))  # type: ignore[arg-type]
 
     @in_float32
     def look_up(self, ids: Tensor) -> Tensor:
-        return self._transformed(look_up(self.frozen.float(), ids))  # type: ignore[operator]
+        return self._transformed(look_up(at_least_float32(self.frozen), ids))  # type: ignore[arg-type]
 
     @property
     def revivable(self) -> bool:
@@ -162,5 +163,5 @@ class SimVQ(CodebookQuantizer):
         raise ValueError("SimVQ: expected no revival of codes (its codebook is frozen by design), got a request for it")
 
     def _transformed(self, frozen: Tensor) -> Tensor:
-        mapped = frozen @ self.transform.weight.float().T
-        return mapped if self.transform.bias is None else mapped + self.transform.bias.float()
+        mapped = frozen @ at_least_float32(self.transform.weight).T
+        return mapped if self.transform.bias is None else mapped + at_least_float32(self.transform.bias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
-from tokenizers_mm.data.sources import Batch, DataConfig, Mixture, Positions, list_images, make_loader
+from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
@@ -254,8 +254,6 @@ def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, i
         tokenizer.check_size(*size)
     if data.buckets is not None:
         require(size is None, f"{where}.buckets", "a tokenizer of any size and no image_size", size)
-        folders = all(source.kind == "folder" for source in data.sources)
-        require(folders, f"{where}.buckets", "folders as sources", "another kind")
     return size
 
 
@@ -269,8 +267,8 @@ def image_batches(
         assert size is not None
         dataset, positions = Mixture(data, size, run.seed), Positions(run.batch_size, start, rank, world)
     else:
-        files = [file for source in data.sources for file in list_images(source.path)]
-        dataset = AnySize(files, data.buckets, data.workers)
+        sources = [SOURCES[source.kind](source) for source in data.sources]
+        dataset = AnySize(sources, data.buckets, data.workers, [source.weight for source in data.sources])
         first = start // (run.batch_size * world)
         positions = BucketBatches(dataset.sizes, run.batch_size, run.seed, first, rank, world)
     return iter(make_loader(dataset, positions))

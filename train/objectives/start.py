@@ -18,8 +18,9 @@ from tokenizers_mm.models.weights import copy_weights
 class ModelConfig:
     """The tokenizer: its family and the family's own configuration, or a saved tokenizer to continue from.
 
-    With both, the configuration says what is built and the saved tokenizer gives the weights, but for parameters whose
-    names begin with one of `fresh`, which start anew (another decoder on frozen codes).
+    family: name in the table of families. config: the family's own configuration. start_from: directory or hub id of a
+    saved tokenizer, "" for none; beside a config, which says what is built, it gives the weights. fresh: beginnings of
+    the names of parameters that start anew in that case (another decoder on frozen codes).
     """
 
     family: str = ""

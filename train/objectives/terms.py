@@ -15,6 +15,7 @@ from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConf
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.alignment import cosine_distance
 from tokenizers_mm.layers.towers import ChannelDeviations, ChannelMeans, TowerName, TowerOptions
+from tokenizers_mm.losses import LOSSES
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
 from tokenizers_mm.losses.discriminators import DISCRIMINATORS, PatchGANConfig
 from tokenizers_mm.losses.perceptual import LPIPS, load_lpips
@@ -58,12 +59,12 @@ class LossConfig:
     """Terms and their weights.
 
     weights: weight of each term by its name: "pixel", "perceptual", "semantic", "generator" (the discriminator's loss
-    has its weight too), and every term of the tokenizer's quantizers ("codebook", "commitment", "entropy", ...). A term
-    with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none", "teacher" (distillation), "target" (the same
-    from the tokenizer's own frozen tower) or "captions" (contrast). gan: the losses of generator and discriminator.
-    gan_start: step of the stage from which both act. discriminator: {kind: patchgan | dino, ...}. adaptive: scale the
-    generator's term by gradient norms. lecam, r1: weights of two regularisers of the discriminator. lpips_weights: file
-    of VGG16 weights, or "" for torch.hub's cache.
+    has its weight too), losses that were registered, and every term of the tokenizer's quantizers ("codebook",
+    "commitment", "entropy", ...). A term with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none",
+    "teacher" (distillation), "target" (the same from the tokenizer's own frozen tower) or "captions" (contrast).
+    gan: the losses of generator and discriminator. gan_start: step of the stage from which both act. discriminator:
+    {kind: patchgan | dino, ...}. adaptive: scale the generator's term by gradient norms. lecam, r1: weights of two
+    regularisers of the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
     """
 
     weights: dict[str, Weight] = field(default_factory=lambda: {"pixel": 1.0, "codebook": 1.0, "commitment": 0.25})
@@ -115,7 +116,11 @@ def check_terms(loss: LossConfig, tokenizer: ImageTokenizer[Any]) -> None:
     of_model = f"a term of this {tokenizer.family} model (its quantizers compute {computed})"
     for name, weight in loss.weights.items():
         off = not weight and name in ("semantic", *ALWAYS, *PLAIN_TERMS)
-        require(off or name in have or (name in ALWAYS and "pixel" in have), f"{where}.weights.{name}", of_model, name)
+        own = name in LOSSES
+        shown = name in ALWAYS and "pixel" in have
+        require(off or own or name in have or shown, f"{where}.weights.{name}", of_model, name)
+        clash = own and name in {*have, *ALWAYS, *PLAIN_TERMS}
+        require(not clash, f"{where}.weights.{name}", "a registered loss with a name of its own", name)
     require(loss.semantic != "target" or "target" in have, f"{where}.semantic", of_model, "target")
     for name in computed:
         named = name in loss.weights
@@ -188,6 +193,9 @@ class ImageTerms:
         for name in {name: None for each in quantized for name in each}:  # in a fixed order
             if weight(name):
                 terms[name] = torch.stack([each[name] for each in quantized if name in each]).sum()
+        for name in LOSSES:
+            if weight(name):
+                terms[name] = LOSSES[name](x, output)
         if adversarial and self.adversary is not None and output.image is not None:
             visible = [weight(name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
             terms["generator"] = self.adversary.generator_term(x, output.image, visible, last_layer)

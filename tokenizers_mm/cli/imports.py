@@ -1,0 +1,49 @@
+"""`--import FILE`, an option of every verb: run a Python file of the caller's, which registers parts of its own.
+
+The file is executed because the caller named it; no checkpoint or configuration can name one.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm._files import regular_file
+
+OPTION = "--import"
+
+FAULTS = (SyntaxError, ImportError, NameError, AttributeError, TypeError, LookupError, ArithmeticError)
+"""Errors of a file that is no working program; a ValueError of ours, such as that of `register`, is passed on."""
+
+
+def split_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without the option, and the files that it named, in order."""
+    rest, files = [], []
+    given = iter(arguments)
+    for argument in given:
+        if argument == OPTION:
+            files.append(next(given, ""))
+        elif argument.startswith(f"{OPTION}="):
+            files.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return rest, files
+
+
+def run_imports(files: Sequence[str]) -> None:
+    """Import each file as a module of its own name, so that worker processes find it too."""
+    for name in files:
+        path = regular_file(Path(name).resolve(), "a Python file")
+        require(
+            path.suffix == ".py" and path.stem.isidentifier(), OPTION, "a file whose name is that of a module", name
+        )
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        try:
+            module = importlib.import_module(path.stem)
+        except FAULTS as error:
+            fail(f"{OPTION} {name}", "a Python file that runs", f"{type(error).__name__}: {shorten(str(error))}")
+        found = getattr(module, "__file__", None)
+        other = found is None or Path(found).resolve() != path
+        require(not other, f"{OPTION} {name}", "a name that no other module has", f"{path.stem} ({found})")
