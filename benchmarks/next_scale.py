@@ -25,16 +25,16 @@ from tokenizers_mm.types import ImageCodes
 from train.demo.language_model import Bridge, make_processor
 from train.optim import OptimizerConfig, descend, learning_rate
 
-BATCH, HELD_OUT = 8, 64
+BATCH, HELD_OUT, NEAR = 8, 64, 10
 OPTIONS = OptimizerConfig(lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, schedule="cosine", warmup=40, clip=1.0)
 
 
 @dataclass(frozen=True)
 class Way:
-    """scale_power: of `scale_weights`. strength: of the noise of self-correction, 0 for none. residual: features."""
+    """scale_power: of `scale_weights`. mistakes: share of ids read wrongly (self-correction). residual: features."""
 
     scale_power: float = 0.0
-    strength: float = 0.0
+    mistakes: float = 0.0
     residual: bool = False
 
 
@@ -42,7 +42,7 @@ WAYS = {
     "plain": Way(),
     "scale reweighting": Way(scale_power=0.9),
     "residual features": Way(residual=True),
-    "self-correction, residual features": Way(strength=0.3, residual=True),
+    "self-correction, residual features": Way(mistakes=0.3, residual=True),
 }
 
 
@@ -54,17 +54,26 @@ class Drawing:
         self.way, self.tokenizer, self.scenes = way, tokenizer, scenes
         self.bridge = Bridge(tokenizer, make_processor(tokenizer))
         self.bridge.scales.residual = way.residual
-        self.read, self.learned = self.ids(scenes, way.strength)
+        self.read, self.learned = self.ids(scenes, way.mistakes)
 
     @torch.no_grad()
-    def ids(self, scenes: Sequence[Scene], strength: float) -> tuple[Tensor, Tensor]:
-        """Ids of scenes, int64 [N, L]: those that are read and those that are learned."""
+    def ids(self, scenes: Sequence[Scene], mistakes: float) -> tuple[Tensor, Tensor]:
+        """Ids of scenes, int64 [N, L]: those that are read, of which some are near codes instead, and those learned."""
         generator, parts = torch.Generator().manual_seed(0), []
+        near = torch.cdist(self.bridge.codes, self.bridge.codes).topk(NEAR + 1, largest=False).indices[:, 1:]
         for start in range(0, len(scenes), 64):
             z = self.tokenizer.encode_features(scene_images(list(scenes[start : start + 64]), self.bridge.size[0]))
-            parts.append(self.tokenizer.quantizer.quantize_corrected(z, strength, generator))
-        read, learned = zip(*parts, strict=True)
-        return torch.cat(read), torch.cat(learned)
+            read: list[Tensor] = []
+
+            def corrupt(ids: Tensor, scale: int, read: list[Tensor] = read) -> Tensor:
+                other = near[ids, torch.randint(NEAR, ids.shape, generator=generator)]
+                read.append(torch.where(torch.rand(ids.shape, generator=generator) < mistakes, other, ids))
+                return read[-1]
+
+            learned, _ = self.tokenizer.quantizer.self_correcting(z, corrupt)
+            parts.append((torch.cat([part.flatten(1) for part in read], 1), learned))
+        reads, learns = zip(*parts, strict=True)
+        return torch.cat(reads), torch.cat(learns)
 
     def train(self, steps: int) -> None:
         """Draw scenes from captions, some without one."""

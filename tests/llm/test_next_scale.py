@@ -229,6 +229,7 @@ def test_residual_features_are_the_codes_of_the_scale_before() -> None:
     assert not torch.allclose(whole[:, 4:], features[:, 4:])
 
 
+@torch.no_grad()
 def test_a_reweighted_loss_is_the_weighted_mean_of_its_terms() -> None:
     torch.manual_seed(0)
     grids = [(1, 1), (2, 2)]

@@ -84,21 +84,3 @@ def test_part_of_a_scale_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match="ids: expected a whole number of scales, got"):
         quantizer.look_up(torch.zeros(2, length, dtype=torch.int64))
     assert quantizer.look_up(torch.zeros(2, 1 + 6, dtype=torch.int64)).shape == (2, 4, 4, 9)
-
-
-@torch.no_grad()
-def test_later_scales_correct_mistakes_of_earlier_ones() -> None:
-    inner, _, z = build(normalize=False)
-    quantizer, z = MultiScaleQuantizer(inner, [(1, 1), (4, 4)]).eval(), 0.1 * z.detach()
-    generator = torch.Generator().manual_seed(0)
-    right = quantizer.quantize(z).ids
-    for same in quantizer.quantize_corrected(z, 0.0, generator):
-        assert torch.equal(same, right)
-    read, learned = quantizer.quantize_corrected(z, 5.0, generator)
-    assert torch.equal(learned[:, :1], right[:, :1])
-    assert not torch.equal(read[:, :1], right[:, :1])
-    errors = [
-        float((quantizer.look_up(torch.cat([read[:, :1], later[:, 1:]], 1)) - z).square().mean())
-        for later in (learned, right)
-    ]
-    assert errors[0] < errors[1]

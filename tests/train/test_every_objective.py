@@ -209,7 +209,7 @@ def twenty(kind: str) -> dict[str, Any]:
     if kind == "joint":
         stages = zip(SMALLER["joint"]["objective.stages"], (4, 12, 4), strict=True)
         return edits | {"objective.stages": [{**stage, "steps": steps} for stage, steps in stages]}
-    return edits | {"steps": 20} | ({"objective.optimizer.lr": 0.0001} if kind == "reconstruction" else {})
+    return edits | {"steps": 20} | ({"objective.optimizer.lr": 0.00005} if kind == "reconstruction" else {})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,7 +40,7 @@ def next_scale_features(vectors: Tensor, grids: Sequence[Grid], residual: bool =
     The sum of the codes is carried from scale to scale: what was summed up is resized to the next grid, is the input
     there, and the codes of that scale are added to it. (Not the sum of full-size codes that the decoder reads.)
     residual: nothing is summed up, the input of a scale is the codes of the scale before it alone, resized; for ids
-    with mistakes (`MultiScaleQuantizer.quantize_corrected`; NextFlow, arXiv 2601.02204).
+    with mistakes (`MultiScaleQuantizer.self_correcting`; NextFlow, arXiv 2601.02204).
     """
     parts, carried = [], None
     for index, (start, end) in enumerate(scale_bounds(grids)):

@@ -120,25 +120,6 @@ class MultiScaleQuantizer(Quantizer):
         queries = [part.queries.flatten(1, 2) for part in parts if part.queries is not None]
         return Quantized(total, ids, terms, torch.cat(queries, dim=1) if queries else None)
 
-    @in_float32
-    def quantize_corrected(self, z: Tensor, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Ids with mistakes that later scales correct, for training a model that draws scale by scale.
-
-        Returns (read, learned), int64 [B, L] each: at every scale `learned` are the ids of what is left, and `read`
-        those of the same with noise of `strength` times its spread, as a model that drew wrongly would have them; the
-        scales after it quantize what `read` leaves. Source: NextFlow (arXiv 2601.02204), self-correction.
-        """
-        residual, quantize = z, self.quantizer.prepared()
-        read, learned = [], []
-        for grid in self.grids:
-            left = area_down(residual, grid)
-            noise = torch.randn(left.shape, generator=generator).to(left.device)
-            drawn = quantize(left + strength * left.std() * noise)
-            read.append(drawn.ids.flatten(1, 2))
-            learned.append(quantize(left).ids.flatten(1, 2))
-            residual = residual - bicubic_up(drawn.vectors, self.grids[-1])
-        return torch.cat(read, dim=1), torch.cat(learned, dim=1)
-
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors [B, h, w, D] of ids [B, L(, groups)]; L may end after any whole scale."""
         return self.partial_sums(ids)[-1]
