@@ -66,7 +66,7 @@ def machine(count: int, name: str) -> None:
         for variant in variants:
             if "compiled" in variant:
                 for part in (tokenizer.pixel_encoder, tokenizer.semantic_encoder):
-                    part.compile()
+                    part.compile()  # type: ignore[operator]
             before, start = tokenizer.stability, time.process_time()
             ids = encode(tokenizer, x, variant, True)
             middle = time.process_time()

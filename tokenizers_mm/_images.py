@@ -46,7 +46,8 @@ AHEAD = 16
 
 GREY = (127, 127, 127)
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Fit = Literal["refuse", "crop", "pad", "resize"]
 """What to do with an image of a size that the tokenizer does not take."""

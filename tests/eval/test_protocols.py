@@ -1,6 +1,8 @@
 """Protocols as data: their hashes, what they do to images, and the conventions of papers on the reference case."""
 
+import tarfile
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.eval import PROTOCOLS
 from tokenizers_mm.eval.base import Batch, Setup
 from tokenizers_mm.eval.image import ssim
+from tokenizers_mm.eval.images import ImageSource
 from tokenizers_mm.eval.pixels import PSNR, SSIM
 from tokenizers_mm.eval.protocols import Protocol, differences, protocol_by_name, round_to_bytes
 
@@ -94,3 +97,14 @@ def test_tokenflow_truth_of_sets_is_cut() -> None:
     lower = int(((x - cut) * 127.5).round().sum())
     assert lower == pytest.approx(int(reference.outputs["a.gt_png_minus_crop"].abs()), rel=0.02)
     assert torch.equal(PROTOCOLS["default"].reference_of_sets(x), x)
+
+
+def test_images_of_tar_files(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for index in range(3):
+            image = Image.new("RGB", (8 + index, 8), (index, 0, 0))
+            image.save(tmp_path / f"{index}.png")
+            tar.add(tmp_path / f"{index}.png", f"x/{index}.png")
+    found = ImageSource.at(str(tmp_path), limit=2)
+    assert found.names == ["a/x/0.png", "a/x/1.png"]
+    assert [found.open(index).size for index in range(2)] == [(8, 8), (9, 8)]

@@ -54,8 +54,11 @@ class Source(Protocol):
     samples are mirrored and coloured at random.
     """
 
-    size: int | None
-    augmented: bool
+    @property
+    def size(self) -> int | None: ...
+
+    @property
+    def augmented(self) -> bool: ...
 
     def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
         """The sample of an index, cut to (height, width), before augmentation."""

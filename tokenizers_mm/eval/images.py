@@ -48,8 +48,8 @@ class ImageSource:
         if Path(place).is_dir() and next(Path(place).rglob("*.tar"), None) is not None:
             shards = Shards(place)
             count = min(len(shards), limit or len(shards))
-            names = [f"{number}:{start}" for number, start in shards.places[:count, :2].tolist()]
-            return cls(place, names, lambda index: shards[index][0], [-1] * count)
+            names = [shards.name(index) for index in range(count)]
+            return cls(place, names, lambda index: shards.read(index).image, [-1] * count)
         files = FileList.below(place)
         count = min(len(files), limit or len(files))
         names = [str(files[index].relative_to(place)) for index in range(count)]
