@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from tests.llm.fakes import FakeTokenizer, byte_level, dual, one_scale, words
 from tests.llm.test_grammar import SIZES, model_for
@@ -57,11 +58,31 @@ def test_it_tells_what_it_sees_and_draws_what_it_is_told(as_features: bool) -> N
     model, processor, projector = learned(as_features)
     for caption, level in LEVELS.items():
         image = torch.full((3, 16, 16), level)
-        assert describe(model, processor, image, "what", projector=projector if as_features else None) == caption
+        assert (
+            describe(model, image, "what", processor=processor, projector=projector if as_features else None) == caption
+        )
         greedy = GenerationSettings(sampling=Sampling(temperature=0))
         for size in (None, (16, 16)):
-            drawn = draw(model, processor, caption, size, settings=greedy)
+            drawn = draw(model, caption, size, processor=processor, settings=greedy)
             assert torch.equal(processor.tokenizer.encode(drawn).ids, processor.tokenizer.encode(image[None]).ids)  # type: ignore[union-attr]
+
+
+def test_a_model_brings_the_processor_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor, _ = learned(False)
+    with pytest.raises(ValueError, match="processor: expected one, or a model of a folder in which one is saved"):
+        describe(model, picture(1))
+    model.save_pretrained(tmp_path / "llm")
+    processor.save(tmp_path / "llm")
+    loaded: list[Path] = []
+    monkeypatch.setattr(
+        "tokenizers_mm.llm.processor.load_directory", lambda path: loaded.append(path) or processor.tokenizer
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "llm").eval()
+    image = torch.full((3, 16, 16), LEVELS["dark"])
+    assert describe(again, image, "what") == "dark"
+    assert loaded == [tmp_path / "llm" / "tokenizer"]
+    drawn = draw(again, "dark", settings=GenerationSettings(sampling=Sampling(temperature=0)))
+    assert torch.equal(processor.tokenizer.encode(drawn).ids, processor.tokenizer.encode(image[None]).ids)  # type: ignore[union-attr]
 
 
 def test_drawing_with_guidance_of_any_size_repeats_with_its_generator() -> None:
@@ -71,14 +92,21 @@ def test_drawing_with_guidance_of_any_size_repeats_with_its_generator() -> None:
     model = model_for(vocabulary)
     settings = GenerationSettings(guidance=2.0)
     first, second = (
-        draw(model, processor, "a b", (64, 128), settings=settings, generator=torch.Generator().manual_seed(1))
+        draw(
+            model,
+            "a b",
+            (64, 128),
+            processor=processor,
+            settings=settings,
+            generator=torch.Generator().manual_seed(1),
+        )
         for _ in range(2)
     )
     assert isinstance(first, Image.Image)
     assert first.size == (128, 64)
     assert first.tobytes() == second.tobytes()
-    assert draw(model, processor, "a").size in {(width, height) for height, width in SIZES}
-    assert isinstance(describe(model, processor, draw(model, processor, "b")), str)
+    assert draw(model, "a", processor=processor).size in {(width, height) for height, width in SIZES}
+    assert isinstance(describe(model, draw(model, "b", processor=processor), processor=processor), str)
 
 
 def test_features_in_a_left_padded_prompt_are_those_of_the_row_alone() -> None:

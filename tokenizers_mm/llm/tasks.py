@@ -1,6 +1,8 @@
 """Two tasks in one call each: a text about an image, and an image from a text."""
 
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -11,26 +13,44 @@ from tokenizers_mm.llm.generate import GenerationSettings, Sampling, generate
 from tokenizers_mm.llm.grammar import Grammar
 from tokenizers_mm.llm.processor import MultimodalProcessor
 from tokenizers_mm.llm.projector import FeatureProjector
-from tokenizers_mm.llm.transformers_api import end_tokens
+from tokenizers_mm.llm.transformers_api import end_tokens, unwrap
+from tokenizers_mm.llm.vocabulary import FILE
 
 LIKELIEST = GenerationSettings(max_new_tokens=128, sampling=Sampling(temperature=0))
 """Text that takes the most likely token each time."""
 
+_found: "WeakKeyDictionary[Any, MultimodalProcessor]" = WeakKeyDictionary()
+
+
+def processor_of(model: Any) -> MultimodalProcessor:
+    """The processor that was saved in the folder a model was loaded from, with its image tokenizer in `tokenizer`.
+
+    It is read once for each model. Raises ValueError where the model is from another place.
+    """
+    inner = unwrap(model)
+    if inner not in _found:
+        folder = Path(str(inner.name_or_path))
+        if not (folder / FILE).is_file():
+            fail("processor", f"one, or a model of a folder in which one is saved ({FILE})", f"a model of {folder}")
+        _found[inner] = MultimodalProcessor.from_pretrained(folder)
+    return _found[inner]
+
 
 def describe(
     model: Any,
-    processor: MultimodalProcessor,
     image: object,
     question: str = "",
     *,
+    processor: MultimodalProcessor | None = None,
     projector: FeatureProjector | None = None,
     settings: GenerationSettings = LIKELIEST,
 ) -> str:
     """What the model says after an image and a question.
 
-    image: as in a `Segment`. question: written after the image as it is, chat frames included. projector: shows the
-    image as features; without one it is shown as ids.
+    image: as in a `Segment`. question: written after the image as it is, chat frames included. processor: None takes
+    `processor_of(model)`. projector: shows the image as features; without one it is shown as ids.
     """
+    processor = processor_of(model) if processor is None else processor
     shown = Segment(image, learn=False, as_features=projector is not None)
     prompts = processor([[shown, question] if question else [shown]], end=False, side="left")
     grammar = Grammar(processor.vocabulary, "text", _ends(model, processor))
@@ -40,18 +60,20 @@ def describe(
 
 def draw(
     model: Any,
-    processor: MultimodalProcessor,
     caption: str,
     size: tuple[int, int] | None = None,
     *,
+    processor: MultimodalProcessor | None = None,
     settings: GenerationSettings | None = None,
     generator: torch.Generator | None = None,
 ) -> Image.Image:
     """An image that the model draws from a caption.
 
     caption: written before the image as it is, chat frames included. size: (height, width) in pixels; None lets the
-    model choose among the vocabulary's. settings: with guidance, the unconditional rows are an image without caption.
+    model choose among the vocabulary's. processor: None takes `processor_of(model)`. settings: with guidance, the
+    unconditional rows are an image without caption.
     """
+    processor = processor_of(model) if processor is None else processor
     opening = processor.opening(*size) if size is not None else processor.opening()
     prompts, empty = (processor([row], end=False, side="left") for row in ([caption, opening], ["", opening]))
     ends = _ends(model, processor)
