@@ -1,11 +1,18 @@
 """Fixtures that tests of several folders share."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.deprecations import refuse_our_deprecated_calls
+
+
+def pytest_configure() -> None:
+    """Let tests that interrupt work in a shell's background job too, which ignores SIGINT and hands that down."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
