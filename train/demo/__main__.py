@@ -38,7 +38,7 @@ class Work:
     language_scenes: int
 
 
-FULL, QUICK = Work(1100, 5200, 8000), Work(150, 500, 2000)
+FULL, QUICK = Work(1200, 6000, 8000), Work(150, 500, 2000)
 
 WARM_START, PROBING, LESSON, DRAWING = 25, 70, 0.015, 200
 """Work besides the steps, in units of them: before the tokenizer's training and after it, in its steps; for each scene

@@ -43,7 +43,7 @@ WIDTH, DEPTH, HEADS = 128, 4, 4
 DRAWN, TOLD = 8, 8
 """Scenes in a step of drawing and in one of telling."""
 
-TURNS = (*["draw"] * 7, "tell")
+TURNS = (*["draw"] * 5, "tell")
 UNCAPTIONED = 0.1
 """Share of pictures that are drawn without a caption, which guidance needs."""
 
