@@ -42,7 +42,7 @@ def uniform(name: str, shape: list[int] | tuple[int, ...], seed: int) -> np.ndar
 
 
 def offset_and_amplitude(name: str, shape: list[int] | tuple[int, ...]) -> tuple[float, float]:
-    """What the rule makes of a name: value = offset + amplitude * uniform."""
+    """Offset and amplitude of a name by the rule: value = offset + amplitude * uniform."""
     name = name.lower()
     if "embedding_vqkd" in name or "embedding_vqgan" in name:
         return 0.0, 1.0

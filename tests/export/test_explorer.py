@@ -76,7 +76,7 @@ def runtime(tmp_path: Path) -> Path:
 
 
 def unpack(text: str) -> dict[str, bytes]:
-    """What the page reads from a script."""
+    """Values by key that the page reads from a script, uncompressed."""
     found = re.findall(r'\.(\w+) = "([A-Za-z0-9+/=]*)";', text)
     return {name: gzip.decompress(base64.b64decode(value)) for name, value in found}
 

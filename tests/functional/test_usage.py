@@ -23,7 +23,7 @@ def test_adaptive_code_length_comes_near_to_the_entropy() -> None:
 
 
 def test_entropy_is_corrected_for_few_ids() -> None:
-    """Of 16 equally likely codes the plain estimate from 40 ids is too low; the corrected one is nearer in the mean."""
+    """The plain estimate from 40 ids of 16 equally likely codes is too low; the corrected one is nearer in the mean."""
     generator = torch.Generator().manual_seed(0)
     plain, corrected = [], []
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""What every kind in the table promises: values, gradients by tensor, ids and back, modes, precision, refusals."""
+"""The promises of every kind in the table: values, gradients by tensor, ids and back, modes, precision, refusals."""
 
 import copy
 import dataclasses
@@ -258,7 +258,7 @@ PLAIN = (
 
 
 def test_every_id_has_a_margin_and_float64_stays_float64(made) -> None:
-    """What stable ids need of a quantizer, see `models.stable`."""
+    """Stable ids need both of a quantizer, see `models.stable`."""
     name, quantizer, z = made
     quantizer = quantizer.eval().double()
     with watch_decisions() as found, Watcher() as watcher:

@@ -49,7 +49,7 @@ def test_a_new_model_learns_and_goes_on(folder: Path, tmp_path: Path) -> None:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    """Of the newest checkpoints, language model and projector, and of the finished models."""
+    """Compare the newest checkpoints, language model and projector, and the finished models."""
     a, b = final(one), final(other)
     assert (a["counters"]["step"], a["counters"]["samples"]) == (b["counters"]["step"], b["counters"]["samples"])
     assert a["network learning"].keys() == b["network learning"].keys()
