@@ -4,18 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import case
+from tests.cases import case, close
 from tokenizers_mm.functional.bits import flip_bits, ids_to_bits
 from tokenizers_mm.functional.multiscale import area_down
 from tokenizers_mm.quantizers.binary import BSQ, LFQ, BSQConfig, LFQConfig
 from tokenizers_mm.quantizers.multiscale import INFINITY_SCALES, MultiScaleQuantizer
-
-TOLERANCE = 1e-5  # of the largest element; the originals against an independent form: 3.7e-7 relative (their README)
-
-
-def close(actual: Tensor, expected: Tensor, name: str) -> None:
-    atol = TOLERANCE * float(expected.detach().abs().max())
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 def test_open_magvit2() -> None:

@@ -2,19 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.cases import case
+from tests.cases import case, close
 from tokenizers_mm.quantizers.fsq import FSQ, FSQConfig
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer, ScalesConfig, SmoothingConfig
 from tokenizers_mm.quantizers.vq import VQ, SimVQ, SimVQConfig, VQConfig
-
-TOLERANCE = 1e-5  # of the largest element; the originals against an independent form: 2e-7 relative (their README)
-
-
-def close(actual: Tensor, expected: Tensor, name: str) -> None:
-    atol = TOLERANCE * float(expected.detach().abs().max())
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("name", ["fsq_8_5_5", "fsq_symmetric"])

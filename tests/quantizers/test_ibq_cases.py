@@ -2,17 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.cases import case
+from tests.cases import case, close
 from tokenizers_mm.quantizers.ibq import IBQ, IBQConfig
-
-TOLERANCE = 1e-5  # of the largest element; the originals against an independent form: 2.2e-7 relative (their README)
-
-
-def close(actual: Tensor, expected: Tensor, name: str) -> None:
-    atol = TOLERANCE * float(expected.detach().abs().max())
-    torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("name", ["ibq_train", "ibq_train_small_scale"])

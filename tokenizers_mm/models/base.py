@@ -29,7 +29,16 @@ from tokenizers_mm.models.convenience import ImageInput as ImageInput
 from tokenizers_mm.models.convenience import from_images as from_images
 from tokenizers_mm.models.stable import Stability, stable_encoder
 from tokenizers_mm.quantizers.base import Quantizer
-from tokenizers_mm.types import UNDISTURBED, Codes, Disturbance, ImageCodes, Reconstruction, Stream, join_codes
+from tokenizers_mm.types import (
+    UNDISTURBED,
+    Codes,
+    Disturbance,
+    ImageCodes,
+    ImageLatents,
+    Reconstruction,
+    Stream,
+    join_codes,
+)
 
 BATCH_PIXELS = {"cpu": 1 << 15, "cuda": 1 << 21}
 """Target pixels per batch by device type, at least one image. Larger batches are not faster."""
@@ -234,6 +243,15 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     def stability(self) -> Stability:
         """Report of what `encode(..., stable=True)` did with this tokenizer so far."""
         return stable_encoder(self).report
+
+    def as_codes(self, images_or_codes: Any) -> Codes:
+        """Codes as they are; images of one size encoded, a few at a time."""
+        if isinstance(images_or_codes, (ImageCodes, ImageLatents)):
+            return cast(Codes, images_or_codes)
+        codes = self.encode(images_or_codes)
+        if isinstance(codes, list):
+            fail("images", "images of one size", f"sizes {sorted({(each.height, each.width) for each in codes})}")
+        return cast(Codes, codes)
 
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
         """Images of one size as a float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device, or ValueError."""

@@ -204,9 +204,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     @torch.no_grad()
     def features(self, images_or_codes: object) -> Tensor:
         """[B, h * w, D + E]: the joined codes of both streams on the pixel grid."""
-        if isinstance(images_or_codes, ImageCodes):
-            return self.vectors(images_or_codes).flatten(1, 2)
-        return self.vectors(self.encode_tensor(self.prepare(images_or_codes))).flatten(1, 2)
+        return self.vectors(self.as_codes(images_or_codes)).flatten(1, 2)
 
     @torch.no_grad()
     def stream_features(self, images: ImageInput) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ class MAR(ImageTokenizer[ImageLatents]):
 
         This is the order in which a language model reads them; the encoder itself puts the buffers first.
         """
-        codes = images_or_codes if isinstance(images_or_codes, ImageLatents) else self.encode(images_or_codes)
+        codes = self.as_codes(images_or_codes)
         return buffers_last(self.encoder(codes.values, codes.grid), self.num_buffers)
 
     @from_images

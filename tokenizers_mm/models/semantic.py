@@ -192,8 +192,5 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
     @torch.no_grad()
     def features(self, images_or_codes: object) -> Tensor:
         """[B, h * w, C]: the semantic decoder's prediction of the tower's features; the vectors without one."""
-        codes = images_or_codes
-        if not isinstance(codes, ImageCodes):
-            codes = self.encode_tensor(self.prepare(codes))
-        vectors = self.vectors(codes)
+        vectors = self.vectors(self.as_codes(images_or_codes))
         return vectors.flatten(1, 2) if self.semantic_decoder is None else self.decode_semantic(vectors)

@@ -181,8 +181,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
     @torch.no_grad()
     def features(self, images_or_codes: object) -> Tensor:
         """[B, h * w, D]: the sum over all scales of the upsampled codes, both parts (section 3.4 of the paper)."""
-        codes = images_or_codes if isinstance(images_or_codes, ImageCodes) else self.encode(images_or_codes)
-        return self.vectors(codes).flatten(1, 2)
+        return self.vectors(self.as_codes(images_or_codes)).flatten(1, 2)
 
 
 def _resize(x: Tensor, size: tuple[int, int] | None) -> Tensor:

@@ -201,10 +201,7 @@ class VQGAN(ImageTokenizer[ImageCodes]):
     @torch.no_grad()
     def features(self, images_or_codes: object) -> Tensor:
         """[B, h * w, D]: the quantized vectors."""
-        codes = images_or_codes
-        if not isinstance(codes, ImageCodes):
-            codes = self.encode_tensor(self.prepare(codes))
-        return self.vectors(codes).flatten(1, 2)
+        return self.vectors(self.as_codes(images_or_codes)).flatten(1, 2)
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int) -> nn.Module:
