@@ -245,7 +245,10 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         return stable_encoder(self).report
 
     def as_codes(self, images_or_codes: Any) -> Codes:
-        """Codes as they are; images of one size encoded, a few at a time."""
+        """Codes as they are, with ids [B, L] or values [B, L, D]; images [B, 3, H, W], or what `encode` takes, encoded.
+
+        Raises: ValueError for images of several sizes.
+        """
         if isinstance(images_or_codes, (ImageCodes, ImageLatents)):
             return cast(Codes, images_or_codes)
         codes = self.encode(images_or_codes)
