@@ -1,14 +1,18 @@
-"""One training step against the original TokenFlow recipe's, re-created here: processor time and peak memory.
+"""One training step against the original TokenFlow recipe's, re-created here: time and peak memory.
 
-`python -m benchmarks.train_step [--channels 32] [--batch 2] [--steps 3]`: the same model (scales, codebook and grids of
-TokenFlow-clipb at 224, with narrower networks unless `--channels 128`), batch and precision; each in a process of its
-own. Re-created of the original: its quantizer (three matrices of all distances per scale, one-hot rows, the entropy
-term at weight 0, a window of used ids) and its optimizer (Adam, tensors one by one). LPIPS, teacher and discriminator
-are the same in both, and left out.
+    python -m benchmarks.train_step [--channels 32] [--batch 2] [--steps 3]
+    python -m benchmarks.train_step --channels 128 --batch 16 --device cuda --precision bf16 --compile inductor
+
+The same model (scales, codebook and grids of TokenFlow-clipb at 224, with narrower networks unless `--channels 128`),
+batch and precision; each in a process of its own, on one CPU thread (processor time) or on a GPU (wall time). Ours
+alone is compiled: the original recipe has no such option. Re-created of the original: its quantizer (three matrices of
+all distances per scale, one-hot rows, the entropy term at weight 0, a window of used ids) and its optimizer (Adam,
+tensors one by one). LPIPS, teacher and discriminator are the same in both, and left out.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks import harness
@@ -29,6 +32,8 @@ from train.state import build_state
 from train.step import train_step
 
 WINDOW = 131072
+WARM_UP = 2
+"""Steps before the timed ones: the first compile, and make the optimizer's state."""
 
 
 class OriginalQuantizer(SharedIndexQuantizer):
@@ -64,8 +69,9 @@ class OriginalQuantizer(SharedIndexQuantizer):
         return Quantized(found, ids.view(z.shape[:-1]), terms, queries=queries.detach().view_as(z))
 
 
-def build(original: bool, channels: int, batch: int) -> Any:
-    """The state of a run of one of the two, its batch set."""
+def build(original: bool, options: argparse.Namespace) -> Any:
+    """The state of a run of one of the two."""
+    channels = options.channels
     whole = channels == 128
     pixels = {"channels": channels, "multipliers": [1, 1, 2, 2, 4], "num_blocks": 2, "attention_levels": [4]}
     name, width, heads = ("vit_base_patch16_224", 768, 12) if whole else ("vit_tiny_patch16_224", 192, 3)
@@ -81,7 +87,10 @@ def build(original: bool, channels: int, batch: int) -> Any:
     data = {
         "out": "",
         "steps": 1000,
-        "batch_size": batch,
+        "batch_size": options.batch,
+        "precision": options.precision,
+        "device": options.device,
+        "compile": "" if original else options.compile,
         "objective": {
             "kind": "reconstruction",
             "model": {"family": "tokenflow", "config": model},
@@ -89,7 +98,7 @@ def build(original: bool, channels: int, batch: int) -> Any:
             "optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]},
         },
     }
-    state = build_state(parse_config(data), Accelerator(cpu=True))
+    state = build_state(parse_config(data))
     if original:
         tokenizer: Any = state.objective.networks["tokenizer"]
         tokenizer.quantizer.quantizer.__class__ = OriginalQuantizer
@@ -99,20 +108,32 @@ def build(original: bool, channels: int, batch: int) -> Any:
     return state
 
 
-def measure(original: bool, channels: int, batch: int, steps: int) -> dict[str, float]:
-    """Median processor seconds of a step, and the peak of resident memory in MB."""
+def measure(original: bool, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a step (of the processor, or wall time on a GPU) and the peak of memory in MB."""
     torch.set_num_threads(1)
-    state = build(original, channels, batch)
+    state = build(original, options)
+    cuda = options.device == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
     generator = torch.Generator().manual_seed(0)
     times = []
-    for step in range(steps + 1):
-        images = torch.rand(batch, 3, 224, 224, generator=generator) * 2 - 1
-        started = time.process_time()
-        train_step(state, [Batch(images, [""] * batch, [])])
-        times.append(time.process_time() - started)
+    for step in range(options.steps + WARM_UP):
+        images = torch.rand(options.batch, 3, 224, 224, generator=generator) * 2 - 1
+        batch = Batch(images.to(options.device), [""] * options.batch, [])
+        started = clock()
+        train_step(state, [batch])
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(clock() - started)
         assert state.step == step + 1
+    return {"seconds": statistics.median(times[WARM_UP:]), "peak_mb": peak_mb(cuda)}
+
+
+def peak_mb(cuda: bool) -> float:
+    """Peak of the process' memory, on a GPU that of the tensors there."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 1e6
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"seconds": sorted(times[1:])[len(times[1:]) // 2], "peak_mb": int(peak.split()[1]) / 1e3}
+    return int(peak.split()[1]) / 1e3
 
 
 def main() -> None:
@@ -120,21 +141,24 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--compile", default="", choices=["", "inductor"])
     parser.add_argument("--one", choices=["original", "ours"])
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one == "original", options.channels, options.batch, options.steps)))
+        print(json.dumps(measure(options.one == "original", options)))
         return
     found = {}
     for name in ("original", "ours"):
-        sizes = [f"--{key}={getattr(options, key)}" for key in ("channels", "batch", "steps")]
+        sizes = [f"--{key}={value}" for key, value in vars(options).items() if key != "one"]
         command = [sys.executable, "-m", "benchmarks.train_step", "--one", name, *sizes]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(name, found[name], flush=True)
     row = {f"{key}_ratio": found["original"][key] / found["ours"][key] for key in ("seconds", "peak_mb")}
     print(row)
-    harness.record("train_step", {**vars(options), **found, **row}, harness.machine())
+    harness.record("train_step", {**vars(options), **found, **row}, harness.machine(options.device))
 
 
 if __name__ == "__main__":

@@ -40,13 +40,22 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     elif name == "__version__":
-        value = importlib.import_module("importlib.metadata").version("tokenizers_mm")
+        value = _version()
     elif not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         value = importlib.import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """Version of the installed package; of a checkout that is only on the path, a text that says so."""
+    metadata = importlib.import_module("importlib.metadata")
+    try:
+        return metadata.version("tokenizers_mm")
+    except metadata.PackageNotFoundError:
+        return "0+not.installed"
 
 
 def __dir__() -> list[str]:

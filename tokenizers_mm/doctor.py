@@ -34,7 +34,11 @@ def report() -> list[str]:
 def extras() -> dict[str, list[str]]:
     """Packages of each optional extra, as the installed package states them, but for those of development."""
     found: dict[str, list[str]] = {}
-    for line in importlib.metadata.requires("tokenizers_mm") or ():
+    try:
+        lines = importlib.metadata.requires("tokenizers_mm") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        lines = []
+    for line in lines:
         match = re.fullmatch(r"([\w.-]+).*;.*\bextra == ['\"](\w+)['\"].*", line)
         if match and match[2] != "dev":
             found.setdefault(match[2], []).append(match[1])

@@ -7,9 +7,9 @@ of any: `--help` and wrong usage answer without torch.
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
+from tokenizers_mm import __version__
 from tokenizers_mm.cli import (
     compare,
     completion,
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(f"tokenizers-mm {metadata.version('tokenizers_mm')}")
+        print(f"tokenizers-mm {__version__}")
         parser.exit()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizers_mm import __version__
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import Fit
 from tokenizers_mm.eval.base import Metric, PerImage, Setup
@@ -80,7 +81,7 @@ def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the packages that metrics rest on."""
-    found = {"tokenizers_mm": importlib.metadata.version("tokenizers_mm"), "python": platform.python_version()}
+    found = {"tokenizers_mm": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

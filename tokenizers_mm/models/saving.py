@@ -8,13 +8,13 @@ import json
 import os
 from collections.abc import Mapping
 from hashlib import sha256
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tokenizers_mm import __version__
 from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
 from tokenizers_mm._summary import CONFIG, SAVE_ID, SUMMARY, WEIGHTS, save_id, tensors_id
 from tokenizers_mm.config import to_mapping
@@ -63,7 +63,7 @@ def save_tensors(
 def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
     return {
         "library": "tokenizers_mm",
-        "library_version": metadata.version("tokenizers_mm"),
+        "library_version": __version__,
         "format": FORMAT,
         "model_type": MODEL_TYPE,
         "family": tokenizer.family,

@@ -1,6 +1,7 @@
-"""The tokenizer that comes with the package: train it, measure it on held-out images, write its folder and its card.
+"""The tokenizers that come with the package: train one, measure it on held-out images, write its folder and its card.
 
-`python -m train.demo.shipped [key=value ...]`; the weights of the semantic teacher are in the extra `teacher`.
+`python -m train.demo.shipped demo_64|demo_256 [key=value ...]`: the name of its configuration. A run that is finished
+is not trained again. The weights of the semantic teacher are in the extra `teacher`.
 """
 
 import random
