@@ -45,7 +45,7 @@ void digest(const char* data, int64_t bytes, uint64_t stripe, uint64_t* sums) {
     }
   };
   for (; bytes >= 64; bytes -= 64, data += 64) {
-    __builtin_prefetch(data + 1024);
+    __builtin_prefetch(data + 2048);
     add(data);
   }
   if (bytes > 0) {
