@@ -30,6 +30,8 @@ PASSES = {"auto": 0, "portable": 1, "hopper": 2, "exact": 3}
 MAX_PACKS = 16
 MAX_PACK_BYTES = 1 << 30
 NORMALIZED_ELEMENTS = 1 << 23
+FEW_ROWS = 4
+"""Rows up to which every code is scored in double precision: that reads the codes once, and packing them twice."""
 
 
 class Matrix(ctypes.Structure):
@@ -390,7 +392,11 @@ def search(
     if rows == 0:
         return ids, distances, margins
     library = load_library()
-    pack, check = packs.get(codebooks, weights)
+    if pass_name == "auto" and rows <= FEW_ROWS:
+        pass_name = "exact"
+        pack, check = None, False
+    else:
+        pack, check = packs.get(codebooks, weights)
     dim = sum(codebook.shape[1] for codebook in codebooks)
     workspace = _scratch(library.tmm_cuda_workspace_bytes(rows, num_codes, dim), device)
     _check(
@@ -400,13 +406,13 @@ def search(
             matrices(codebooks),
             (ctypes.c_double * len(weights))(*weights),
             len(zs),
-            pack.buffer.data_ptr(),
+            None if pack is None else pack.buffer.data_ptr(),
             check and not trust_version,
             workspace.data_ptr(),
             ids.data_ptr(),
             distances.data_ptr(),
             None if margins is None else margins.data_ptr(),
-            faults().address(pack.row),
+            faults().address(0 if pack is None else pack.row),
             PASSES[pass_name],
             *_place(device),
         ),
