@@ -41,9 +41,9 @@ def test_tokenizers(name: str) -> None:
     assert float((codes.ids == found.ids.cpu()).double().mean()) >= 0.98
     stable, stable_there = here.encode(x, stable=True), there.encode(x.cuda(), stable=True)
     assert torch.equal(stable.ids, stable_there.ids.cpu())
-    if name != "semantic":
+    if name != "semantic":  # without pixels
         moved = there.decode(codes.to("cuda"))
-        assert float((here.decode(codes) - moved.cpu()).abs().max()) < 2e-3
+        assert float((here.decode(codes) - moved.cpu()).detach().abs().max()) < 2e-3
 
 
 @pytest.mark.parametrize("name", MAKERS)
