@@ -406,15 +406,18 @@ class ShardBatch:
 
 
 def run_ray(job: Job, numbers: Sequence[int], workers: int, step: Callable[[int], None]) -> None:
-    """Make shards through Ray Data, on the cluster that Ray finds or on this machine."""
+    """Make shards through Ray Data, on the cluster that Ray finds or on this machine.
+
+    workers: the most actors at a time, of one CPU each. The work begins with the first that finds one: a pool of a
+    fixed size would wait for CPUs that the cluster does not have.
+    """
     try:
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         fail("engine", "ray to be installed (pip install 'tokenizers_mm[ray]')", "no such package")
     items = ray.data.from_items([{"shard": number} for number in numbers])
-    done = items.map_batches(
-        ShardBatch, fn_constructor_args=(job,), batch_size=1, concurrency=workers, batch_format="numpy"
-    )
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
+    done = items.map_batches(ShardBatch, fn_constructor_args=(job,), batch_size=1, compute=pool, batch_format="numpy")
     for row in done.iter_rows():
         step(min(job.shard_size, int(row["rows"]) + int(row["failures"])))
 

@@ -24,7 +24,7 @@ from tokenizers_mm._images import (
 )
 from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
-from tokenizers_mm.models.convenience import Convenience
+from tokenizers_mm.models.convenience import Convenience, OneImage
 from tokenizers_mm.models.convenience import ImageInput as ImageInput
 from tokenizers_mm.models.convenience import from_images as from_images
 from tokenizers_mm.models.stable import Stability, stable_encoder
@@ -158,12 +158,10 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         return frozenset(["pixel"])
 
     @overload
-    def encode(
-        self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse", *, stable: bool = False
-    ) -> Codes: ...
+    def encode(self, images: Tensor | OneImage, fit: Fit = "refuse", *, stable: bool = False) -> Codes: ...
 
     @overload
-    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Any: ...
+    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | list[Codes]: ...
 
     @torch.no_grad()
     def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | list[Codes]:
