@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok
+from benchmarks.tiny import tokenflow_config as tiny_tokenflow
 from tests.cases import ROOT
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
-from tests.models.test_tokenflow import tiny_config as tiny_tokenflow
 from tokenizers_mm import load
 from tokenizers_mm.cli import main
 from tokenizers_mm.cli.decode import Names

@@ -8,7 +8,7 @@ from PIL import Image
 from typing_extensions import assert_type
 
 import tokenizers_mm as tmm
-from tests.models.test_tokenflow import tiny_config
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tokenizers_mm.models import MAR, TokenFlow
 from tokenizers_mm.types import ImageCodes, ImageLatents, Reconstruction
 
@@ -23,7 +23,7 @@ def test_encode_gives_the_codes_of_the_family(tmp_path: Path) -> None:
     for one in (image, tmp_path / "image.png", str(tmp_path / "image.png")):
         found = assert_type(tokenizer.encode(one, fit="crop", stable=True), ImageCodes)
         assert found.ids.shape == codes[0].ids.shape
-    assert isinstance(assert_type(tokenizer.encode([image, image]), ImageCodes | list[ImageCodes]), ImageCodes)
+    assert isinstance(assert_type(tokenizer.encode([image, image]), ImageCodes | Any), ImageCodes)
     assert len(assert_type(tokenizer.encode_each([image, image]), list[ImageCodes])) == 2
     assert_type(tokenizer.decode(codes), torch.Tensor)
     assert_type(tokenizer.reconstruct(image), Reconstruction)

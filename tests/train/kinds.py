@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.cases import ROOT
 from tests.llm.fakes import words
-from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.models import TokenFlow
 from train.checkpoint import list_checkpoints, read_checkpoint

@@ -8,8 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.bridge_data import arguments, make_folder, train
-from tests.models.test_tokenflow import tiny_config
 from tests.train.kinds import final
 from tokenizers_mm.llm import VisualVocabulary, next_token_loss
 from tokenizers_mm.models import TokenFlow

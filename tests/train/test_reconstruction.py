@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 
 import tokenizers_mm as tmm
 import train.objectives.reconstruction
+from benchmarks.tiny import dualvitok_config
 from tests.cases import ROOT
 from tests.mar_cases import tiny_config as mar_config
-from tests.models.test_dualvitok import tiny_config as dualvitok_config
 from tests.train.kinds import edited, plain
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.data.sources import Batch

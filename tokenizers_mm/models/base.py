@@ -161,7 +161,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     def encode(self, images: Tensor | OneImage, fit: Fit = "refuse", *, stable: bool = False) -> Codes: ...
 
     @overload
-    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | list[Codes]: ...
+    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | Any: ...
 
     @torch.no_grad()
     def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | list[Codes]:
@@ -169,7 +169,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
 
         images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s), which are opened a few at a time. Those
         of one size come back as one batch; images of several sizes, where the tokenizer takes them, as the list that
-        `encode_each` returns.
+        `encode_each` returns (`Codes | Any` to a type checker, which cannot know the sizes of a list of images).
         fit: for PIL images and paths of another size than the tokenizer takes: "refuse" (an error), "crop", "pad" or
         "resize" (see `fit_picture`).
         stable: ids that depend on the image and the weights only, not on batch, threads, machine or dtype, with
