@@ -1,4 +1,4 @@
-"""The abstract image tokenizer: all that training, evaluation, export and the language-model bridge know of a model."""
+"""The abstract image tokenizer: all that training, evaluation, export and language models know of a model."""
 
 import os
 from abc import ABC, abstractmethod
