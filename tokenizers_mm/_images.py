@@ -242,8 +242,18 @@ def _quiet_pillow() -> Iterator[None]:
 
 def image_to_tensor(image: Image.Image) -> Tensor:
     """A PIL image as float32 [3, H, W] in [-1, 1]."""
-    array = np.array(upright_rgb(image), dtype=np.uint8)
-    return torch.from_numpy(array).permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+    return levels_to_tensor([image_levels(image)])[0]
+
+
+def image_levels(image: Image.Image) -> np.ndarray:
+    """The 8-bit levels of a PIL image, uint8 [H, W, 3]."""
+    return np.asarray(upright_rgb(image), dtype=np.uint8)
+
+
+def levels_to_tensor(levels: Sequence[np.ndarray]) -> Tensor:
+    """Levels uint8 [H, W, 3] of several images of one size as float32 [B, 3, H, W] in [-1, 1]."""
+    x = torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2)
+    return x.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def tensor_to_images(x: Tensor) -> list[Image.Image]:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.models.test_mar import tiny_config as tiny_mar_config
-from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.eval.candidates import Ours, open_candidates
 from tokenizers_mm.models.loading import load_directory
 from tokenizers_mm.models.mar import MAR

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import tokenizers_mm as tmm
 import train.loop
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.cases import ROOT
 from tests.llm.fakes import words
-from tests.models.test_tokenflow import tiny_config
 from tests.train.kinds import assert_same, final
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import Batch

@@ -20,7 +20,7 @@ from tokenizers_mm.losses.perceptual import load_lpips
 from tokenizers_mm.models import MODELS, ImageTokenizer
 from tokenizers_mm.models.semantic import SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow
-from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
+from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
 from tokenizers_mm.types import Disturbance
 
 from ..config import RunConfig
@@ -76,7 +76,7 @@ class Reconstruction(Objective):
     Config = ReconstructionConfig
     AVERAGED = "tokenizer"
     MEASURES = {"psnr": 1, "ssim": 1, "usage": 1, "lpips": -1}
-    FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.captions", "loss.semantic", "trainable")
+    FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.text_encoder", "loss.semantic", "trainable")
     config: ReconstructionConfig
 
     @classmethod
