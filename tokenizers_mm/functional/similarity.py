@@ -1,6 +1,6 @@
 """Measures of how alike two images are, per image: PSNR, SSIM, MS-SSIM, the comparison of features of DISTS."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,10 @@ from torch import Tensor
 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of MS-SSIM's five scales (Wang, Simoncelli and Bovik 2003, section 3.2)."""
+
+
+FLOAT32_ERROR = 0.02
+"""Mean squared difference of a channel, for a data range of 1, up to which SSIM is computed in float32."""
 
 
 def gaussian_line(size: int = 11, sigma: float = 1.5) -> Float[Tensor, "k"]:
@@ -23,17 +27,23 @@ def uniform_line(size: int = 7) -> Float[Tensor, "k"]:
     return torch.full((size,), 1 / size, dtype=torch.float64)
 
 
-def correlate(x: Float[Tensor, "h w"], line: Float[Tensor, "k"]) -> Float[Tensor, "v u"]:
+def correlate(
+    x: Float[Tensor, "h w"],
+    line: Float[Tensor, "k"],
+    rows: Float[Tensor, "v w"] | None = None,
+    out: Float[Tensor, "v u"] | None = None,
+) -> Float[Tensor, "v u"]:
     """Separable correlation with the same line along both axes, only where it lies inside: [h - k + 1, w - k + 1].
 
     Sums of shifted views: one map of a usual size stays in a processor's cache, and no sum depends on the batch.
+    rows, out: memory for the result along the first axis and for the whole result; new memory where they are None.
     """
     weights = line.tolist()
     if len(set(weights)) == 1:
-        return window_sums(x, len(weights)).mul_(weights[0] ** 2)
-    for axis in (0, 1):
+        return torch.mul(window_sums(x, len(weights)), weights[0] ** 2, out=out)
+    for axis, memory in ((0, rows), (1, out)):
         length = x.shape[axis] - len(weights) + 1
-        total = x.narrow(axis, 0, length) * weights[0]
+        total = torch.mul(x.narrow(axis, 0, length), weights[0], out=memory)
         for offset, weight in enumerate(weights[1:], 1):
             total.add_(x.narrow(axis, offset, length), alpha=weight)
         x = total
@@ -74,22 +84,65 @@ def ssim_parts(
 
     line: of the window along one axis; only windows inside the image count. K1 is 0.01 and K2 0.03.
     sample_covariance: variances of a window of n pixels are multiplied by n / (n - 1), as scikit-image does by default.
+
+    Both factors are written as 1 - (difference of moments) / (sum of moments), from maps of x - y and of x + y less its
+    mean. The rounding errors of float32 then reach the result only in proportion to what is lost, and it equals that of
+    float64 to 1e-6; channels with a mean squared difference above FLOAT32_ERROR are computed in float64.
     """
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     count = len(line) ** 2
     scale = count / (count - 1) if sample_covariance else 1.0
-    whole, contrast = a.new_empty(a.shape[:2]), a.new_empty(a.shape[:2])
+    constants = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2 / scale
+    whole, contrast = torch.empty(2, *a.shape[:2], dtype=torch.float64, device=a.device)
+    memory = _SSIMMaps(a, len(line))
     for image in range(a.shape[0]):
         for channel in range(a.shape[1]):
             x, y = a[image, channel], b[image, channel]
-            mean_x, mean_y = correlate(x, line), correlate(y, line)
-            squares, product = correlate((x * x).addcmul_(y, y), line), correlate(x * y, line)
-            means, cross = (mean_x * mean_x).addcmul_(mean_y, mean_y), mean_x * mean_y
-            variances, covariance = squares.sub_(means).mul_(scale), product.sub_(cross).mul_(2 * scale)
-            factor = covariance.add_(c2).div_(variances.add_(c2))
-            contrast[image, channel] = factor.mean()
-            whole[image, channel] = factor.mul_(cross.mul_(2).add_(c1)).div_(means.add_(c1)).mean()
+            maps = memory
+            if x.dtype != torch.float64 and float(F.mse_loss(x, y)) > FLOAT32_ERROR * data_range**2:
+                x, y = x.double(), y.double()
+                maps = _SSIMMaps(x, len(line))
+            whole[image, channel], contrast[image, channel] = maps.measure(x, y, line, *constants)
     return whole, contrast
+
+
+class _SSIMMaps:
+    """Maps that the channels of images of one size are measured with: new memory for each would cost a third more."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        """like: images [..., H, W]. size: pixels along a side of the window."""
+        height, width = like.shape[-2:]
+        self.whole = like.new_empty(2, height, width)
+        self.rows = like.new_empty(height - size + 1, width)
+        self.inner = like.new_empty(4, height - size + 1, width - size + 1)
+
+    def measure(self, x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float) -> tuple[float, float]:
+        """Means over windows of SSIM and of its contrast-structure factor, of maps x and y [H, W]."""
+        mean = float(x.mean())
+        difference = torch.sub(x, y, out=self.whole[0])
+        total = torch.add(x, y, out=self.whole[1]).sub_(2 * mean)
+        gap, sums, variance, both = (
+            correlate(moment, line, self.rows, out)
+            for moment, out in zip(_moments(difference, total), self.inner, strict=True)
+        )
+        variance.addcmul_(gap, gap, value=-1)
+        both.addcmul_(sums, sums, value=-1).add_(variance)
+        contrast = variance.div_(both.mul_(0.5).add_(c2))
+        gap.square_()
+        light = sums.add_(2 * mean).square_().add_(gap).mul_(0.5).add_(c1).reciprocal_().mul_(gap)
+        lost = _mean(contrast)
+        return 1 - _mean(light.addcmul_(light, contrast, value=-1).add_(contrast)), 1 - lost
+
+
+def _moments(*maps: Tensor) -> Iterator[Tensor]:
+    """Maps, and then their squares in the same memory."""
+    yield from maps
+    for each in maps:
+        yield each.square_()
+
+
+def _mean(x: Float[Tensor, "v u"]) -> float:
+    """Mean of a map, the sums of rows added in float64."""
+    return float(x.sum(1).double().sum()) / x.numel()
 
 
 def ms_ssim(
