@@ -9,7 +9,7 @@ _ALL: tuple[type[Metric], ...] = (
     *(networks.RFID, networks.InceptionScore, networks.KernelInceptionDistance),
     *(networks.FeatureDistance, networks.ClassAgreement),
     *(fidelity.TextError, fidelity.FaceRecall),
-    *(semantics.NearestNeighbours, semantics.LinearProbe),
+    *(semantics.NearestNeighbours, semantics.LinearProbe, semantics.ZeroShot, semantics.Retrieval),
     pixels.Codebook,
 )
 

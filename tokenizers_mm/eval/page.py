@@ -112,7 +112,7 @@ def choose_examples(report: Mapping[str, Any], run: Run) -> list[Example]:
 def _example(run: Run, kind: str, index: int) -> Example:
     """One image through all candidates. index: among those that were used."""
     place = run.used[index]
-    original = run.prepare(run.source.open(place), run.source.names[place])
+    original = run.prepare(run.source.read(place).image, run.source.names[place])
     made, maps = [], []
     for measured, (x, encoded, *_) in zip(
         run.measured, reconstructions(run, image_to_tensor(original)[None]), strict=True
