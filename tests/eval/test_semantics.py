@@ -65,7 +65,7 @@ def test_known_answers() -> None:
     assert found["chance"] == 1 / 6
     assert found["recall_5"] < found["recall_10"] == 1.0
     assert found["originals"] == pytest.approx((3 + 4 * 0.5) / 7)
-    # of two blue images one is right, of two yellow ones too; "a large blue thing" was made yellow, "the yellow one" blue
+    # one of two blue images is right, and one of two yellow ones; "a large blue thing" was made yellow
     assert found["text_to_image_recall_1"] == pytest.approx((1 + 1 + 0.5 + 0.5 + 0 + 0) / 6)
 
 

@@ -238,6 +238,9 @@ def _results(report: Mapping[str, Any]) -> str:
             text = f"<strong>{text}</strong>" if first else text
             if entry is not None and "low" in entry and entry["low"] != entry["high"]:
                 text += f"<br><small>{shown({'mean': entry['low']})} to {shown({'mean': entry['high']})}</small>"
+            for key in ("originals", "chance"):
+                if entry is not None and key in entry:
+                    text += f"<br><small>{key} {shown({'mean': entry[key]})}</small>"
             cells.append(text)
         if speed:
             cells += [
@@ -245,6 +248,8 @@ def _results(report: Mapping[str, Any]) -> str:
             ]
         body[row not in rows].append(cells)
     notes = ["Small numbers are 95 % bootstrap intervals of the mean. Bold: the best of a column."]
+    if any("chance" in entry for row in rows for entry in row["metrics"].values()):
+        notes.append("Originals: the same for the images themselves. Chance: what a guess without the image reaches.")
     stand_ins = {e["stands_in"] for row in rows for e in row["metrics"].values() if "stands_in" in e}
     notes += [f"rFID, KID and inception score: {text}." for text in sorted(stand_ins)]
     peaks = {row["speed"]["device"]: row["speed"]["peak_memory"] for row in rows if "speed" in row}
