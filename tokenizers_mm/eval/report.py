@@ -6,52 +6,20 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from tokenizers_mm import __version__
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit
-from tokenizers_mm.eval.base import Metric, Setup
-from tokenizers_mm.eval.candidates import Ours
-from tokenizers_mm.eval.images import ImageSource
+from tokenizers_mm.eval.base import Metric
 from tokenizers_mm.eval.metrics import METRICS
-from tokenizers_mm.eval.protocols import Protocol, differences, protocol_by_name
-from tokenizers_mm.eval.run import Measured, Run, begin, carry_out, peak_memory
+from tokenizers_mm.eval.protocols import Protocol, differences
+from tokenizers_mm.eval.run import Measured, Run, peak_memory
 from tokenizers_mm.eval.statistics import interval, paired
-from tokenizers_mm.models.base import ImageTokenizer
-from tokenizers_mm.types import ImageCodes
 
 FORMAT = "tokenizers_mm.eval/1"
 
 PACKAGES = ("torch", "pillow", "numpy", "timm", "torch-fidelity", "lpips", "diffusers", "transformers")
 """Packages whose versions a report names, where they are installed."""
-
-
-def reconstruct(
-    tokenizer: ImageTokenizer[Any], images: Tensor, batch_size: int = 16
-) -> tuple[Tensor, list[ImageCodes]]:
-    """Reconstructions [B, 3, H, W], clamped to [-1, 1], from the ids alone, and the codes (none if continuous)."""
-    decoded, codes = [], []
-    with torch.no_grad():
-        for part in images.split(batch_size):
-            code = tokenizer.encode(part)
-            decoded.append(tokenizer.decode(code).float().clamp(-1, 1).cpu())
-            codes += [code.to("cpu")] if isinstance(code, ImageCodes) else []
-    return torch.cat(decoded), codes
-
-
-def evaluate(
-    tokenizer: ImageTokenizer[Any], images: str | Path, fit: Fit = "crop", inception: str | None = None
-) -> dict[str, Any]:
-    """The report of one tokenizer over a folder of images under the protocol `default`."""
-    weights = {"inception": inception} if inception else {}
-    setup = Setup(protocol_by_name("default", fit=fit), weights, device=str(tokenizer.device))
-    name = type(tokenizer).__name__
-    return make_report(carry_out(begin([Ours(name, tokenizer)], ImageSource.at(str(images)), setup)))
 
 
 def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
