@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._images import to_bytes
 from tokenizers_mm.functional.frechet import Moments, frechet_distance
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -42,8 +43,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = images.float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8)
-        return self._extract(pixels.to(self._device))[0].double().cpu()
+        return self._extract(to_bytes(images).to(self._device))[0].double().cpu()
 
 
 @lru_cache(maxsize=3)

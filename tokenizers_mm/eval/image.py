@@ -4,7 +4,6 @@ Values outside [-1, 1] are clamped, as they are when an image is written. Non-fi
 depend on the batch: every image is measured by itself.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenizers_mm._check import require
+from tokenizers_mm._images import finite_extremes
 from tokenizers_mm.functional import similarity
 
 Window = Literal["gaussian", "uniform7", "uniform8"]
@@ -72,12 +72,5 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _clamped(x: Tensor, name: str) -> Tensor:
     """Images clamped to [-1, 1]; the same tensor where nothing is outside."""
-    low, high = require_finite_image(x, name)
+    low, high = finite_extremes(x, name)
     return x if low >= -1 and high <= 1 else x.clamp(-1, 1)
-
-
-def require_finite_image(x: Tensor, name: str) -> tuple[float, float]:
-    """The least and the greatest value, (0, 0) of none; NaN and infinity are refused, which these two tell."""
-    low, high = map(float, x.aminmax()) if x.numel() else (0.0, 0.0)
-    require(math.isfinite(low) and math.isfinite(high), name, "finite values", "NaN or infinity")
-    return low, high

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
+from tokenizers_mm._images import to_bytes
 from tokenizers_mm.eval.base import Batch, Metric, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
 from tokenizers_mm.eval.images import ImageSource, Loaded, ahead, batches
@@ -179,7 +180,7 @@ def carry_out(
     for loaded in ahead(batches(run.source, run.prepare, pixels, run.next)):
         if loaded.indices:
             _measure(run, loaded)
-        for image in loaded.images.mul(127.5).add(127.5).round().to(torch.uint8).numpy():
+        for image in to_bytes(loaded.images).numpy():
             run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
         run.next = loaded.following
         run.used += loaded.indices

@@ -6,14 +6,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from tokenizers_mm._images import fit_image, image_to_tensor, read_image
+from tokenizers_mm._images import finite_extremes, fit_image, image_to_tensor, read_image
 from tokenizers_mm._ranks import share_from_first
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.files import list_images
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.eval.base import Batch, Setup
 from tokenizers_mm.eval.codebook import codebook_health
-from tokenizers_mm.eval.image import psnr, require_finite_image, ssim
+from tokenizers_mm.eval.image import psnr, ssim
 from tokenizers_mm.eval.networks import RFID
 from tokenizers_mm.eval.protocols import PROTOCOLS
 from tokenizers_mm.losses.perceptual import LPIPS
@@ -69,7 +69,7 @@ def measure(tokenizer: Any, images: Tensor, inception: str = "", lpips: LPIPS | 
     tokenizer.eval()
     decoded, codes = reconstruct(tokenizer, images)
     tokenizer.train(training)
-    require_finite_image(decoded, "reconstructions of held-out images")
+    finite_extremes(decoded, "reconstructions of held-out images")
     found = {"psnr": float(psnr(images, decoded).clamp(max=100.0).mean()), "ssim": float(ssim(images, decoded).mean())}
     if codes:
         found["usage"] = min(stream["usage"] for stream in codebook_health(codes).values())
