@@ -57,7 +57,7 @@ def test_eyes_move_with_the_face_and_are_lost_by_blur() -> None:
     }.items():
         metric = EyeDistance(Setup(PROTOCOLS["default"]))
         pair = [torch.stack([image_to_tensor(image), image_to_tensor(grey)]) for image in (portrait(), made)]
-        metric.update(Batch(*pair))
+        metric.update(Batch(pair[0], pair[1]))
         values[name], none = metric.values
         assert math.isnan(none), "no face, nothing to say"
     assert values["same"] == 0 < values["soft"] < 0.1

@@ -77,7 +77,7 @@ def test_float32_costs_no_digit_that_counts() -> None:
         for window, options in (("gaussian", GAUSSIAN), ("uniform7", {})):
             ours = float(metric.ssim(a, b, window))  # type: ignore[arg-type]
             theirs = structural_similarity(x, y, channel_axis=2, data_range=1, **options)  # type: ignore[arg-type]
-            assert ours == pytest.approx(float(theirs), abs=1e-6), (name, window)
+            assert ours == pytest.approx(float(theirs), abs=1e-6), (name, window)  # type: ignore[arg-type]
             precise = float(metric.ssim(a.double(), b.double(), window))  # type: ignore[arg-type]
             assert ours == pytest.approx(precise, abs=1e-6), (name, window)
 

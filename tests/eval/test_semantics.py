@@ -43,7 +43,8 @@ def squares(colours: list[str]) -> torch.Tensor:
 
 def test_known_answers() -> None:
     """Six of eight reconstructions keep their colour; one caption tells two images, one image has none."""
-    truth, made = list(NAMES * 2), [*NAMES, "red", "green", "yellow", "blue"]
+    truth: list[str] = [*NAMES, *NAMES]
+    made = [*NAMES, "red", "green", "yellow", "blue"]
     captions = [*(f"a {name} square" for name in NAMES), "a red square", "", "a large blue thing", "the yellow one"]
     setup = Setup(PROTOCOL, tower=ColourTower(), classes=NAMES)
     zero_shot, retrieval = ZeroShot(setup), Retrieval(setup)

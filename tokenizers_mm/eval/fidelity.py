@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class EyeDistance(PerImage):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         try:
-            import cv2  # pyright: ignore[reportMissingImports]  # loaded when asked for
+            cv2: Any = import_module("cv2")  # no extra carries it: loaded when asked for
         except ImportError:
             fail(self.name, f"{self.needs} to be installed", "no such package")
         folder = Path(cv2.data.haarcascades)
@@ -132,12 +133,10 @@ class EyeDistance(PerImage):
     def _moved(self, original: Image.Image, made: Image.Image) -> float:
         found = []
         for box in self._faces.detectMultiScale(_grey(original), 1.1, 5, minSize=(SMALLEST_FACE,) * 2):
-            truth, seen = (self.eyes(image, box) for image in (original, made))
-            if None not in truth:
-                apart = math.dist(*truth)  # type: ignore[arg-type]
-                moved = [
-                    1.0 if b is None else min(1.0, math.dist(a, b) / apart) for a, b in zip(truth, seen, strict=True)
-                ]  # type: ignore[arg-type]
+            (left, right), seen = (self.eyes(image, box) for image in (original, made))
+            if left is not None and right is not None:
+                apart, pairs = math.dist(left, right), zip((left, right), seen, strict=True)
+                moved = [1.0 if b is None else min(1.0, math.dist(a, b) / apart) for a, b in pairs]
                 found.append(sum(moved) / 2)
         return sum(found) / len(found) if found else math.nan
 
@@ -147,7 +146,9 @@ class EyeDistance(PerImage):
         Looked for in the upper 60 % of the box, scaled to FACE_SIDE pixels; of several in one half, the largest.
         """
         left, top, width, height = map(int, box)
-        part = image.crop((left, top, left + width, top + height)).resize((FACE_SIDE,) * 2, Image.Resampling.BICUBIC)
+        part = image.crop((left, top, left + width, top + height)).resize(
+            (FACE_SIDE, FACE_SIDE), Image.Resampling.BICUBIC
+        )
         boxes = self._eyes.detectMultiScale(_grey(part)[: FACE_SIDE * 3 // 5], 1.05, 5, minSize=(FACE_SIDE // 8,) * 2)
         found: list[tuple[float, float] | None] = [None, None]
         for x, y, w, h in sorted(map(tuple, boxes), key=lambda eye: eye[2]):

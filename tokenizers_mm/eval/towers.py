@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,10 @@ class Tower(Protocol):
     reads_semantic: `images` takes semantic features [B, T, C] that a tokenizer decodes from its codes, not images.
     """
 
-    reads_semantic: ClassVar[bool]
+    @property
+    def reads_semantic(self) -> bool:
+        """Whether `images` takes semantic features."""
+        ...
 
     def images(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1], or semantic features -> [B, D] on the CPU."""
@@ -119,9 +122,12 @@ def open_tower(directory: str, device: str = "cpu") -> Tower:
     require(path.is_file(), "tower", "a directory with a config.json", directory)
     data = read_json(path)
     if data.get("kind") == OWN:
-        width = data.get("semantic_dim")
-        require(isinstance(width, int) and 0 < width <= 1 << 16, f"{path}: semantic_dim", "1 to 65536", width)
-        contrast = CaptionContrast(int(width), from_mapping(CaptionConfig, data.get("config"), "config"))
+        width, config = data.get("semantic_dim"), data.get("config")
+        if not isinstance(width, int) or not 0 < width <= 1 << 16:
+            fail(f"{path}: semantic_dim", "a whole number from 1 to 65536", width)
+        if not isinstance(config, dict):
+            fail(f"{path}: config", "a mapping", config)
+        contrast = CaptionContrast(width, from_mapping(CaptionConfig, config, f"{path}: config"))
         fill(contrast, read_safetensors(path.parent / "model.safetensors"), str(path.parent))
         return OwnTower(contrast.to(device))
     import transformers  # an extra: loaded when asked for
