@@ -1,5 +1,6 @@
 """One wording for every argument error: `name: expected WHAT, got WHAT`. Neither torch nor numpy is imported here."""
 
+import math
 from reprlib import Repr
 from typing import Any, NoReturn
 
@@ -56,3 +57,10 @@ def require_finite(name: str, what: str, tensor: Any) -> None:
         place = bad.nonzero()[0].tolist()
         kind = "NaN" if bool(tensor[tuple(place)].isnan()) else "infinity"
         fail(name, f"finite {what}", f"{kind} at {place}")
+
+
+def finite_extremes(x: Any, name: str) -> tuple[float, float]:
+    """The least and the greatest value, (0, 0) of none; NaN and infinity are refused, which these two tell."""
+    low, high = map(float, x.detach().aminmax()) if x.numel() else (0.0, 0.0)
+    require(math.isfinite(low) and math.isfinite(high), name, "finite values", "NaN or infinity")
+    return low, high

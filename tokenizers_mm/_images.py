@@ -13,7 +13,6 @@ Every image becomes upright 8-bit RGB in sRGB by one rule, which never looks at 
     frames        the first of an animation; a PIL image gives the frame it stands at
 """
 
-import math
 import os
 import sys
 import threading
@@ -32,7 +31,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail, finite_extremes, require
 from tokenizers_mm._files import kind_of
 from tokenizers_mm.resolutions import contained_size, covering_size
 
@@ -267,13 +266,6 @@ def tensor_to_images(x: Tensor) -> list[Image.Image]:
 def to_bytes(x: Tensor) -> Tensor:
     """Values in [-1, 1] as uint8, rounded; those outside are clamped."""
     return x.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
-
-
-def finite_extremes(x: Tensor, name: str) -> tuple[float, float]:
-    """The least and the greatest value, (0, 0) of none; NaN and infinity are refused, which these two tell."""
-    low, high = map(float, x.detach().aminmax()) if x.numel() else (0.0, 0.0)
-    require(math.isfinite(low) and math.isfinite(high), name, "finite values", "NaN or infinity")
-    return low, high
 
 
 def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Image:

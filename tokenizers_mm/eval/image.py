@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenizers_mm._check import require
-from tokenizers_mm._images import finite_extremes
+from tokenizers_mm._check import finite_extremes, require
 from tokenizers_mm.functional import similarity
 
 Window = Literal["gaussian", "uniform7", "uniform8"]

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit, finite_extremes, fit_image, fit_multiple, to_bytes
+from tokenizers_mm._check import fail, finite_extremes, require
+from tokenizers_mm._images import Fit, fit_image, fit_multiple, to_bytes
 from tokenizers_mm.data.transforms import center_crop
 from tokenizers_mm.eval.image import Window
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from tokenizers_mm._images import finite_extremes, fit_image, image_to_tensor, read_image
+from tokenizers_mm._check import finite_extremes
+from tokenizers_mm._images import fit_image, image_to_tensor, read_image
 from tokenizers_mm._ranks import share_from_first
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.files import list_images
