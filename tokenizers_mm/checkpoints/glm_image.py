@@ -24,7 +24,11 @@ from tokenizers_mm.models.loading import build, fill
 from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.quantizers import IBQConfig
 
-SOURCE = Provenance(source="zai-org/GLM-Image on the Hugging Face hub", license="MIT")
+SOURCE = Provenance(
+    source="zai-org/GLM-Image on the Hugging Face hub",
+    license="Apache-2.0",
+    notice="By its model card GLM-Image is under the MIT License, but tower and codes are X-Omni's, under Apache-2.0.",
+)
 
 HEADS = 16
 """Attention heads of the published tower, which names and shapes do not tell."""
@@ -107,7 +111,7 @@ FAMILY = Family(
             "zai-org/GLM-Image (model.visual.*, model.vqmodel.*)",
             (512, 512),
             ((1024, 1 << 14),),
-            "MIT",
+            "Apache-2.0",
             "transformers' classes at a small size: features, ids and vectors",
         ),
     ),
