@@ -77,11 +77,12 @@ BITS = {"commitment": 0.05, "entropy": 0.01}
 
 @dataclass(frozen=True)
 class Kind:
-    """A configuration, the weights of its terms, and how it is used."""
+    """A configuration, the weights of its terms, and how it is used and trained."""
 
     config: Any
     weights: Mapping[str, float] = field(default_factory=dict)
     scales: ScalesConfig | None = None
+    lr: float = 2e-3
 
     def build(self) -> Quantizer:
         quantizer = build_quantizer(self.config)
@@ -93,7 +94,7 @@ def kinds() -> dict[str, Kind]:
     vq = VQConfig(SCALE_CODES, DIM)
     return {
         "vq": Kind(VQConfig(CODES, DIM), PLAIN),
-        "vq, unit": Kind(VQConfig(CODES, DIM, "unit"), PLAIN),
+        "vq, unit": Kind(VQConfig(CODES, DIM, "unit"), PLAIN, lr=1e-3),
         "vq, rotation": Kind(VQConfig(CODES, DIM, rotation=True), PLAIN),
         "simvq": Kind(SimVQConfig(CODES, DIM), PLAIN),
         "fvq": Kind(FVQConfig(CODES, DIM, group=16, width=64), PLAIN),
@@ -115,7 +116,7 @@ def kinds() -> dict[str, Kind]:
         "multi_codebook": Kind(MultiCodebookConfig(VQConfig(32, DIM // 2), 2), PLAIN),
         "scales, vq": Kind(vq, PLAIN, ScalesConfig()),
         "scales, VAR": Kind(vq, PLAIN, ScalesConfig(smoothing=SmoothingConfig(), learning="by_sum")),
-        "per_dimension": Kind(PerDimensionConfig(5, 2, -3.0, 3.0)),
+        "per_dimension": Kind(PerDimensionConfig(3, 3, -3.0, 3.0)),
         "none": Kind(None),
     }
 
@@ -180,8 +181,8 @@ def train(kind: Kind, images: Tensor, steps: int) -> tuple[AutoEncoder, Quantize
     quantizer = None if kind.config is None else kind.build().train()
     model = AutoEncoder(DIM if quantizer is None else quantizer.dim)
     parameters = [*model.parameters(), *([] if quantizer is None else quantizer.parameters())]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=kind.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, kind.lr, total_steps=steps, pct_start=0.05)
     used = None if quantizer is None else torch.zeros(quantizer.codebook_size * quantizer.groups, dtype=torch.int64)
     start = time.process_time()
     for step, x in enumerate(batches(images, steps)):

@@ -183,7 +183,8 @@ def describe_model(model: Any) -> VisionModelConfig:
     given, known = config.to_dict(), _transformers().AutoConfig.for_model(kind).to_dict()
     names = VisionModelOptions.__annotations__.keys() & known.keys()
     options = {name: given[name] for name in sorted(names) if given.get(name) is not None}
-    return checked(VisionModelConfig(kind, options, mean=MODELS[kind].mean, std=MODELS[kind].std))
+    facts = MODELS[kind]
+    return checked(VisionModelConfig(kind, options, mean=facts.mean, std=facts.std))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
