@@ -25,12 +25,22 @@ TEACHER = {
     "name": "vit_tiny_patch16_224",
     "options": {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2},
 }
+SIZES = {"teacher": (16, 16), "vitamin": (16, 32)}
+"""Height and width of the images of a variant that does not take 8 x 12."""
+
+VITAMIN = {"blocks": [1, 2], "width": 12, "depth": 1, "heads": 2}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "single": {},
     "scales": {"scales": [[1, 1], [2, 2], [4, 4]], "kernel": 3},
     "vit": {
         "encoder": {"kind": "vit", "transformer": TRANSFORMER, "patch": 2},
         "decoder": {"kind": "vit", "transformer": TRANSFORMER, "patch": 2, "hidden": 8},
+    },
+    "vitamin": {
+        "encoder": {"kind": "vitamin", "out_channels": 6, **VITAMIN, "stages": [4, 8]},
+        "decoder": {"kind": "vitamin", "in_channels": 6, **VITAMIN, "stages": [8, 4]},
+        "kernel": 0,
     },
     "magvit": {
         "encoder": {
@@ -60,9 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_ids_give_back_the_image_of_one_pass(variant: str, tmp_path: Path) -> None:
     """Ids, vectors, image and features agree along all ways, before and after the tokenizer was saved."""
     tokenizer = tiny(**VARIANTS[variant])
-    height, width = tokenizer.image_size or (8, 12)
-    if variant == "teacher":
-        height, width = 16, 16
+    height, width = tokenizer.image_size or SIZES.get(variant, (8, 12))
     x = torch.rand(2, 3, height, width) * 2 - 1
     streams = tokenizer.streams(height, width)
     codes, output = tokenizer.encode(x), tokenizer(x)
@@ -85,7 +93,7 @@ def test_ids_give_back_the_image_of_one_pass(variant: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_weight_learns_but_the_teachers(variant: str) -> None:
     tokenizer = tiny(**VARIANTS[variant]).train()
-    height, width = tokenizer.image_size or ((16, 16) if variant == "teacher" else (8, 12))
+    height, width = tokenizer.image_size or SIZES.get(variant, (8, 12))
     output = tokenizer(torch.rand(2, 3, height, width) * 2 - 1)
     loss = output.image.square().mean()
     terms = output.quantized["pixel"].terms

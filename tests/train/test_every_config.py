@@ -80,11 +80,16 @@ def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, An
 
 
 def small_semantic(objective: dict[str, Any]) -> dict[str, Any]:
-    tower = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
     config, part = objective["model"]["config"], "objective.model.config"
+    tower: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    tower = {"name": "vit_tiny_patch16_224", "options": tower, "pretrained": False}
+    if config["tower"].get("kind") == "transformers":
+        tower = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+        tower = {"options": {**config["tower"]["options"], **tower}, "pretrained": ""}
+    side = 2 * config["cell"]
     edits: dict[str, Any] = {
-        f"{part}.image_size": [32, 32],
-        f"{part}.tower": {**config["tower"], "name": "vit_tiny_patch16_224", "options": tower, "pretrained": False},
+        f"{part}.image_size": [side, side],
+        f"{part}.tower": {**config["tower"], **tower},
         f"{part}.quantizer": {**config["quantizer"], "codebook_size": 16, "dim": 8 if config.get("head", True) else 24},
     }
     if "warm_start" in objective:

@@ -23,6 +23,7 @@ from tokenizers_mm.quantizers import IBQConfig
 SOURCE = Provenance(
     source="swiss-ai/Apertus-v1.5-8B on the Hugging Face hub; decoder: BAAI/Emu3.5-VisionTokenizer",
     license="Apache-2.0",
+    notice="The publisher of Apertus asks for agreement to its Acceptable Use Policy before the download.",
 )
 PREFIXES = ("model.vision_tokenizer.", "vision_tokenizer.")
 """Where a file of the whole language model holds the tokenizer."""

@@ -31,8 +31,10 @@ from tokenizers_mm.checkpoints import (
     open_magvit2,
     showo,
     tokenflow,
+    unitok,
     upstream,
     var,
+    xomni,
 )
 from tokenizers_mm.checkpoints.family import Converter, Family
 from tokenizers_mm.config import check_plain
@@ -54,7 +56,9 @@ FAMILIES: dict[str, Family] = {
     "open_magvit2": open_magvit2.OPEN_MAGVIT2_FAMILY,
     "showo": showo.FAMILY,
     "tokenflow": tokenflow.FAMILY,
+    "unitok": unitok.FAMILY,
     "var": var.FAMILY,
+    "xomni": xomni.FAMILY,
 }
 
 

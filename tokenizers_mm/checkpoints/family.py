@@ -43,7 +43,7 @@ class Family:
     """A converter and the files it reads.
 
     convert: (tensors, where, config, **options) -> tokenizer; its options are keyword-only parameters. wrappers: keys
-    of a file of `torch.save` under which the weights are looked for, in order.
+    of a file of `torch.save` under which the weights are looked for, in order; `a.b` for a key inside another.
     """
 
     convert: Converter

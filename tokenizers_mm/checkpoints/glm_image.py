@@ -24,7 +24,11 @@ from tokenizers_mm.models.loading import build, fill
 from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.quantizers import IBQConfig
 
-SOURCE = Provenance(source="zai-org/GLM-Image on the Hugging Face hub", license="MIT")
+SOURCE = Provenance(
+    source="zai-org/GLM-Image on the Hugging Face hub",
+    license="Apache-2.0",
+    notice="By its model card GLM-Image is under the MIT License, but tower and codes are X-Omni's, under Apache-2.0.",
+)
 
 HEADS = 16
 """Attention heads of the published tower, which names and shapes do not tell."""
@@ -68,26 +72,36 @@ def links_of(shapes: Mapping[str, Shape]) -> list[Link]:
 
 def read_config(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]) -> SemanticConfig:
     """Our configuration, from shapes."""
-    width, _, patch, _ = shape_of(tensors, "visual.patch_embed.proj.weight", where, 4)
-    count = shape_of(tensors, "visual.embeddings.position_embedding.weight", where)[0]
-    side = math.isqrt(count)
-    require(side * side == count, f"{where}: visual.embeddings", "a square grid of positions", f"{count}")
-    found = (re.match(r"visual\.blocks\.(\d+)\.", name) for name in tensors)
-    depth = 1 + max((int(match[1]) for match in found if match), default=-1)
-    hidden = shape_of(tensors, "visual.blocks.0.mlp.fc1.weight", where)[0] if depth else 4 * width
-    codes, dim = shape_of(tensors, "vqmodel.quantize.embedding.weight", where)
-    tower = PlainViTConfig(
-        patch=patch,
-        positions=(side, side),
-        width=width,
-        depth=depth,
+    tower = read_tower(
+        tensors,
+        where,
+        "visual.",
+        "visual.embeddings.position_embedding.weight",
         heads=config.get("num_heads", HEADS),
-        mlp_ratio=hidden / width,
         mean=tuple(config.get("image_mean", CLIP_MEAN)),
         std=tuple(config.get("image_std", CLIP_STD)),
     )
+    codes, dim = shape_of(tensors, "vqmodel.quantize.embedding.weight", where)
     quantizer = IBQConfig(codes, dim, temperature=2.0, normalize=True)
-    return SemanticConfig(tower, quantizer, cell=patch, semantic_decoder=ConvFeatureConfig(depth=0))
+    return SemanticConfig(tower, quantizer, cell=tower.patch, semantic_decoder=ConvFeatureConfig(depth=0))
+
+
+def read_tower(
+    tensors: Mapping[str, Tensor], where: str, prefix: str, positions: str, axes: int = 2, **known: Any
+) -> PlainViTConfig:
+    """Sizes of a vision transformer whose blocks have the names of timm.
+
+    positions: name of its table, [N, C] or, with 3 axes, [1, N, C]. known: what no shape tells.
+    """
+    width, _, patch, _ = shape_of(tensors, f"{prefix}patch_embed.proj.weight", where, 4)
+    count = shape_of(tensors, positions, where, axes)[-2]
+    side = math.isqrt(count)
+    require(side * side == count, f"{where}: {positions}", "a square grid of positions", f"{count}")
+    found = (re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name) for name in tensors)
+    depth = 1 + max((int(match[1]) for match in found if match), default=-1)
+    hidden = shape_of(tensors, f"{prefix}blocks.0.mlp.fc1.weight", where)[0] if depth else 4 * width
+    sizes: dict[str, Any] = {"positions": (side, side), "mlp_ratio": hidden / width}
+    return PlainViTConfig(patch=patch, width=width, depth=depth, **sizes, **known)
 
 
 FAMILY = Family(
@@ -97,7 +111,7 @@ FAMILY = Family(
             "zai-org/GLM-Image (model.visual.*, model.vqmodel.*)",
             (512, 512),
             ((1024, 1 << 14),),
-            "MIT",
+            "Apache-2.0",
             "transformers' classes at a small size: features, ids and vectors",
         ),
     ),

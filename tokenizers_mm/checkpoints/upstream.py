@@ -89,8 +89,8 @@ def read(path: str | os.PathLike[str], wrappers: Sequence[str] = WRAPPERS) -> di
     except _DAMAGE as error:
         fail(str(file), "a whole file of torch.save", f"{type(error).__name__}: {_first_line(error)}")
     for key in wrappers:
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
+        if isinstance(found := _inside(data, key), Mapping):
+            data = found
             break
     if not isinstance(data, Mapping):
         fail(str(file), "named tensors", "it not a tensor")
@@ -100,6 +100,13 @@ def read(path: str | os.PathLike[str], wrappers: Sequence[str] = WRAPPERS) -> di
         fail(str(file), "named tensors", f"{first_few(others)} not a tensor" if others else "none")
     _check_claims(data, sizes, str(file))
     return {name: t if t.data_ptr() % t.element_size() == 0 else t.clone() for name, t in data.items()}
+
+
+def _inside(data: Any, path: str) -> Any:
+    """The value at `a.b` of nested mappings, None where there is none."""
+    for key in path.split("."):
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
 
 
 @contextmanager

@@ -93,7 +93,10 @@ def check_block(width: int, heads: int, mlp_ratio: float = 4.0, divisor: int = 1
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    mlp: a module in the place of the usual one, which `mlp_ratio` and `activation` describe.
+    """
 
     def __init__(
         self,
@@ -105,12 +108,13 @@ class Block(nn.Module):
         eps: float = 1e-6,
         qkv_bias: bool = True,
         dropout: float = 0.0,
+        mlp: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.attn = SelfAttention(width, heads, qkv_bias, dropout)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, int(width * mlp_ratio), activation, dropout)
+        self.mlp = MLP(width, int(width * mlp_ratio), activation, dropout) if mlp is None else mlp
 
     def forward(
         self, x: Tensor, rotate: Callable[[Tensor], Tensor] | None = None, mask: Tensor | None = None

@@ -1,24 +1,27 @@
-"""A tokenizer from any vision encoder of timm: its codes are found, not trained; only a pixel decoder learns after.
+"""A tokenizer from any vision encoder of timm or transformers: its codes are found, and only a pixel decoder learns.
 
 In Python, and then a training run of the decoder with objective.model.start_from: start and trainable:
-[embed, pixel_decoder]; or in one run, configs/encoder_codes.yaml:
+[embed, pixel_decoder]; or in one run, configs/encoder_codes.yaml (timm) and encoder_codes_dinov2.yaml (transformers):
 
     tokenizer = tmm.tokenizer_from("vit_small_patch16_dinov3", images, codebook_size=16384, pretrained=True)
+    tokenizer = tmm.tokenizer_from("facebook/dinov2-small", images, codebook_size=16384)
     tokenizer.save("start")
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
+from tokenizers_mm.encoders.vision_model import VisionModel, copy_tokens, describe_model, published
 from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.quantizers import PerDimensionConfig, VQConfig
 
@@ -27,7 +30,7 @@ MAX_VECTORS = 1 << 18
 
 
 def tokenizer_from(
-    name: str,
+    name: Any,
     images: Tensor | Iterable[Tensor],
     *,
     codebook_size: int | None = 16384,
@@ -38,9 +41,11 @@ def tokenizer_from(
     iterations: int = 25,
     seed: int = 0,
 ) -> SemanticTokenizer:
-    """A tokenizer of a frozen timm encoder: exact codes of its features, and a pixel decoder with random weights.
+    """A tokenizer of a frozen vision encoder: exact codes of its features, and a pixel decoder with random weights.
 
-    name, options: as in `SemanticEncoderConfig`. pretrained: take timm's published weights (its hub or cache).
+    name: of a timm model; a hub id ("owner/name") or the directory of a vision model of transformers, with its weights;
+        or such a model, or its configuration (random weights) itself. See `encoders.vision_model.MODELS` for the kinds.
+    pretrained, options: of a timm model, take its published weights (its hub or cache), and see `TowerOptions`.
     images: one batch or several, [B, 3, H, W] in [-1, 1], all of the one size that the tokenizer will take.
     codebook_size: the codes are the centres of so many clusters of the features. None: every channel is quantized by
         itself into `bits` bits between the mean less and plus 3 standard deviations of all values.
@@ -51,9 +56,14 @@ def tokenizer_from(
     """
     first, batches = _peek([images] if isinstance(images, Tensor) else images)
     size = (first.shape[-2], first.shape[-1])
-    tower = SemanticEncoder(_tower_config(name, size, dict(options or {}), pretrained)).eval()
-    if pretrained:
-        load_pretrained(tower)
+    if not isinstance(name, str) or "/" in name or Path(name).is_dir():
+        given = {"options": options, "pretrained": pretrained}
+        require(not options and not pretrained, "options and pretrained", "nothing with such a model", given)
+        tower = _transformers_tower(name)
+    else:
+        tower = SemanticEncoder(_tower_config(name, size, dict(options or {}), pretrained)).eval()
+        if pretrained:
+            load_pretrained(tower)
     vectors, cell = _collect(tower, batches, size)
     if codebook_size is None:
         mean, spread = float(vectors.mean()), 3 * float(vectors.std())
@@ -101,6 +111,20 @@ def _tower_config(name: str, size: tuple[int, int], options: dict[str, Any], pre
     return replace(config, options={"img_size": size, **options})
 
 
+def _transformers_tower(model: Any) -> VisionModel:
+    """The tower of a model of transformers, with its weights and its own normalisation."""
+    statistics = None
+    if isinstance(model, str):
+        model, statistics = published(model)
+    config = describe_model(model)
+    if statistics is not None:
+        config = replace(config, mean=statistics[0], std=statistics[1])
+    tower = VisionModel(config).eval()
+    if model is not getattr(model, "config", model):  # a model, not the configuration of one
+        copy_tokens(model, tower)
+    return tower
+
+
 def _takes_size(name: str) -> bool:
     """Whether the architecture is a vision transformer, built for one size of image."""
     return name.startswith(("vit_", "deit", "eva", "beit", "samvit", "naflexvit"))
@@ -121,7 +145,7 @@ def _peek(batches: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
 
 
 @torch.no_grad()
-def _collect(tower: SemanticEncoder, batches: Iterable[Tensor], size: tuple[int, int]) -> tuple[Tensor, int]:
+def _collect(tower: nn.Module, batches: Iterable[Tensor], size: tuple[int, int]) -> tuple[Tensor, int]:
     """Features [N, C] of the images, N at most `MAX_VECTORS`, and the pixels of a token per side."""
     parts, cells = [], set()
     for batch in batches:

@@ -15,13 +15,14 @@ from tokenizers_mm.config import Choice, Pixels, checked
 from tokenizers_mm.decoders.features import ConvFeatureDecoder, TransformerFeatureDecoder
 from tokenizers_mm.encoders.plain_vit import PlainViT
 from tokenizers_mm.encoders.semantic import SemanticEncoder
+from tokenizers_mm.encoders.vision_model import VisionModel
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.models.vqgan import DECODERS
 from tokenizers_mm.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from tokenizers_mm.quantizers.base import join_groups, make_streams, split_groups
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
-TOWERS: dict[str, Any] = {"timm": SemanticEncoder, "vit": PlainViT}
+TOWERS: dict[str, Any] = {"timm": SemanticEncoder, "transformers": VisionModel, "vit": PlainViT}
 """Vision towers by the `kind` of their configuration: [B, 3, H, W] in [-1, 1] -> [B, h, w, C]; `dim` channels."""
 
 FEATURE_DECODERS: dict[str, Any] = {"conv": ConvFeatureDecoder, "transformer": TransformerFeatureDecoder}

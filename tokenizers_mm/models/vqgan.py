@@ -2,7 +2,7 @@
 
 The path of an image: encoder -> head -> features [B, h, w, D] -> quantizer -> ids and vectors [B, h, w, D] -> embed ->
 decoder. The published tokenizers of this shape differ in the quantizer and in options of the two networks: IBQ,
-LlamaGen, Chameleon, Emu3.5, Janus, VAR, Infinity, Open-MAGVIT2, Show-o, BSQ-ViT.
+LlamaGen, Chameleon, Emu3.5, Janus, VAR, Infinity, Open-MAGVIT2, Show-o, BSQ-ViT, UniTok.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,21 @@ from tokenizers_mm._check import require
 from tokenizers_mm.config import Cells, Choice, Length, checked
 from tokenizers_mm.decoders.patch import PatchDecoder
 from tokenizers_mm.decoders.pixel import PixelDecoder
+from tokenizers_mm.decoders.vitamin import ViTaminDecoder
 from tokenizers_mm.encoders.patch import PatchEncoder
 from tokenizers_mm.encoders.pixel import PixelEncoder
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
+from tokenizers_mm.encoders.vitamin import ViTaminEncoder
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, ScalesConfig, build_quantizer
 from tokenizers_mm.quantizers.base import join_groups, make_streams, split_groups
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
-ENCODERS: dict[str, Any] = {"cnn": PixelEncoder, "vit": PatchEncoder}
+ENCODERS: dict[str, Any] = {"cnn": PixelEncoder, "vit": PatchEncoder, "vitamin": ViTaminEncoder}
 """Pixel encoders by the `kind` of their configuration: [B, 3, H, W] -> [B, C, h, w]; `factor`, `out_channels`."""
 
-DECODERS: dict[str, Any] = {"cnn": PixelDecoder, "vit": PatchDecoder}
+DECODERS: dict[str, Any] = {"cnn": PixelDecoder, "vit": PatchDecoder, "vitamin": ViTaminDecoder}
 """Pixel decoders: z [B, C, h, w] and optionally the codes -> [B, 3, H, W]; `factor`, `in_channels`, `last_layer`."""
 
 Scales = Annotated[tuple[tuple[Cells, Cells], ...], Length(1, 256)]

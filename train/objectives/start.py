@@ -10,6 +10,7 @@ from tokenizers_mm import load
 from tokenizers_mm._check import require
 from tokenizers_mm.config import from_mapping
 from tokenizers_mm.encoders.semantic import SemanticEncoder, load_pretrained
+from tokenizers_mm.encoders.vision_model import VisionModel
 from tokenizers_mm.models import MODELS, ImageTokenizer
 from tokenizers_mm.models.weights import copy_weights
 
@@ -76,4 +77,6 @@ def build_tokenizer(model: ModelConfig) -> ImageTokenizer[Any]:
     for module in tokenizer.modules():
         if isinstance(module, SemanticEncoder) and module.config.pretrained and not model.start_from:
             load_pretrained(module)
+        if isinstance(module, VisionModel) and module.config.pretrained and not model.start_from:
+            module.load_pretrained()
     return tokenizer
