@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from tokenizers_mm._check import fail
-from tokenizers_mm.config import to_mapping
-from tokenizers_mm.models.loading import read_json, read_safetensors
+from tokenizers_mm.config import read_json, to_mapping
+from tokenizers_mm.models.loading import read_safetensors
 from tokenizers_mm.models.saving import save_tensors
 
 from .config import HARMLESS, RunConfig

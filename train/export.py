@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.cli import guarded
-from tokenizers_mm.models.loading import read_json
+from tokenizers_mm.config import read_json
 
 from .checkpoint import CONFIG, list_checkpoints, read_checkpoint
 from .config import parse_config

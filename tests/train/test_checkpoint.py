@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from tests.train.kinds import final, make_place, plain, start, tiny
+from tokenizers_mm._files import one_writer
 from train.__main__ import main
 from train.checkpoint import STATE, TENSORS, list_checkpoints, read_checkpoint, resume, save_checkpoint
 from train.config import RunConfig, parse_config
-from train.folder import Signals, locked
 from train.log import read_log
 from train.loop import run
+from train.signals import Signals
 from train.state import State, build_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,7 +135,7 @@ def test_two_starts_in_one_folder(place: Path, tmp_path: Path, capsys: pytest.Ca
     process.kill()
     process.join()
     run(parse_config(data | {"steps": 1}))
-    with locked(str(out)):
+    with one_writer(out, "out"):
         pass
 
 

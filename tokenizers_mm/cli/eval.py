@@ -128,8 +128,8 @@ def measure(options: argparse.Namespace, names: list[str], out: Path | None) -> 
 
 def _joined(options: argparse.Namespace) -> dict[str, Any]:
     """One report of several files, or of the folders that they stand in."""
+    from tokenizers_mm.config import read_json
     from tokenizers_mm.eval.report import join_reports
-    from tokenizers_mm.models.loading import read_json
 
     if options.images or options.tokenizers or options.tokenizer:
         fail("join", "reports alone", "images or tokenizers beside them")

@@ -23,8 +23,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the card and the app beside the weights, and upload all as one commit."""
+    from tokenizers_mm.config import read_json
     from tokenizers_mm.models.card import measurements
-    from tokenizers_mm.models.loading import load, read_json
+    from tokenizers_mm.models.loading import load
     from tokenizers_mm.models.publishing import push, save
 
     tokenizer = load(options.directory)

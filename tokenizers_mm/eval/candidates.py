@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.config import to_mapping
+from tokenizers_mm.config import read_json, to_mapping
 from tokenizers_mm.eval.codecs import CODECS, CURVES, Codec
 from tokenizers_mm.models.base import ImageTokenizer
-from tokenizers_mm.models.loading import read_json
 from tokenizers_mm.models.saving import MODEL_TYPE
 from tokenizers_mm.types import ImageCodes, Stream
 

@@ -22,10 +22,10 @@ from typing import IO, Any, cast
 
 import torch
 
-from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
 from tokenizers_mm.data.token_shards import Row
-from tokenizers_mm.data.tokenizing import Encoding, Failure, encode_pairs, largest_id, readable
+from tokenizers_mm.data.tokenizing import Encoding, Failure, encode_pairs, largest_id
 from tokenizers_mm.llm.batch import Segment
 from tokenizers_mm.llm.vocabulary import MAX_ROWS, MAX_SIZE
 from tokenizers_mm.models.base import ImageTokenizer
@@ -203,8 +203,7 @@ class RecordRows:
         def fails(number: int, error: ValueError) -> None:
             if how.strict:
                 raise error
-            name = f"row {number}"
-            failures.setdefault(number, Failure(number, name, shorten(readable(str(error)), 500)))
+            failures.setdefault(number, Failure.of(number, f"row {number}", error))
 
         for number in numbers:
             try:
