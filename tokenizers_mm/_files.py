@@ -111,21 +111,36 @@ def one_writer(folder: str | os.PathLike[str], name: str, held: str = "") -> Ite
     Raises:
         ValueError: another process holds the lock.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(os.open(Path(folder) / LOCK, flags, 0o666), "r+b", buffering=0) as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            fail(name, f"a folder whose {LOCK} is a file", kind_of(Path(folder) / LOCK))
+    while True:
+        stream = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115 (closed below)
         try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                writer = shorten(os.pread(stream.fileno(), 20, 0).decode("ascii", errors="replace"))
-                fail(name, "a folder that no other run writes to", f"{held or folder} (process {writer})")
-        os.ftruncate(stream.fileno(), 0)
-        stream.write(f"{os.getpid()}\n".encode())
-        yield
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                fail(name, f"a folder whose {LOCK} is a file", kind_of(path))
+            _hold(stream.fileno(), name, held or str(folder))
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))):
+                continue  # the one before has just removed it
+            os.ftruncate(stream.fileno(), 0)
+            stream.write(f"{os.getpid()}\n".encode())
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            stream.close()
+
+
+def _hold(descriptor: int, name: str, folder: str) -> None:
+    """Take the lock of a file, or say which process has it."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            writer = shorten(os.pread(descriptor, 20, 0).decode("ascii", errors="replace"))
+            fail(name, "a folder that no other run writes to", f"{folder} (process {writer})")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import expecting, fail, require
 from tokenizers_mm._files import regular_file
 from tokenizers_mm.models.loading import FLOATS, account, first_few, read_safetensors
 
@@ -177,13 +177,9 @@ def get(description: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-@contextmanager
-def description_errors() -> Iterator[None]:
+def description_errors() -> AbstractContextManager[None]:
     """Turn what a wrong type in a description of sizes causes into one sentence."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        fail("config", "sizes in the form of the reference cases", f"{type(error).__name__}: {error}")
+    return expecting("config", "sizes in the form of the reference cases")
 
 
 def link(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_path
+from tokenizers_mm._files import atomic_path, regular_file
 from tokenizers_mm.data.codes import (
     BROKEN,
     CodesOfImage,
@@ -31,6 +31,7 @@ from tokenizers_mm.data.codes import (
     write_codes,
 )
 from tokenizers_mm.data.order import BlockOrder
+from tokenizers_mm.data.tar_members import read_members
 
 MANIFEST, DONE = "_manifest.json", ".tokenizers_mm"
 """File beside finished shards, and folder of the files about single ones; readers of data sets pass over both
@@ -91,7 +92,7 @@ def read_shard(path: Path) -> Iterator[Row]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix == ".jsonl":
-        with path.open("rb") as stream:
+        with regular_file(path, "a JSONL file").open("rb") as stream:
             while line := stream.readline(MAX_MEMBER):
                 yield _parsed(line, str(path))
     elif path.suffix == ".tar":
@@ -120,25 +121,22 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _read_tar(path: Path) -> Iterator[Row]:
     name = f"shard {path}"
-    try:
-        with tarfile.open(path, "r:") as archive:
-            waiting: dict[str, bytes] = {}
-            key = ""
-            for member in archive:
-                stem, _, ending = member.name.partition(".")
-                if not member.isreg() or ending not in ("json", "ids.npy", "latents.npy"):
-                    continue
-                require(member.size <= MAX_MEMBER, name, f"members of at most {MAX_MEMBER} bytes", member.size)
-                if stem != key and waiting:
-                    yield _from_members(waiting, f"{name} {key}")
-                    waiting = {}
-                key = stem
-                stream = archive.extractfile(member)
-                waiting[ending] = b"" if stream is None else stream.read()
-            if waiting:
-                yield _from_members(waiting, f"{name} {key}")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        fail(name, "an uncompressed tar file", f"{type(error).__name__}: {error}")
+    waiting: dict[str, bytes] = {}
+    key = ""
+    for member, archive in read_members(path):
+        stem, _, ending = member.name.partition(".")
+        if ending not in ("json", "ids.npy", "latents.npy"):
+            continue
+        require(member.size <= MAX_MEMBER, name, f"members of at most {MAX_MEMBER} bytes", member.size)
+        if stem != key and waiting:
+            yield _from_members(waiting, f"{name} {key}")
+            waiting = {}
+        require(ending not in waiting, f"{name} {stem}", "members with names of their own", f"{ending} again")
+        key = stem
+        stream = archive.extractfile(member)
+        waiting[ending] = b"" if stream is None else stream.read()
+    if waiting:
+        yield _from_members(waiting, f"{name} {key}")
 
 
 def _from_members(members: dict[str, bytes], name: str) -> Row:

@@ -20,8 +20,8 @@ from typing import Annotated, Any, Protocol
 
 from PIL import Image
 
-from tokenizers_mm._check import fail, require, shorten
-from tokenizers_mm._files import LOCK, one_writer, regular_file, write_json
+from tokenizers_mm._check import fail, printable, require, shorten
+from tokenizers_mm._files import one_writer, regular_file, write_json
 from tokenizers_mm._images import Fit, decode_image
 from tokenizers_mm.config import Pattern, Range, from_mapping, read_json
 from tokenizers_mm.data.codes import CodesOfImage
@@ -63,8 +63,7 @@ class Failure:
     @classmethod
     def of(cls, row: int, name: str, error: ValueError) -> "Failure":
         """The failure of a row, in printable text."""
-        name = readable(name)
-        return cls(row, name if name.isprintable() else repr(name)[1:-1], shorten(readable(str(error)), 500))
+        return cls(row, printable(name), shorten(readable(str(error)), 500))
 
     @property
     def cause(self) -> str:
@@ -304,11 +303,15 @@ def begun(job: Job, planned: Mapping[str, Any], anew: bool = False) -> Iterator[
         _refuse_other(job, planned)
     with one_writer(job.out / DONE, f"out {job.out}", str(job.out)):
         if anew and _differences(job, planned):
-            _clear(job)
+            forget(job)
         _refuse_other(job, planned)
         write_json(job.out / DONE / PLAN, planned)
         count = -(-planned["rows"] // job.shard_size)
         yield [number for number in range(count) if finished(job, number) is None]
+    if not (job.out / DONE / PLAN).exists():
+        with suppress(OSError):  # not empty
+            (job.out / DONE).rmdir()
+            job.out.rmdir()
 
 
 def finished(job: Job, number: int, hashed: bool = True) -> ShardReport | None:
@@ -474,15 +477,6 @@ def run_ray(job: Job, numbers: Sequence[int], workers: int, step: Callable[[int]
 
 
 def forget(job: Job) -> None:
-    """Remove the folder of a run; its lock last, so that no other process writes to it before."""
-    _clear(job)
-    with suppress(OSError):
-        (job.out / DONE / LOCK).unlink()
-        (job.out / DONE).rmdir()
-        job.out.rmdir()
-
-
-def _clear(job: Job) -> None:
-    """Remove all of a run but its lock."""
+    """Remove all files of a run but its lock; `begun` removes the folder where nothing is left."""
     for path in [*job.out.glob("part-*"), job.out / MANIFEST, *(job.out / DONE).glob("*.json")]:
         path.unlink(missing_ok=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm import __version__
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import expecting, fail, printable, require
 from tokenizers_mm._images import Fit
+from tokenizers_mm.config import from_mapping, read_json
 from tokenizers_mm.eval.base import Metric, PerImage, Setup
 from tokenizers_mm.eval.candidates import Ours
 from tokenizers_mm.eval.images import ImageSource
@@ -25,6 +26,9 @@ from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
 
 FORMAT = "tokenizers_mm.eval/1"
+
+MAX_BYTES, MAX_VALUES = 1 << 28, 1 << 21
+"""Limits of a report in a file: bytes, and values, of which there is one per image, metric and tokenizer."""
 
 PACKAGES = ("torch", "pillow", "numpy", "timm", "torch-fidelity", "lpips", "diffusers", "transformers")
 """Packages whose versions a report names, where they are installed."""
@@ -58,14 +62,14 @@ def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
     rows = [_row(measured, run) for measured in run.measured]
     return {
         "format": FORMAT,
-        "command": list(command),
+        "command": [printable(word) for word in command],
         "versions": versions(),
         "protocol": {**asdict(run.protocol), "hash": run.protocol.hash},
         "images": {
-            "source": run.source.place,
+            "source": printable(run.source.place),
             "count": len(run.used),
             "size": list(run.size) if run.size else "own",
-            "skipped": run.skipped,
+            "skipped": [printable(reason) for reason in run.skipped],
             "digest": run.digest,
         },
         "setup": {"weights": dict(run.setup.weights), "extractor": run.setup.extractor, "seed": run.setup.seed},
@@ -73,7 +77,7 @@ def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
         "tokenizers": rows,
         "pairs": _pairs(run),
         "per_image": {
-            "names": [run.source.names[index] for index in run.used],
+            "names": [printable(run.source.names[index]) for index in run.used],
             "values": {m.candidate.name: _values(m) for m in run.measured},
         },
     }
@@ -164,6 +168,51 @@ def _pairs(run: Run) -> list[dict[str, Any]]:
                 if result is not None:
                     found.append({"a": first.candidate.name, "b": second.candidate.name, "metric": name, **result})
     return found
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report in a file that `eval` wrote, or in the folder of one; ValueError names the file and what is wrong."""
+    place = path / "report.json" if path.is_dir() else path
+    data = read_json(place, MAX_BYTES, MAX_VALUES)
+    found = data.get("report", data)
+    with expecting(f"report {place}", "one that tokenizers-mm eval wrote"):
+        _check_report(found)
+    return found
+
+
+def _check_report(report: Mapping[str, Any]) -> None:
+    """Refuse a report without the parts that tables and pages are made of, or with parts of another type."""
+
+    def has(part: Mapping[str, Any], **kinds: Any) -> None:
+        for name, kind in kinds.items():
+            right = isinstance(part[name], kind) and (kind is bool or not isinstance(part[name], bool))
+            require(right, f"report.{name}", f"a value of type {getattr(kind, '__name__', 'number')}", part[name])
+
+    number = (int, float)
+    require(report.get("format") == FORMAT, "report", f"the format {FORMAT}", report.get("format"))
+    has(report, command=list, versions=dict, protocol=dict, images=dict, setup=dict, tokenizers=list, pairs=list)
+    protocol = {key: value for key, value in report["protocol"].items() if key != "hash"}
+    from_mapping(Protocol, protocol, "report.protocol")
+    has(report["protocol"], hash=str)
+    has(report["images"], source=str, count=int, size=(str, list), skipped=list, digest=str)
+    size = report["images"]["size"]
+    require(size == "own" or (len(size) == 2 and all(type(side) is int for side in size)), "report.size", "sides", size)
+    names, values = report["per_image"]["names"], report["per_image"]["values"]
+    texts = [*report["command"], *report["images"]["skipped"], *report["versions"].values(), *names]
+    require(all(isinstance(text, str) for text in texts), "report", "texts", "other values")
+    require(len(report["tokenizers"]) > 0, "report.tokenizers", "at least one", "none")
+    for row in report["tokenizers"]:
+        has(row, name=str, identity=str, on_curve=bool, metrics=dict, missing=dict)
+        require(bool(row["name"].strip()), "report.name", "a name", row["name"])
+        require(all(isinstance(text, str) for text in row["missing"].values()), "report.missing", "reasons", "others")
+        for entry in row["metrics"].values():
+            has(entry, mean=(int, float, type(None)), **{k: number for k in ("low", "high", "images") if k in entry})
+        for listed in values[row["name"]].values():
+            finite = all(value is None or type(value) in number for value in listed)
+            require(finite and len(listed) == len(names), "report.per_image", f"{len(names)} numbers", listed)
+    for pair in report["pairs"]:
+        has(pair, a=str, b=str, difference=number, low=number, high=number, p=number)
+        require(pair["metric"] in METRICS, "report.pairs.metric", "a metric", pair["metric"])
 
 
 def join_reports(reports: Sequence[Mapping[str, Any]], any_protocol: bool = False) -> dict[str, Any]:

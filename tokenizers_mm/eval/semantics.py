@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizers_mm._check import require
-from tokenizers_mm.eval.base import Batch, Metric, Setup
+from tokenizers_mm.eval.base import Batch, Metric, Setup, stored
 
 
 def linear_probe(
@@ -86,7 +86,9 @@ class _Labelled(Metric):
         return {"features": self.features, "labels": self.labels}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.features, self.labels = state["features"], state["labels"]
+        self.features = stored(state, "features", torch.float32, 2)
+        self.labels = stored(state, "labels", torch.int64, 1)
+        require(len(self.features) == len(self.labels), "state.labels", f"{len(self.features)}", len(self.labels))
 
 
 class NearestNeighbours(_Labelled):
