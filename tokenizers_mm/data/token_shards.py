@@ -20,14 +20,15 @@ from typing import Any
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path, regular_file
 from tokenizers_mm.data.codes import (
-    BROKEN,
     CodesOfImage,
     array_bytes,
     array_from_bytes,
     check_place,
     import_arrow,
+    parquet_file,
     read_codes,
     read_parquet_codes,
+    row_group,
     write_codes,
 )
 from tokenizers_mm.data.order import BlockOrder
@@ -102,21 +103,15 @@ def read_shard(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    arrow = import_arrow()
-    try:
-        names = arrow.parquet.read_schema(path).names
-        if "record" not in names:
+    with parquet_file(path, f"shard {path}") as file:
+        if "record" not in file.schema_arrow.names:
             yield from read_parquet_codes(path)
             return
-        with arrow.parquet.ParquetFile(path) as file:
-            texts = [text for part in file.iter_batches(1024, columns=["record"]) for text in part[0].to_pylist()]
-    except BROKEN as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        fail(f"shard {path}", "a whole Parquet file", f"{type(error).__name__}: {error}")
-    for text in texts:
-        require(isinstance(text, str), f"shard {path}", "records as text", text)
-        yield _parsed(text.encode(), str(path))
+        for group in range(file.num_row_groups):
+            for batch in row_group(file, group, ["record"], f"shard {path}"):
+                for text in batch["record"].to_pylist():
+                    require(isinstance(text, str), f"shard {path}", "records as text", text)
+                    yield _parsed(text.encode(), str(path))
 
 
 def _read_tar(path: Path) -> Iterator[Row]:
