@@ -91,9 +91,10 @@ def read(path: str | os.PathLike[str], wrappers: Sequence[str] = WRAPPERS) -> di
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
-        _check_tuples(file)
-        with _mappable(file) as (place, sizes), torch.serialization.safe_globals(_stand_ins(place)):
-            data = torch.load(place, map_location="cpu", weights_only=True, mmap=sizes is not None)
+        with _mappable(file) as (place, sizes):
+            _check_tuples(place)
+            with torch.serialization.safe_globals(_stand_ins(place)):
+                data = torch.load(place, map_location="cpu", weights_only=True, mmap=sizes is not None)
     except pickle.UnpicklingError as error:
         fail(str(file), "a file of torch.save with nothing but weights", _first_line(error))
     except _DAMAGE as error:

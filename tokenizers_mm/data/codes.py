@@ -257,7 +257,7 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
     key = "ids" if "ids" in tensors else "latents"
     if key not in tensors:
         fail("ids", "a file that `encode` wrote", str(path))
-    values = as_ids(tensors["ids"]) if key == "ids" else tensors[key]
+    values = as_ids(tensors["ids"], name=f"{path}: ids") if key == "ids" else tensors[key]
     name = f"{path}: {key}"
     require(key == "ids" or values.is_floating_point(), name, "floats", values)
     several = {"offsets", "sizes"} <= tensors.keys()
@@ -271,8 +271,10 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
         places = [[int(text) for text in texts]] * len(values)
         parts: Sequence[Tensor] = values.unbind()
     else:
-        offsets, sizes = as_ids(tensors["offsets"]), as_ids(tensors["sizes"])
-        wide = [sizes, as_ids(tensors["grids"])] if "grids" in tensors else [sizes]
+        offsets, sizes, *grids = (
+            as_ids(tensors[name], name=f"{path}: {name}") for name in ("offsets", "sizes", "grids") if name in tensors
+        )
+        wide = [sizes, *grids]
         count = len(offsets) - 1 if offsets.ndim == 1 else -1
         right = count > 0 and all(tuple(t.shape) == (count, 2) for t in wide) and len(wide) == 1 + (key == "latents")
         ends = offsets.flatten().tolist()
@@ -342,7 +344,7 @@ def _rows_of(path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[
         require(isinstance(row, list) and len(row) > 0, f"{path}: {key}", "lists of numbers", row)
         place = [table[side][index] for side in sides]
         name, caption = (table.get(text, [""] * (index + 1))[index] for text in ("name", "caption"))
-        values = as_ids(row) if key == "ids" else torch.tensor(row, dtype=torch.float32)
+        values = as_ids(row, name=f"{path}: ids") if key == "ids" else torch.tensor(row, dtype=torch.float32)
         if key == "latents":
             rows, columns = place[2:]
             right = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0

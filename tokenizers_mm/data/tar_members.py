@@ -30,3 +30,6 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
                 inside = 0 <= member.size <= size - member.offset_data
                 require(inside, name, f"members within its {size} bytes", f"{member.size} at {member.offset_data}")
                 yield member, archive
+            archive.fileobj.seek(archive.offset)  # type: ignore[union-attr]
+            rest = archive.fileobj.read(tarfile.BLOCKSIZE)  # type: ignore[union-attr]
+            require(not rest.strip(b"\0"), name, "headers to the end of the archive", f"none at {archive.offset}")

@@ -44,6 +44,9 @@ SHARD_ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl",
 MAX_MEMBER = 1 << 28
 """Bytes of a member of a shard, or of a line, that is read."""
 
+MAX_ROWS = 1 << 31
+"""Rows of one shard at most."""
+
 Row = CodesOfImage | dict[str, Any]
 """What a shard holds: the codes of an image, or a record."""
 
@@ -191,15 +194,18 @@ class TokenShards:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        where = f"{folder}/{MANIFEST}"
         shards = self.manifest.get("shards")
-        require(isinstance(shards, list), f"{folder}/{MANIFEST}", "a list of shards", shards)
+        listed = isinstance(shards, list) and all(isinstance(shard, dict) for shard in shards)
+        require(listed, where, "a list of shards", shards)
         assert isinstance(shards, list)
-        try:
-            self.files = [(str(shard["file"]), int(shard["rows"])) for shard in shards if shard["rows"]]
-        except (TypeError, KeyError, ValueError):
-            fail(f"{folder}/{MANIFEST}", "shards with file and rows", shards)
-        plain = all(Path(name).name == name for name, _ in self.files)
-        require(plain, f"{folder}/{MANIFEST}", "names of files in the folder", self.files)
+        found = [(shard.get("file"), shard.get("rows")) for shard in shards]
+        sound = all(isinstance(name, str) and type(rows) is int and 0 <= rows <= MAX_ROWS for name, rows in found)
+        require(sound, where, f"shards with a file and 0 to {MAX_ROWS} rows", found)
+        self.files = [(name, rows) for name, rows in found if rows]
+        require(len(self.files) > 0, where, "shards with rows", "none")
+        plain = all(Path(name).name == name and "\0" not in name for name, _ in self.files)
+        require(plain, where, "names of files in the folder", self.files)
         self.ends = list(accumulate(rows for _, rows in self.files))
         self._kept: dict[int, list[Row]] = {}
         self._order = BlockOrder([rows for _, rows in self.files])
