@@ -5,6 +5,7 @@ Each adapter says what sizes it takes, makes codes of images and images of codes
 
 import hashlib
 import json
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tokenizers_mm._check import expecting, fail, require
-from tokenizers_mm._files import regular_file
 from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.eval.codecs import CODECS, CURVES, Codec
 from tokenizers_mm.layers.towers import ChannelDeviations, ChannelMeans
@@ -340,11 +340,20 @@ def _open_model(name: str, load: Callable[[str], ImageTokenizer[Any]], device: s
 
 def _built(label: str, directory: Path, model: Any, adapter: type[_Directory], device: str) -> Candidate:
     """A model of another library behind its adapter; what its code makes of a broken directory is one error."""
-    regular_file(directory / "config.json")
-    faults = (AssertionError, OSError, RuntimeError, SafetensorError)
-    with expecting(str(directory), f"a directory that {model.__name__} can load", *faults):
-        loaded = model.from_pretrained(directory, use_safetensors=True, local_files_only=True)
-        return adapter(label, directory, loaded, device)
+    from huggingface_hub import errors  # which both libraries need
+
+    strict = getattr(errors, "StrictDataclassError", OSError)  # of newer versions
+    faults = (AssertionError, OSError, RuntimeError, SafetensorError, strict)
+    logging.disable(logging.ERROR)  # the error says it once
+    try:
+        with expecting(str(directory), f"a directory that {model.__name__} can load", *faults):
+            options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            loaded, found = model.from_pretrained(directory, **options)
+            missing = sorted(map(str, [*found["missing_keys"], *found.get("mismatched_keys", ())]))
+            require(not missing, str(directory), "all weights of the model", f"none that fit for {missing[:3]}")
+            return adapter(label, directory, loaded, device)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def identity_of(model: nn.Module, config: Any) -> str:

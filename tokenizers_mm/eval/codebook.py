@@ -119,8 +119,10 @@ class CodebookCounts:
         for name, found in counts._counts.items():
             sizes = {len(scale) for scale in found}
             require(len(sizes) == 1, f"state.counts/{name}", "scales of one codebook", sorted(sizes))
-        for key in (k for k in state if k.startswith("keys/")):
-            name = key.removeprefix("keys/")
+        named = {kind: {k.removeprefix(kind) for k in state if k.startswith(kind)} for kind in ("keys/", "pairs/")}
+        require(named["keys/"] == named["pairs/"], "state.pairs", "pairs and a count of each", sorted(state))
+        for name in named["keys/"]:
+            key = f"keys/{name}"
             size, found = len(counts._counts.get(name.rpartition("/")[0], [()])[0]), state.get(f"pairs/{name}")
             right = found is not None and len(found) == len(state[key]) and bool((state[key] < size**2).all())
             require(right, f"state.{key}", "pairs of codes and a count of each", state[key])
