@@ -128,8 +128,8 @@ def resume(state: State) -> bool:
         for sentence in damaged:
             print(f"{sentence}; continuing from {folder.name}", file=sys.stderr)
         changed = _differences(read_json(folder / CONFIG), to_mapping(state.config))
-        _check_changes(state, folder, changed, data)
         with expecting(str(folder), "a checkpoint of this run", RuntimeError):
+            _check_changes(state, folder, changed, data)
             state.load_state_dict(data)
         if changed and state.accelerator.is_main_process:
             print(f"continuing with other values of {', '.join(sorted(changed))}", file=sys.stderr)
