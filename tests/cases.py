@@ -46,8 +46,12 @@ def close(actual: Tensor, expected: Tensor, name: str, tolerance: float = 1e-5) 
 
     Independent forms of the originals agree to 2e-7 (extra), 2.2e-7 (ibq) and 3.7e-7 (bsq, lfq), by their README.
     """
-    atol = tolerance * float(expected.detach().abs().max())
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=atol, msg=lambda m: f"{name}: {m}")
+    near(actual, expected, name, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max()))
+
+
+def near(actual: Tensor, expected: Tensor, name: str, *, rtol: float, atol: float) -> None:
+    """Compare within fixed tolerances; an error begins with the name."""
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 def case(name: str, whole: bool = False) -> Case:

@@ -17,7 +17,17 @@ import torch
 
 from tests.cases import ROOT
 from tokenizers_mm import _files
-from tokenizers_mm._files import REPLACING, STAGING, atomic_directory, atomic_path, settle, write_json, write_text
+from tokenizers_mm._files import (
+    LOCK,
+    REPLACING,
+    STAGING,
+    atomic_directory,
+    atomic_path,
+    one_writer,
+    settle,
+    write_json,
+    write_text,
+)
 from tokenizers_mm.models.saving import save_tensors
 
 
@@ -279,3 +289,34 @@ def test_json_has_no_nan_and_takes_every_file_name(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     write_json(tmp_path / "x.json", {"name": os.fsdecode(b"caf\xe9.png")})
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["name"] == os.fsdecode(b"caf\xe9.png")
+
+
+def test_a_set_of_anybody_is_not_completed_outside_of_its_folder(tmp_path: Path) -> None:
+    """A folder of somebody else may hold links beside a set that claims to be unfinished."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "secret").write_text("old")
+    for name, link, target in (("a", "a", "home/secret"), ("d/b", "d", "home"), ("c", "c", "home/new")):
+        folder = tmp_path / f"folder {name.replace('/', ' ')}"
+        (folder / REPLACING / name).parent.mkdir(parents=True)
+        (folder / REPLACING / name).write_text("new")
+        (folder / link).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=r"expected no files in .* that belong outside of it, got .*home"):
+            settle(folder)
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["secret"]
+    assert (tmp_path / "home" / "secret").read_text() == "old"
+
+
+def test_a_lock_that_is_no_file_is_refused_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("old")
+    for name in ("link", "fifo", "folder"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link" / LOCK).symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "fifo" / LOCK)
+    (tmp_path / "folder" / LOCK).mkdir()
+    for name in ("link", "fifo", "folder"):
+        with pytest.raises((ValueError, OSError)), one_writer(tmp_path / name, "out"):
+            pass
+    assert (tmp_path / "target").read_text() == "old"
+    with one_writer(tmp_path / "new", "out"):
+        assert (tmp_path / "new" / LOCK).read_text() == f"{os.getpid()}\n"
+    assert list((tmp_path / "new").iterdir()) == []

@@ -22,7 +22,7 @@ ALLOWED = {
     "_files": {"_check"},
     "_summary": {"_files"},
     "_ranks": set(),
-    "config": {"_check"},
+    "config": {"_check", "_files"},
     "types": {"_check", "_display", "_images"},
     "_display": {"_images"},
     "_images": {"_check", "_files", "resolutions"},

@@ -1,6 +1,8 @@
 """One wording for every argument error: `name: expected WHAT, got WHAT`. Neither torch nor numpy is imported here."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from reprlib import Repr
 from typing import Any, NoReturn
 
@@ -36,6 +38,11 @@ def shorten(text: str, limit: int = LONGEST) -> str:
         mark = f" ... ({len(text)} characters) ... "
         kept = (limit - len(mark)) // 2
         text = text[:kept] + mark + text[-kept:]
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """A text whole, with control characters and bytes that are no UTF-8 escaped where it has any."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 
@@ -48,6 +55,20 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """`fail` unless the condition holds."""
     if not condition:
         fail(name, expected, got)
+
+
+@contextmanager
+def expecting(name: str, expected: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn what values of a wrong form cause in the block into the one error; those that have its form pass.
+
+    more: kinds of errors beside those of wrong types, keys and numbers.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, *more) as error:
+        if isinstance(error, ValueError) and ": expected " in str(error):
+            raise
+        fail(name, expected, f"{type(error).__name__}: {shorten(str(error))}")
 
 
 def require_finite(name: str, what: str, tensor: Any) -> None:

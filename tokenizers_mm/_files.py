@@ -28,6 +28,9 @@ STAGING = ".tmm-staging"
 REPLACING = ".tmm-replacing"
 """Name of the hidden folder, inside a folder, with the files of a complete set that are not all in their places yet."""
 
+LOCK = ".lock"
+"""Name of the file, inside a folder, that the one writer of the folder holds locked."""
+
 
 def regular_file(path: str | os.PathLike[str], expected: str = "a file") -> Path:
     """The path, if it is a regular file or a link to one. A FIFO or a device could block a reader or never end."""
@@ -85,16 +88,59 @@ def settle(directory: str | os.PathLike[str]) -> None:
     """Complete the replacement of a set of files that was interrupted in a directory, before the set is read.
 
     Raises:
-        ValueError: there is such a replacement, and it cannot be completed (a read-only folder, for example).
+        ValueError: there is such a replacement, and it cannot be completed (a read-only folder, for example), or it
+            would write outside of the directory, through a link: the directory may come from somebody else.
     """
     if not (Path(directory) / REPLACING).is_dir():
         return
     try:
         with _locked(Path(directory)):
-            _move_all(Path(directory))
+            _move_all(Path(directory), leave=False)
     except OSError as error:
         expected = "a whole set of files, or leave to complete the save that was interrupted"
         fail(str(directory), expected, f"{REPLACING} in it and {error.strerror}")
+
+
+@contextmanager
+def one_writer(folder: str | os.PathLike[str], name: str, held: str = "") -> Iterator[None]:
+    """Hold the lock of a folder, which is made; where the file system has no locks, nothing is held.
+
+    The system releases the lock of a process that died. Worker processes do not inherit it.
+    name: what an error begins with. held: what it calls the folder, by default its path.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        stream = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115 (closed below)
+        try:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                fail(name, f"a folder whose {LOCK} is a file", kind_of(path))
+            _hold(stream.fileno(), name, held or str(folder))
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))):
+                continue  # the one before has just removed it
+            os.ftruncate(stream.fileno(), 0)
+            stream.write(f"{os.getpid()}\n".encode())
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            stream.close()
+
+
+def _hold(descriptor: int, name: str, folder: str) -> None:
+    """Take the lock of a file, or say which process has it."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            writer = shorten(os.pread(descriptor, 20, 0).decode("ascii", errors="replace"))
+            fail(name, "a folder that no other run writes to", f"{folder} (process {writer})")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -211,15 +257,21 @@ def _finish(path: Path, place: Path, staging: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _move_all(directory: Path) -> None:
-    """Move the files of a complete set to their places, if there is one; the caller holds the lock."""
+def _move_all(directory: Path, leave: bool = True) -> None:
+    """Move the files of a complete set to their places, if there is one; the caller holds the lock.
+
+    leave: whether links may lead out of the directory.
+    """
     source = directory / REPLACING
     if not source.is_dir():
         return
+    inside = Path(os.path.realpath(directory))
     for path in sorted(source.rglob("*")):
         if not path.is_file():
             continue
         place = directory / path.relative_to(source)
+        if not leave and not Path(os.path.realpath(place)).is_relative_to(inside):
+            fail(str(directory), f"no files in {REPLACING} that belong outside of it", os.path.realpath(place))
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_symlink():  # the target may be on another file system
             with atomic_path(place) as temporary:

@@ -18,8 +18,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 SAVE_ID, SUMMARY = "save_id", "summary"
 
-LARGEST = 4 << 20
-"""Limit of config.json in bytes."""
+LARGEST, LONGEST = 4 << 20, 10_000
+"""Limits of config.json in bytes, and of a text in it in characters."""
 
 
 def save_id(config: Mapping[str, Any]) -> str:
@@ -51,6 +51,8 @@ def read_lines(directory: Path) -> list[str] | None:
             mark = (file.metadata() or {}).get(SAVE_ID)
         if mark != config[SAVE_ID] or tensors_id(shapes) != config[SUMMARY]["tensors"]:
             return None
+        if not _is_sound(config["family"], config[SUMMARY], config["provenance"]):
+            return None
         return describe(config["family"], config[SUMMARY], config["provenance"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
@@ -67,6 +69,24 @@ def describe(family: str, summary: Mapping[str, Any], provenance: Mapping[str, s
         lines.append(f"stream       {stream['name']}: {count} ids, {stream['codebook_size']} codes, grids {grids}")
     names = ("source", "license", "sha256", "notice")
     return lines + [f"{name:<12} {provenance[name]}" for name in names if provenance[name]]
+
+
+def _is_sound(family: Any, summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
+    """Whether all that `describe` prints has the right types, in printable text: anybody may have written it."""
+    streams, size = summary["streams"], summary["image_size"]
+    sides = [side for stream in streams for grid in stream["grids"] for side in _pair(grid)]
+    numbers = [summary["parameters"], summary["size_multiple"], *_pair(size or [1, 1]), *sides]
+    numbers += [stream["codebook_size"] for stream in streams]
+    texts = [family, *(stream["name"] for stream in streams), *provenance.values()]
+    return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) and all(
+        isinstance(text, str) and len(text) <= LONGEST and " ".join(text.split()).isprintable() for text in texts
+    )
+
+
+def _pair(value: Any) -> list[Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError
+    return value
 
 
 def _hash(value: Any) -> str:

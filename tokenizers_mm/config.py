@@ -18,6 +18,7 @@ checked. `OmegaConf` reads the YAML and the `key=value` overrides; what reaches 
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm._files import regular_file
 
 T = TypeVar("T")
 
@@ -206,9 +208,32 @@ def to_mapping(config: Any) -> Any:
     return config
 
 
-def check_plain(data: Any, where: str) -> None:
+def read_json(path: Path, max_bytes: int = MAX_BYTES, max_entries: int = MAX_ENTRIES) -> dict[str, Any]:
+    """The mapping of a JSON file, with limits; one error for a file that is missing or holds something else."""
+    size = regular_file(path, f"a {path.name}").stat().st_size
+    require(size <= max_bytes, str(path), f"at most {max_bytes} bytes", f"{size}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        fail(str(path), "a file that can be read", str(error))
+    return parse_json(data, str(path), max_entries)
+
+
+def parse_json(data: bytes | str, where: str, max_entries: int = MAX_ENTRIES) -> dict[str, Any]:
+    """The mapping that a JSON text holds, checked by `check_plain`."""
+    try:
+        found = json.loads(data.decode("utf-8") if isinstance(data, bytes) else data)
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of too many digits
+        fail(where, "valid JSON", str(error))
+    if not isinstance(found, dict):
+        fail(where, "a JSON mapping", "another value")
+    check_plain(found, where, max_entries)
+    return found
+
+
+def check_plain(data: Any, where: str, max_entries: int = MAX_ENTRIES) -> None:
     """Refuse data that no configuration has: too deep, too much, unprintable or very long texts, NaN and infinity."""
-    left, stack = MAX_ENTRIES, [(data, where, 0)]
+    left, stack = max_entries, [(data, where, 0)]
     while stack:
         value, place, depth = stack.pop()
         require(depth <= MAX_DEPTH, place[:200], f"at most {MAX_DEPTH} levels", "more")
@@ -220,7 +245,7 @@ def check_plain(data: Any, where: str) -> None:
             require(abs(value) <= MAX_INT, place, f"a whole number of at most {MAX_INT} in size", "a larger one")
         elif isinstance(value, (Mapping, list, tuple)):
             left -= len(value)
-            require(left >= 0, where, f"at most {MAX_ENTRIES} values in all", "more")
+            require(left >= 0, where, f"at most {max_entries} values in all", "more")
             named = isinstance(value, Mapping)
             for key, item in value.items() if named else enumerate(value):
                 if isinstance(key, str):

@@ -275,17 +275,20 @@ def join_codes(parts: Sequence[Codes]) -> Codes:
     return replace(first, values=torch.cat([part.values for part in parts]))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def as_ids(ids: Any, expected: str = "integers") -> Tensor:
-    """Integers of any kind (a tensor, a numpy array, nested lists) as an int64 tensor; floats and booleans refused."""
+def as_ids(ids: Any, expected: str = "integers", name: str = "ids") -> Tensor:
+    """Integers of any kind (a tensor, a numpy array, nested lists) as an int64 tensor; floats and booleans refused.
+
+    expected, name: for the error.
+    """
     if isinstance(ids, Tensor):
         whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-        require(whole, "ids", expected, ids)
+        require(whole, name, expected, ids)
         return ids.to(torch.int64)
     try:
         array = np.asarray(ids)
     except (ValueError, TypeError, OverflowError):  # rows of several lengths
-        fail("ids", expected, ids)
-    require(array.dtype.kind in "iu" and bool((array < 2**63).all()), "ids", expected, array if array.ndim else ids)
+        fail(name, expected, ids)
+    require(array.dtype.kind in "iu" and bool((array < 2**63).all()), name, expected, array if array.ndim else ids)
     return torch.from_numpy(array.astype(np.int64))
 
 

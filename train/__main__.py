@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import write_text
+from tokenizers_mm._files import one_writer, write_text
 from tokenizers_mm.cli import configs, guarded
 from tokenizers_mm.cli.imports import run_imports, split_imports
 from tokenizers_mm.cli.train import SUMMARY, add_arguments
@@ -114,7 +114,8 @@ def _written(config: RunConfig, text: str, overwrite: bool) -> RunConfig:
         if before == yaml.safe_load(text):
             return config  # the same command again: the run goes on
         fail("out", "a new folder, or --overwrite", f"{place}, of another command (to go on with it: train {place})")
-    write_text(place, text)
+    with one_writer(config.out, "config.out"):
+        write_text(place, text)
     return config
 
 
@@ -125,9 +126,10 @@ def _keep_existing(config: RunConfig, overwrite: bool) -> None:
     found = [step for step, _ in list_checkpoints(config.out)]
     there = bool(found) or (Path(config.out) / "log.jsonl").is_file()
     if overwrite:
-        for name in ("checkpoints", "samples", "tensorboard", "best"):
-            shutil.rmtree(Path(config.out) / name, ignore_errors=True)
-        (Path(config.out) / "log.jsonl").unlink(missing_ok=True)
+        with one_writer(config.out, "config.out"):
+            for name in ("checkpoints", "samples", "tensorboard", "best"):
+                shutil.rmtree(Path(config.out) / name, ignore_errors=True)
+            (Path(config.out) / "log.jsonl").unlink(missing_ok=True)
     elif there and config.resume == "never":
         last = f"a run up to step {found[-1]}" if found else "a run"
         fail("config.out", "a folder without a run (or resume=auto to go on, --overwrite to replace)",

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizers_mm._check import fail
-from tokenizers_mm.config import to_mapping
-from tokenizers_mm.models.loading import read_json, read_safetensors
+from tokenizers_mm._check import expecting, fail
+from tokenizers_mm.config import read_json, to_mapping
+from tokenizers_mm.models.loading import read_safetensors
 from tokenizers_mm.models.saving import save_tensors
 
 from .config import HARMLESS, RunConfig
@@ -128,8 +128,9 @@ def resume(state: State) -> bool:
         for sentence in damaged:
             print(f"{sentence}; continuing from {folder.name}", file=sys.stderr)
         changed = _differences(read_json(folder / CONFIG), to_mapping(state.config))
-        _check_changes(state, folder, changed, data)
-        state.load_state_dict(data)
+        with expecting(str(folder), "a checkpoint of this run", RuntimeError):
+            _check_changes(state, folder, changed, data)
+            state.load_state_dict(data)
         if changed and state.accelerator.is_main_process:
             print(f"continuing with other values of {', '.join(sorted(changed))}", file=sys.stderr)
         return True
@@ -149,8 +150,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
             fail(str(path), "a whole checkpoint", "no such file")
         if _sha256(path) != expected:
             fail(str(path), "a whole checkpoint", "contents of another hash")
-    # A hash vouches for this file of ours, and the parameters of a large model exceed the limits of `read_json`.
-    return _decode(json.loads((folder / STATE).read_text(encoding="utf-8")), read_safetensors(folder / TENSORS))
+    # The parameters of a large model exceed the limits of `read_json`.
+    with expecting(str(folder / STATE), "the state of a run", RecursionError):
+        return _decode(json.loads((folder / STATE).read_text(encoding="utf-8")), read_safetensors(folder / TENSORS))
 
 
 def _write(folder: Path, config: RunConfig, skeleton: Any, tensors: dict[str, Tensor]) -> None:

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import expecting, fail, require
 from tokenizers_mm.cli import guarded
-from tokenizers_mm.models.loading import read_json
+from tokenizers_mm.config import read_json
 
 from .checkpoint import CONFIG, list_checkpoints, read_checkpoint
 from .config import parse_config
@@ -28,7 +28,8 @@ def export_checkpoint(run: str, out: str, step: int | None = None) -> int:
     config = parse_config(read_json(found[step] / CONFIG))
     plain: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "ddp", "compile": "", "trackers": ()}
     state = build_state(dataclasses.replace(config, out=out, **plain))
-    state.load_state_dict(read_checkpoint(found[step]))
+    with expecting(str(found[step]), "a checkpoint of its own configuration", RuntimeError):
+        state.load_state_dict(read_checkpoint(found[step]))
     state.objective.save(state.whole(), Path(out))
     return step
 

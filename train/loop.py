@@ -5,11 +5,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tokenizers_mm._files import one_writer
+
 from .checkpoint import Checkpoints, resume
 from .config import RunConfig
 from .distributed import agree
-from .folder import Signals, locked
 from .log import Log
+from .signals import Signals
 from .state import State, build_state
 from .step import train_step
 
@@ -27,7 +29,7 @@ def run(config: RunConfig) -> State:
     state = build_state(config)
     with contextlib.ExitStack() as stack:
         if state.accelerator.is_main_process:
-            stack.enter_context(locked(config.out))
+            stack.enter_context(one_writer(config.out, "config.out"))
         resumed = config.resume == "auto" and resume(state)
         signals = stack.enter_context(Signals())
         log = stack.enter_context(contextlib.closing(Log(state, resumed)))

@@ -4,7 +4,9 @@ import os
 import pickle
 import random
 import struct
+import time
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,10 +188,14 @@ def test_damaged_files_are_read_or_refused(how: str, tmp_path: Path) -> None:
 
 
 def test_a_pickle_that_is_no_mapping_of_text_is_refused(tmp_path: Path) -> None:
-    nested: Any = "x"
-    for _ in range(60):
-        nested = (nested, nested)
-    for value in ({("x",): torch.zeros(1)}, {1: torch.zeros(1)}, [torch.zeros(1)], torch.zeros(1), 3, {"a": nested}):
+    for value in (
+        {("x",): torch.zeros(1)},
+        {1: torch.zeros(1)},
+        [torch.zeros(1)],
+        torch.zeros(1),
+        3,
+        {"a": ("x", "y")},
+    ):
         torch.save(value, tmp_path / "a.pt")
         with pytest.raises(ValueError, match="expected named tensors, got") as raised:
             read(tmp_path / "a.pt")
@@ -197,6 +203,49 @@ def test_a_pickle_that_is_no_mapping_of_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.pt").write_bytes(pickle.dumps({"a": 1}, protocol=2))
     with pytest.raises(ValueError, match="expected"):
         read(tmp_path / "b.pt")
+
+
+def nested(levels: int) -> Any:
+    """A tuple of 2 ** levels texts, each tuple in it twice the one before."""
+    value: Any = "x"
+    for _ in range(levels):
+        value = (value, value)
+    return value
+
+
+class AsKey:
+    """A value whose pickle computes the hash of a tuple."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        inner = nested(60)
+        return self.kind, ([(inner, 1)] if self.kind is OrderedDict else [inner],)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize("kind", ["value", "key", "ordered", "counter", "nested"])
+def test_tuples_that_are_endless_when_written_out_are_refused_at_once(kind: str, archive: bool, tmp_path: Path) -> None:
+    class Key:
+        """Writes a mapping whose key is such a tuple; making it here would never end."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return dict, (), None, None, iter([(nested(60), 1)])
+
+    class Nested:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return OrderedDict, ([(nested(3), nested(60))],)
+
+    values: dict[str, Any] = {"value": nested(60), "key": Key(), "nested": Nested()}
+    values |= {"ordered": AsKey(OrderedDict), "counter": AsKey(Counter)}
+    torch.save({"a": torch.zeros(2), "b": values[kind]}, tmp_path / "a.pt", _use_new_zipfile_serialization=archive)
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=r"a\.pt: expected a whole file of torch.save, got .*tuples: expected at most"):
+        read(tmp_path / "a.pt")
+    assert time.process_time() - begin < 2
+    torch.save({"a": torch.zeros(2)}, tmp_path / "b.pt", _use_new_zipfile_serialization=archive)
+    assert read(tmp_path / "b.pt")["a"].shape == (2,)
 
 
 def test_special_files_are_refused_and_not_waited_for(tmp_path: Path) -> None:

@@ -65,8 +65,7 @@ def test_entropies_and_code_lengths() -> None:
     few = codebook_health([ImageCodes(random, 8, 8, (Stream("a", 4096, ((8, 8),)),))])["a"]
     assert not few["conditional"]["previous"]["reliable"]
     assert few["bits"]["entropy_coded"] <= few["bits"]["nominal"]
-    again = CodebookCounts()
-    again.restore(counts.state())
+    again = CodebookCounts.restored(counts.state())
     assert again.report() == counts.report()
     empty = CodebookCounts()
     empty.add(ImageCodes(torch.zeros(1, 1, dtype=torch.int64), 8, 8, (Stream("a", 1 << 40, ((1, 1),)),)))

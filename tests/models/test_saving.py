@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import dualvitok_config as tiny_dualvitok
 from benchmarks.tiny import tokenflow_config as tiny_tokenflow
@@ -114,8 +115,6 @@ def test_files_of_two_saves_are_one_sentence(tmp_path: Path) -> None:
 
 def test_directories_without_the_mark_still_load(tmp_path: Path) -> None:
     """Those of earlier versions, and weights that somebody wrote with safetensors alone."""
-    from safetensors.torch import save_file
-
     pair = two("mar")
     pair[0].save(tmp_path)
     save_file(pair[0].state_dict(), tmp_path / "model.safetensors")
@@ -183,3 +182,32 @@ def test_a_missing_device_is_one_sentence(tmp_path: Path) -> None:
     for device in ("cuda", "cuda:7", "nonsense"):
         with pytest.raises(ValueError, match=f"device: expected cpu .*, got '{device}'"):
             load(tmp_path, device=device)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"provenance": {"source": "\x1b[2J", "license": "", "sha256": "", "notice": ""}},
+        {"provenance": {"source": ["x"], "license": "", "sha256": "", "notice": ""}},
+        {"family": "\x1b[31mmar"},
+        {"summary": {"parameters": "many"}},
+        {"summary": {"parameters": 10**30}},
+        {"summary": {"image_size": "ab"}},
+        {"summary": {"image_size": [True, 1]}},
+        {"summary": {"streams": [{"name": "a", "codebook_size": 3, "grids": [["x", 10**12]]}]}},
+        {"summary": {"streams": [{"name": "a\x1b", "codebook_size": 3, "grids": [[1, 1]]}]}},
+    ],
+)
+def test_info_believes_no_forged_summary(change: dict[str, Any], tmp_path: Path) -> None:
+    """A hash binds the files to each other; anybody can compute it. Nothing of such a file is printed or computed."""
+    two("mar")[0].save(tmp_path)
+    place = tmp_path / "config.json"
+    data = json.loads(place.read_text())
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert read_lines(tmp_path) is not None
+    for key, value in change.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) else value
+    data["save_id"] = save_id(data)
+    place.write_text(json.dumps(data))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"save_id": data["save_id"]})
+    assert read_lines(tmp_path) is None

@@ -4,11 +4,13 @@ Tolerances: features 2e-5 + 1e-4 relative, images 5e-4 absolute, ids exact: thos
 original run with 1 and with 2 threads differs by up to 5e-6 and 7.3e-5.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import Case, case
+from tests.cases import Case, case, near
 from tests.weights_by_rule import tokenflow_weights, uniform
 from tokenizers_mm.checkpoints import tokenflow as published
 from tokenizers_mm.checkpoints.tokenflow import links_of
@@ -23,9 +25,7 @@ def build(reference: Case) -> TokenFlow:
     return published.convert(tokenflow_weights(reference), reference.name, reference.config)
 
 
-def close(actual: Tensor, expected: Tensor, name: str) -> None:
-    assert actual.shape == expected.shape, name
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+close = partial(near, rtol=1e-4, atol=2e-5)
 
 
 def close_image(actual: Tensor, expected: Tensor, name: str) -> None:

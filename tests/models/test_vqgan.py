@@ -145,7 +145,11 @@ def test_disturbances() -> None:
     ("changes", "message"),
     [
         ({"kernel": 0}, "kernel: expected 1 or 3"),
-        ({"decoder": {**DECODER, "multipliers": [1]}}, "decoder: expected the encoder's factor of 2"),
+        ({"decoder": {**DECODER, "multipliers": [1]}}, "decoder.attention_levels: expected levels from 0 to 0"),
+        (
+            {"decoder": {**DECODER, "multipliers": [1], "attention_levels": []}},
+            "decoder: expected the encoder's factor of 2",
+        ),
         ({"decoder": {**DECODER, "context_channels": 5}}, "decoder.context_channels: expected 6 or none"),
         ({"scales": [[4, 4], [2, 2]]}, "scales: expected grids no larger than the last one"),
         ({"teacher": TEACHER}, "teacher and semantic_decoder: expected both or neither"),

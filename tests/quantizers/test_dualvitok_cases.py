@@ -1,6 +1,7 @@
 """SimVQ against DualViTok's original code: values, ids, loss, and which gradient reaches what."""
 
 import json
+from functools import partial
 from typing import cast
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.cases import case
+from tests.cases import case, near
 from tests.dualvitok_weights import by_rule
 from tokenizers_mm.functional.scalar import ids_to_levels, levels_to_ids
 from tokenizers_mm.quantizers.fsq import FSQ, FSQConfig
@@ -32,8 +33,7 @@ def build(description: dict) -> SimVQ:
     return quantizer
 
 
-def close(actual: Tensor, expected: Tensor, name: str) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6, msg=lambda m: f"{name}: {m}")
+close = partial(near, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

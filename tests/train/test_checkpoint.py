@@ -1,5 +1,7 @@
 """Files of checkpoints, the lock of a run's folder, and configurations that changed between two starts."""
 
+import hashlib
+import json
 import os
 import pickle
 import signal
@@ -11,12 +13,13 @@ import pytest
 import torch
 
 from tests.train.kinds import final, make_place, plain, start, tiny
+from tokenizers_mm._files import one_writer
 from train.__main__ import main
-from train.checkpoint import STATE, TENSORS, list_checkpoints, read_checkpoint, resume, save_checkpoint
+from train.checkpoint import HASHES, STATE, TENSORS, list_checkpoints, read_checkpoint, resume, save_checkpoint
 from train.config import RunConfig, parse_config
-from train.folder import Signals, locked
 from train.log import read_log
 from train.loop import run
+from train.signals import Signals
 from train.state import State, build_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +89,37 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_a_state_of_anybody_is_one_sentence(state: State, tmp_path: Path) -> None:
+    """A checkpoint with hashes that fit, whose state is of another form: read, or refused with the folder's name."""
+    save_checkpoint(state)
+    (_, folder) = list_checkpoints(tmp_path)[-1]
+    whole = json.loads((folder / STATE).read_text())
+    texts = [
+        "",
+        "x",
+        "[]",
+        "3",
+        "{}",
+        "[" * 100_000,
+        '{"tensor": "none"}',
+        '{"map": [1]}',
+        '{"map": [[[], {"value": 1}]]}',
+    ]
+    texts += [json.dumps({"map": [pair for pair in whole["map"] if pair != gone]}) for gone in whole["map"]]
+    for text in texts:
+        (folder / STATE).write_text(text)
+        hashes = json.loads((folder / HASHES).read_text()) | {STATE: hashlib.sha256(text.encode()).hexdigest()}
+        (folder / HASHES).write_text(json.dumps(hashes))
+        try:
+            resume(state)
+        except ValueError as error:
+            refused = str(error)
+        else:
+            continue
+        assert refused.startswith(("checkpoint: ", str(folder))), (text[:80], refused)
+        assert "expected" in refused
+
+
 def test_nothing_is_left_of_a_write_that_failed(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a full disk: the checkpoint before stays, and is the newest."""
     state.step = 2
@@ -134,7 +168,7 @@ def test_two_starts_in_one_folder(place: Path, tmp_path: Path, capsys: pytest.Ca
     process.kill()
     process.join()
     run(parse_config(data | {"steps": 1}))
-    with locked(str(out)):
+    with one_writer(out, "out"):
         pass
 
 

@@ -10,8 +10,10 @@ Nothing is copied before it is written: tensors stay mapped from the file wherev
 
 import argparse
 import hashlib
+import mmap
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import struct
@@ -21,15 +23,16 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import expecting, fail, require
 from tokenizers_mm._files import regular_file
 from tokenizers_mm.models.loading import FLOATS, account, first_few, read_safetensors
 
@@ -46,6 +49,12 @@ _DAMAGE = (
 """Errors of torch's and Python's readers for files that are truncated or were changed."""
 
 _NO_CONFIGURATION = sys.stdlib_module_names | {"torch", "numpy", "__main__"}
+
+_CALLS = ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "FROZENSET", "OBJ", "INST")
+"""Operations of a pickle whose result may be a tuple made of what they take."""
+
+MAX_TUPLE, MAX_PICKLE, LEGACY_PICKLES = 1 << 20, 1 << 28, 5
+"""Limits of the values of one tuple, and of the bytes of a pickle; pickles that begin a file of the old format."""
 
 Shape = tuple[int, ...]
 Rule = tuple[str, "str | tuple[str | None, ...]"]
@@ -82,8 +91,10 @@ def read(path: str | os.PathLike[str], wrappers: Sequence[str] = WRAPPERS) -> di
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
-        with _mappable(file) as (place, sizes), torch.serialization.safe_globals(_stand_ins(place)):
-            data = torch.load(place, map_location="cpu", weights_only=True, mmap=sizes is not None)
+        with _mappable(file) as (place, sizes):
+            _check_tuples(place)
+            with torch.serialization.safe_globals(_stand_ins(place)):
+                data = torch.load(place, map_location="cpu", weights_only=True, mmap=sizes is not None)
     except pickle.UnpicklingError as error:
         fail(str(file), "a file of torch.save with nothing but weights", _first_line(error))
     except _DAMAGE as error:
@@ -107,6 +118,50 @@ def _inside(data: Any, path: str) -> Any:
     for key in path.split("."):
         data = data.get(key) if isinstance(data, Mapping) else None
     return data
+
+
+def _check_tuples(file: Path) -> None:
+    """Refuse pickles whose tuples, written out in full, are endless: their hash as a key would never be computed.
+
+    A tuple that holds another one twice costs a few bytes and doubles the work. The pickles are gone through without
+    making any object: of every value on the stack only its size is kept, which is 1 for all but tuples.
+    """
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for _ in range(LEGACY_PICKLES):
+                _check_pickle(data)
+        return
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.filename.endswith("data.pkl"):
+                size = record.file_size
+                require(size <= MAX_PICKLE, record.filename, f"a pickle of at most {MAX_PICKLE} bytes", f"{size}")
+                _check_pickle(BytesIO(archive.read(record)))
+
+
+def _check_pickle(stream: Any) -> None:
+    """`_check_tuples` for the pickle at the place of a stream, which is left behind it."""
+    mark = -1
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    for code, argument, _ in pickletools.genops(stream):
+        name, before = code.name, [item.name for item in code.stack_before]
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            stack.append(mark)
+        else:
+            taken: list[int] = []
+            if "mark" in before:
+                while (value := stack.pop()) != mark:
+                    taken.append(value)
+                before = before[: before.index("mark")]
+            taken += [stack.pop() for _ in before]
+            size = 1 + sum(taken) if "TUPLE" in name or name in _CALLS else taken[-1] if name == "DUP" else 1
+            require(size <= MAX_TUPLE, "tuples", f"at most {MAX_TUPLE} values in one", "more")
+            stack += [size] * len(code.stack_after)
 
 
 @contextmanager
@@ -184,13 +239,9 @@ def get(description: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-@contextmanager
-def description_errors() -> Iterator[None]:
+def description_errors() -> AbstractContextManager[None]:
     """Turn what a wrong type in a description of sizes causes into one sentence."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        fail("config", "sizes in the form of the reference cases", f"{type(error).__name__}: {error}")
+    return expecting("config", "sizes in the form of the reference cases")
 
 
 def link(

@@ -6,9 +6,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from tokenizers_mm._check import shorten
+from tokenizers_mm._check import printable, shorten
 
 TRACEBACK = "TOKENIZERS_MM_TRACEBACK"
 """Environment variable: where it is set, an error ends with Python's traceback too."""
@@ -62,9 +61,10 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "not enough memory" in text:
         return f"memory: expected enough for this input, got {shorten(text or kind)}", 2
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{printable(error.filename)}: {error.strerror or kind}", 2
+        name = error.filename
+        return f"{printable(os.fsdecode(name) if isinstance(name, bytes) else str(name))}: {error.strerror or kind}", 2
     if isinstance(error, (ValueError, FloatingPointError)):
-        return shorten(printable(text), 1000) or kind, 2
+        return shorten(text, 1000) or kind, 2
     if isinstance(error, ImportError):
         return f"expected an optional package to be installed, got {shorten(text)}", 2
     if isinstance(error, OSError) or kind == "SafetensorError":
@@ -76,9 +76,3 @@ def explain(error: Exception) -> tuple[str, int]:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}:{frame.lineno}"
     return f"a failure of tokenizers_mm: {kind}: {shorten(text)} (at {where}; {TRACEBACK}=1 shows more)", 1
-
-
-def printable(name: Any) -> str:
-    """A file name or text as characters that every stream takes; bytes that are no UTF-8 are escaped."""
-    text = os.fsdecode(name) if isinstance(name, (bytes, os.PathLike)) else str(name)
-    return text.encode("utf-8", errors="backslashreplace").decode()

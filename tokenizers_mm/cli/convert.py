@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) is None:
             fail("--out" if name == "out" else name.upper(), "a value (or --list)", "nothing")
     from tokenizers_mm.checkpoints.convert import convert
-    from tokenizers_mm.models.loading import read_json
+    from tokenizers_mm.config import read_json
 
     config = None if options.config is None else read_json(options.config)
     bad = [item for item in options.options if "=" not in item]

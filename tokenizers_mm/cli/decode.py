@@ -69,22 +69,35 @@ def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 class Names:
-    """Paths of PNG files in a folder by the names of images: no name leads out of it, and no two are equal."""
+    """Paths of PNG files in a folder by the names of images: no name leads out of it, and no two are equal.
+
+    No file has the name of a folder that another one needs.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
         self.taken: set[str] = set()
+        self.folders: set[str] = set()
 
     def __call__(self, name: str) -> Path:
         """The path for the next image; one without a name, or with a bad one, is called by its number."""
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         parts = [part if not part.startswith(".") else f"_{part}" for part in parts]
         usable = bool(parts) and name.isprintable() and all(len(part.encode()) <= 200 for part in parts)
+        usable = usable and len("/".join(parts).encode()) <= 1000
         stem = "/".join([*parts[:-1], Path(parts[-1]).stem]) if usable and len(parts) <= 32 else f"{self.count:05d}"
+        if _folders(stem) & self.taken:  # a file stands where a folder would
+            stem = stem.replace("/", "_")
         chosen = stem
-        while chosen.lower() in self.taken:
+        while f"{chosen.lower()}.png" in self.taken or f"{chosen.lower()}.png" in self.folders:
             chosen = f"{stem}_{self.count:05d}"
             stem += "_"
-        self.taken.add(chosen.lower())
+        self.taken.add(f"{chosen.lower()}.png")
+        self.folders |= _folders(chosen)
         self.count += 1
         return self.folder / f"{chosen}.png"
+
+
+def _folders(stem: str) -> set[str]:
+    """The folders that a path needs, in small letters."""
+    return {str(parent).lower() for parent in Path(stem).parents} - {"."}

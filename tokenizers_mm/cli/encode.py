@@ -2,11 +2,12 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers_mm.cli.options import SHIPPED, fit_option, load_tokenizer, tokenizer_option
+from tokenizers_mm.cli.options import SHIPPED, input_options, load_tokenizer
 from tokenizers_mm.cli.progress import Progress
 
 SUMMARY = "Images to ids: one file, or a folder of shards."
@@ -20,19 +21,9 @@ SHOWN = 20
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    command.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGES",
-        help="image files, folders of them, .tar or .parquet files",
-    )
-    tokenizer_option(command)
-    fit_option(command)
-    command.add_argument("--strict", action="store_true", help="end at the first image that cannot be encoded")
+    input_options(command, "IMAGES", "image files, folders of them, .tar or .parquet files")
     command.add_argument("--stable", action="store_true", help="ids that depend on no batch, machine or dtype")
     command.add_argument("--workers", type=int, default=1, help="threads that read images ahead (default: %(default)s)")
-    command.add_argument("--batch-size", type=int, help="images of a batch (default: by their size)")
     command.add_argument(
         "--out",
         default="ids.safetensors",
@@ -54,8 +45,7 @@ def run(options: argparse.Namespace) -> None:
     from tokenizers_mm.data.token_shards import read_shards
 
     check_output(options.out)
-    from tokenizers_mm.data.tokenizing import Encoding, Job, begin, can_resume, finish, forget, plan, run_here
-    from tokenizers_mm.models.saving import fingerprint
+    from tokenizers_mm.data.tokenizing import Encoding, Job, forget, run_here
 
     open_input = partial(open_images, options.images)
     rows, tokenizer = open_input(), load_tokenizer(options)
@@ -63,18 +53,41 @@ def run(options: argparse.Namespace) -> None:
     how = Encoding(fit_of(options), options.stable, options.batch_size, options.workers, strict)
     parts = options.out.parent / f".{options.out.name}.parts"
     job = Job(open_input, partial(load_tokenizer, options), parts, "npz", PART, how)
-    planned = plan(job, rows, fingerprint(tokenizer), tokenizer.family)
-    if not can_resume(job, planned):
+
+    def write(manifest: dict[str, Any]) -> None:
+        if manifest["images"]:
+            write_codes(options.out, lambda: read_shards(parts), tokenizer.family)  # type: ignore[arg-type]
         forget(job)
-    missing = begin(job, planned)
-    with Progress(len(rows), done_rows(len(rows), PART, missing)) as progress:
-        run_here(job, rows, tokenizer, missing, progress)
-    manifest = finish(job, planned)
-    report_failures(manifest)
-    if manifest["images"]:
-        write_codes(options.out, lambda: read_shards(parts), tokenizer.family)  # type: ignore[arg-type]
-    forget(job)
+
+    manifest = carry_out(job, rows, tokenizer, partial(run_here, job, rows, tokenizer), then=write)
     closing(options.out, manifest, tokenizer if options.stable else None)
+
+
+def carry_out(
+    job: Any,
+    rows: Any,
+    tokenizer: Any,
+    work: Callable[[list[int], Progress], None],
+    unit: str = "images",
+    then: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Make the shards of a job that are missing, and the manifest, which is returned; names what was left out.
+
+    work: makes the shards of some numbers and tells the progress. then: what follows while the folder is still this
+    process's own; where it is given, what another run left in the folder is removed.
+    """
+    from tokenizers_mm.data.tokenizing import begun, finish, plan
+    from tokenizers_mm.models.saving import fingerprint
+
+    planned = plan(job, rows, fingerprint(tokenizer), tokenizer.family)
+    with begun(job, planned, anew=then is not None) as missing:
+        with Progress(len(rows), done_rows(len(rows), job.shard_size, missing), unit) as progress:
+            work(missing, progress)
+        manifest = finish(job, planned)
+        report_failures(manifest)
+        if then is not None:
+            then(manifest)
+    return manifest
 
 
 def open_images(paths: list[Path]) -> Any:

@@ -4,10 +4,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import expecting, fail, require
+from tokenizers_mm._files import file_place, kind_of, one_writer, write_json, write_text
 from tokenizers_mm.cli.options import SHIPPED
 
 SUMMARY = "Metrics of any number of tokenizers over images: a report as JSON and as one page."
@@ -61,8 +63,6 @@ def run_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and write the report."""
     single = options.out.suffix == ".json"
-    from tokenizers_mm._files import file_place, kind_of, write_json, write_text  # after the arguments are known
-
     if single:
         file_place(options.out)
     elif options.out.exists():
@@ -82,17 +82,19 @@ def run(options: argparse.Namespace) -> None:
 
     for message in report["images"]["skipped"]:
         print(f"skipped: {message}", file=sys.stderr)
-    if single:
-        one = len(report["tokenizers"]) == 1
-        write_json(options.out, flat(report) if one else report)
-    else:
-        from tokenizers_mm.eval.page import make_page
-        from tokenizers_mm.eval.run import PARTIAL
+    with expecting("report", "one that tokenizers-mm eval wrote") if options.join else nullcontext():
+        if single:
+            one = len(report["tokenizers"]) == 1
+            write_json(options.out, flat(report) if one else report)
+        else:
+            from tokenizers_mm.eval.page import make_page
+            from tokenizers_mm.eval.run import PARTIAL
 
-        write_json(options.out / "report.json", report)
-        write_text(options.out / "report.html", make_page(report, page))
-        (options.out / PARTIAL).unlink(missing_ok=True)
-    print_table(report)
+            text = make_page(report, page)
+            write_json(options.out / "report.json", report)
+            write_text(options.out / "report.html", text)
+            (options.out / PARTIAL).unlink(missing_ok=True)
+        print_table(report)
     print(f"{options.out}: {report['images']['count']} images")
 
 
@@ -123,20 +125,17 @@ def measure(options: argparse.Namespace, names: list[str], out: Path | None) -> 
     metrics = list(METRICS) if every else options.metrics.split(",") if options.metrics else None
     setup = Setup(protocol, weights, options.extractor, device, options.seed)
     begun = begin(candidates, source, setup, metrics, strict=not every)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    return carry_out(begun, out, progress_line())
+    with nullcontext() if out is None else one_writer(out, f"output {out}"):
+        return carry_out(begun, out, progress_line())
 
 
 def _joined(options: argparse.Namespace) -> dict[str, Any]:
     """One report of several files, or of the folders that they stand in."""
-    from tokenizers_mm.eval.report import join_reports
-    from tokenizers_mm.models.loading import read_json
+    from tokenizers_mm.eval.report import join_reports, read_report
 
     if options.images or options.tokenizers or options.tokenizer:
         fail("join", "reports alone", "images or tokenizers beside them")
-    found = [read_json(path / "report.json" if path.is_dir() else path) for path in options.join]
-    return join_reports([data.get("report", data) for data in found], options.any_protocol)
+    return join_reports([read_report(path) for path in options.join], options.any_protocol)
 
 
 def progress_line() -> Callable[[int, int], None] | None:

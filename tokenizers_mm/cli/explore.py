@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tokenizers_mm.cli.boundary import printable
+from tokenizers_mm._check import printable
 from tokenizers_mm.cli.options import SHIPPED, load_tokenizer
 
 SUMMARY = "A page in which ids are looked at, swapped and decoded in the browser."
@@ -44,6 +44,6 @@ def run(options: argparse.Namespace) -> None:
     size = tuple(options.size) if options.size else None
     tokenizer = load_tokenizer(options)
     found = paths[: max(options.limit, 0)]
-    refused = (lambda error: print(f"skipped: {printable(error)}", file=sys.stderr)) if len(found) > 1 else None
+    refused = (lambda error: print(f"skipped: {printable(str(error))}", file=sys.stderr)) if len(found) > 1 else None
     name = str(options.tokenizer)
     print(explore(tokenizer, name, found, options.out, options.fit, size, options.runtime, refused))

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm._check import expecting, require
 from tokenizers_mm._files import regular_file
 
 OPTION = "--import"
 
-FAULTS = (SyntaxError, ImportError, NameError, AttributeError, TypeError, LookupError, ArithmeticError)
-"""Errors of a file that is no working program; a ValueError of ours, such as that of `register`, is passed on."""
+FAULTS = (SyntaxError, ImportError, NameError, AssertionError, RuntimeError, OSError)
+"""Errors of a file that is no working program, beside those of `expecting`; a ValueError of ours is passed on."""
 
 
 def split_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -40,10 +40,8 @@ def run_imports(files: Sequence[str]) -> None:
         )
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
-        try:
+        with expecting(f"{OPTION} {name}", "a Python file that runs", *FAULTS):
             module = importlib.import_module(path.stem)
-        except FAULTS as error:
-            fail(f"{OPTION} {name}", "a Python file that runs", f"{type(error).__name__}: {shorten(str(error))}")
         found = getattr(module, "__file__", None)
         other = found is None or Path(found).resolve() != path
         require(not other, f"{OPTION} {name}", "a name that no other module has", f"{path.stem} ({found})")

@@ -1,6 +1,7 @@
 """Options that several verbs have."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 SHIPPED = "tokenizers_mm/demo-64"
@@ -26,6 +27,15 @@ def fit_option(command: argparse.ArgumentParser, default: str = "") -> None:
         default=default,
         help=f"for images of another size (default: {told})",
     )
+
+
+def input_options(command: argparse.ArgumentParser, metavar: str, kinds: str) -> None:
+    """Add the input of `encode` and `tokenize`, and how its images become codes. kinds: of files, for the help."""
+    command.add_argument("images", nargs="+", type=Path, metavar=metavar, help=kinds)
+    tokenizer_option(command)
+    fit_option(command)
+    command.add_argument("--strict", action="store_true", help="end at the first image that cannot be encoded")
+    command.add_argument("--batch-size", type=int, help="images of a batch (default: by their size)")
 
 
 def load_tokenizer(options: argparse.Namespace) -> Any:

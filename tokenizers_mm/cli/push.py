@@ -23,13 +23,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the card and the app beside the weights, and upload all as one commit."""
+    from tokenizers_mm.eval.report import read_report
     from tokenizers_mm.models.card import measurements
-    from tokenizers_mm.models.loading import load, read_json
+    from tokenizers_mm.models.loading import load
     from tokenizers_mm.models.publishing import push, save
 
     tokenizer = load(options.directory)
     path = options.report or _report(Path(options.directory))
-    report = None if path is None else measurements(read_json(path), Path(options.directory).name)
+    report = None if path is None else measurements(read_report(path), Path(options.directory).name)
     if not (options.license or tokenizer.provenance.license):
         print("no licence is stated, and others may not use the weights without one: --license", file=sys.stderr)
     told = "no report of measurements" if path is None else f"measurements of {path}"

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers_mm.cli.encode import closing, done_rows, fit_of, open_images, report_failures
-from tokenizers_mm.cli.options import fit_option, load_tokenizer, tokenizer_option
+from tokenizers_mm.cli.encode import carry_out, closing, fit_of, open_images
+from tokenizers_mm.cli.options import input_options, load_tokenizer
 from tokenizers_mm.cli.progress import Progress
 
 SUMMARY = "Images or records to shards of ids, for training; resumes, and gives the same bytes."
@@ -14,15 +14,8 @@ SUMMARY = "Images or records to shards of ids, for training; resumes, and gives 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    command.add_argument(
-        "images",
-        nargs="+",
-        type=Path,
-        metavar="INPUT",
-        help="folders, image files, .tar shards, .parquet files; or one .jsonl file of records",
-    )
-    tokenizer_option(command)
-    fit_option(command)
+    kinds = "folders, image files, .tar shards, .parquet files; or one .jsonl file of records"
+    input_options(command, "INPUT", kinds)
     command.add_argument("--out", type=Path, required=True, help="folder of the shards; a run that is in it goes on")
     command.add_argument(
         "--format",
@@ -33,9 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=int, default=1, help="processes, each with the tokenizer in memory (default: %(default)s)"
     )
-    command.add_argument("--batch-size", type=int, help="images of a batch (default: by their size)")
     command.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine, or Ray Data")
-    command.add_argument("--strict", action="store_true", help="end at the first row that cannot be encoded")
     command.add_argument(
         "--no-stable",
         dest="stable",
@@ -57,8 +48,7 @@ def run_with(
     """Make shards of a format. processes: 0 for this process alone; `options.workers` are then reading threads."""
     from tokenizers_mm._check import require
     from tokenizers_mm.data.codes import import_arrow
-    from tokenizers_mm.data.tokenizing import Encoding, Job, begin, finish, plan, run_here, run_processes, run_ray
-    from tokenizers_mm.models.saving import fingerprint
+    from tokenizers_mm.data.tokenizing import Encoding, Job, run_here, run_processes, run_ray
 
     records = any(path.suffix == ".jsonl" for path in options.images)
     require(not records or len(options.images) == 1, "records", "one .jsonl file by itself", options.images)
@@ -71,17 +61,16 @@ def run_with(
     ahead = options.workers if processes == 0 else 1
     how = Encoding(fit_of(options), options.stable, options.batch_size, ahead, options.strict)
     job = Job(open_input, partial(load_tokenizer, options), options.out, form, shard_size, how)
-    planned = plan(job, rows, fingerprint(tokenizer), tokenizer.family)
-    missing = begin(job, planned)
-    with Progress(len(rows), done_rows(len(rows), shard_size, missing), "rows" if records else "images") as progress:
+
+    def work(missing: list[int], progress: Progress) -> None:
         if engine == "ray":
             run_ray(job, missing, max(1, processes), progress)
         elif processes > 1 and len(missing) > 1:
             run_processes(job, missing, min(processes, len(missing)), progress)
         else:
             run_here(job, rows, tokenizer, missing, progress)
-    manifest = finish(job, planned)
-    report_failures(manifest)
+
+    manifest = carry_out(job, rows, tokenizer, work, "rows" if records else "images")
     closing(options.out, manifest, tokenizer if options.stable else None)
 
 

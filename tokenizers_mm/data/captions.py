@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+MAX_CAPTION = 1 << 20
+"""Limit of a caption in bytes."""
+
 
 def read_caption(image: Path, skipped: list[str]) -> str:
     """The caption of an image file: the text file of the same name beside it, "" for none.
@@ -12,6 +15,10 @@ def read_caption(image: Path, skipped: list[str]) -> str:
     if not path.is_file():
         return ""
     try:
+        size = path.stat().st_size
+        if size > MAX_CAPTION:
+            skipped.append(f"caption {path}: expected at most {MAX_CAPTION} bytes, got {size}")
+            return ""
         return path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
         got = f"byte 0x{error.object[error.start]:02x} at {error.start}"

@@ -19,6 +19,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -28,8 +29,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_path, file_place, kind_of
+from tokenizers_mm._check import expecting, fail, require
+from tokenizers_mm._files import atomic_path, file_place, kind_of, regular_file
 from tokenizers_mm._images import MAX_PIXELS
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream, as_ids
 
@@ -37,6 +38,9 @@ ENDINGS = (".safetensors", ".npz", ".parquet")
 
 ROW_GROUP = 1024
 """Images of a row group of a Parquet file."""
+
+BATCH_ROWS = 64
+"""Rows of a Parquet file that are unpacked at a time."""
 
 MAX_ROW_GROUP = 1 << 30
 """Bytes of a row group that is read."""
@@ -258,7 +262,7 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
     key = "ids" if "ids" in tensors else "latents"
     if key not in tensors:
         fail("ids", "a file that `encode` wrote", str(path))
-    values = as_ids(tensors["ids"]) if key == "ids" else tensors[key]
+    values = as_ids(tensors["ids"], name=f"{path}: ids") if key == "ids" else tensors[key]
     name = f"{path}: {key}"
     require(key == "ids" or values.is_floating_point(), name, "floats", values)
     several = {"offsets", "sizes"} <= tensors.keys()
@@ -272,8 +276,10 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
         places = [[int(text) for text in texts]] * len(values)
         parts: Sequence[Tensor] = values.unbind()
     else:
-        offsets, sizes = as_ids(tensors["offsets"]), as_ids(tensors["sizes"])
-        wide = [sizes, as_ids(tensors["grids"])] if "grids" in tensors else [sizes]
+        offsets, sizes, *grids = (
+            as_ids(tensors[name], name=f"{path}: {name}") for name in ("offsets", "sizes", "grids") if name in tensors
+        )
+        wide = [sizes, *grids]
         count = len(offsets) - 1 if offsets.ndim == 1 else -1
         right = count > 0 and all(tuple(t.shape) == (count, 2) for t in wide) and len(wide) == 1 + (key == "latents")
         ends = offsets.flatten().tolist()
@@ -305,26 +311,37 @@ def _texts(facts: Mapping[str, str], key: str, count: int) -> list[str]:
     return found if right else [""] * count
 
 
+@contextmanager
+def parquet_file(path: Path, name: str) -> Iterator[Any]:
+    """An open Parquet file; all that pyarrow raises of a broken one is one ValueError that begins with `name`."""
+    regular_file(path, "a Parquet file")
+    with expecting(name, "a whole Parquet file", *BROKEN), import_arrow().parquet.ParquetFile(path) as file:
+        yield file
+
+
+def row_group(file: Any, group: int, columns: Sequence[str], name: str) -> Iterator[Any]:
+    """Some columns of a row group, in record batches of a few rows, within `MAX_ROW_GROUP` bytes in all.
+
+    What a footer claims is not believed: values that repeat take no room in a file, but all of it in memory.
+    """
+    held = 0
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(columns)):
+        held += batch.nbytes
+        require(held <= MAX_ROW_GROUP, name, f"row groups of at most {MAX_ROW_GROUP} bytes", "more")
+        yield batch
+
+
 def read_parquet_codes(path: Path) -> Iterator[CodesOfImage]:
-    """The codes of each image of a Parquet file, a row group at a time."""
-    if not path.is_file():
-        fail("ids", "a file that `encode` wrote", f"{kind_of(path)}: {path}")
-    arrow = import_arrow()
-    try:
-        with arrow.parquet.ParquetFile(path) as file:
-            names = set(file.schema_arrow.names)
-            key = "ids" if "ids" in names else "latents"
-            sides = ("height", "width") if key == "ids" else ("height", "width", "rows", "columns")
-            require({key, *sides} <= names, str(path), f"columns {key}, {', '.join(sides)}", sorted(names))
-            wanted = [key, *sides, *(name for name in ("name", "caption") if name in names)]
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).total_byte_size
-                require(size <= MAX_ROW_GROUP, str(path), f"row groups of at most {MAX_ROW_GROUP} bytes", size)
-                yield from _rows_of(path, file.read_row_group(group, columns=wanted).to_pydict(), key, sides)
-    except BROKEN as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
-        fail("ids", "a whole file that `encode` wrote", f"{path} ({type(error).__name__}: {error})")
+    """The codes of each image of a Parquet file, a few rows at a time."""
+    with parquet_file(path, f"ids {path}") as file:
+        names = set(file.schema_arrow.names)
+        key = "ids" if "ids" in names else "latents"
+        sides = ("height", "width") if key == "ids" else ("height", "width", "rows", "columns")
+        require({key, *sides} <= names, str(path), f"columns {key}, {', '.join(sides)}", sorted(names))
+        wanted = [key, *sides, *(name for name in ("name", "caption") if name in names)]
+        for group in range(file.num_row_groups):
+            for batch in row_group(file, group, wanted, str(path)):
+                yield from _rows_of(path, batch.to_pydict(), key, sides)
 
 
 def _rows_of(path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[str]) -> Iterator[CodesOfImage]:
@@ -332,7 +349,7 @@ def _rows_of(path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[
         require(isinstance(row, list) and len(row) > 0, f"{path}: {key}", "lists of numbers", row)
         place = [table[side][index] for side in sides]
         name, caption = (table.get(text, [""] * (index + 1))[index] for text in ("name", "caption"))
-        values = as_ids(row) if key == "ids" else torch.tensor(row, dtype=torch.float32)
+        values = as_ids(row, name=f"{path}: ids") if key == "ids" else torch.tensor(row, dtype=torch.float32)
         if key == "latents":
             rows, columns = place[2:]
             right = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0
@@ -355,6 +372,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with zipfile.ZipFile(path) as archive:
+        limit = max(MAX_ROW_GROUP, path.stat().st_size)
+        unpacked = sum(member.file_size for member in archive.infolist())
+        require(unpacked <= limit, str(path), f"at most {limit} bytes when unpacked", unpacked)
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         facts: Any = json.loads(str(file["metadata"])) if "metadata" in file else {}
         arrays = {name: file[name] for name in ("ids", "latents", "offsets", "sizes", "grids") if name in file}

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import kind_of
 from tokenizers_mm._images import decode_image, decode_size, read_image, read_size
-from tokenizers_mm.data.codes import BROKEN, MAX_ROW_GROUP, import_arrow
+from tokenizers_mm.data.codes import parquet_file, row_group
 from tokenizers_mm.data.files import FileList
 from tokenizers_mm.data.image_sets import Sample, digest
 from tokenizers_mm.data.order import BlockOrder
@@ -124,29 +123,22 @@ class ParquetImages:
 
 def _read_footer(path: Path) -> tuple[list[int], dict[str, str]]:
     """Rows of every row group, and the columns for image, caption and name."""
-    arrow = import_arrow()
-    try:
-        with arrow.parquet.ParquetFile(path) as file:
-            names, groups = file.schema_arrow.names, range(file.num_row_groups)
-            found = [file.metadata.row_group(number) for number in groups]
-            sizes = [(group.num_rows, group.total_byte_size) for group in found]
-    except BROKEN as error:
-        fail(f"images {path}", "a whole Parquet file", f"{kind_of(path)} ({type(error).__name__}: {error})")
-    large = [size for _, size in sizes if size > MAX_ROW_GROUP]
-    require(not large, f"images {path}", f"row groups of at most {MAX_ROW_GROUP} bytes", large[:1])
+    with parquet_file(path, f"images {path}") as file:
+        names = file.schema_arrow.names
+        counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    require(all(0 <= count < 1 << 31 for count in counts), f"images {path}", "numbers of rows", counts)
     wanted = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "name": NAME_COLUMNS}
     columns = {key: next((name for name in options if name in names), "") for key, options in wanted.items()}
     if not columns["image"]:
         fail(f"images {path}", f"a column with images ({', '.join(IMAGE_COLUMNS)})", names)
-    return [count for count, _ in sizes], {key: name for key, name in columns.items() if name}
+    return counts, {key: name for key, name in columns.items() if name}
 
 
 def _read_rows(path: Path, group: int, columns: dict[str, str]) -> list[dict[str, Any]]:
-    arrow = import_arrow()
-    try:
-        with arrow.parquet.ParquetFile(path) as file:
-            table = file.read_row_group(group, columns=list(dict.fromkeys(columns.values()))).to_pydict()
-    except BROKEN as error:
-        fail(f"images {path}", "a whole Parquet file", f"{type(error).__name__}: {error}")
-    keys = {key: table[name] for key, name in columns.items()}
-    return [dict(zip(keys, values, strict=True)) for values in zip(*keys.values(), strict=True)]
+    rows: list[dict[str, Any]] = []
+    with parquet_file(path, f"images {path}") as file:
+        for batch in row_group(file, group, list(dict.fromkeys(columns.values())), f"images {path}"):
+            table = batch.to_pydict()
+            values = zip(*(table[name] for name in columns.values()), strict=True)
+            rows += [dict(zip(columns, row, strict=True)) for row in values]
+    return rows

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_path
+from tokenizers_mm._files import atomic_path, regular_file
 from tokenizers_mm._images import decode_image, decode_size
 from tokenizers_mm.data.files import EXTENSIONS, FileList
 from tokenizers_mm.data.image_sets import Sample, digest
+from tokenizers_mm.data.tar_members import read_members
 
 INDEX = ".tokenizers_mm_index.safetensors"
 """File beside the shards with the places of all samples, written where the folder permits; without it every start reads
@@ -38,7 +39,7 @@ class Shards:
         self.root = Path(folder)
         self.files = FileList.below(folder, (".tar",)) if files is None else files
         self.marks = _marks(self.root, self.files)
-        found = _read_index(self.root / INDEX, self.marks) if files is None else None
+        found = _read_index(self.root / INDEX, self.marks, self.files) if files is None else None
         if found is None:
             found = torch.cat([_scan(path, number) for number, path in enumerate(self.files)])
             if files is None:
@@ -101,22 +102,19 @@ class Shards:
 
 
 def _scan(path: Path, number: int) -> Tensor:
-    """Places of the samples of one tar file."""
-    found: dict[str, list[int]] = {}
-    try:
-        with tarfile.open(path, "r:") as file:
-            for member in file:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                kind = "." + kind.lower().rpartition(".")[2]
-                if not member.isreg() or (kind not in EXTENSIONS and kind != ".txt"):
-                    continue
-                places = found.setdefault(f"{folder}/{stem}", [number, 0, 0, 0, 0])
-                at = 3 if kind == ".txt" else 1
-                places[at : at + 2] = member.offset_data, member.size
-    except (tarfile.TarError, OSError) as error:
-        fail(f"shard {path}", "an uncompressed tar file", f"{type(error).__name__}: {error}")
-    samples = [places for places in found.values() if places[2]]
+    """Places of the samples of one tar file; several images of one name up to the dot are samples of their own."""
+    images: dict[tuple[str, str], tuple[int, int]] = {}
+    captions: dict[str, tuple[int, int]] = {}
+    for member, _ in read_members(path):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, rest = name.partition(".")
+        kind = "." + rest.lower().rpartition(".")[2]
+        place = member.offset_data, member.size
+        if kind == ".txt":
+            captions[f"{folder}/{stem}"] = place
+        elif kind in EXTENSIONS and member.size > 0:
+            images[f"{folder}/{stem}", rest] = place
+    samples = [[number, *place, *captions.get(stem, (0, 0))] for (stem, _), place in images.items()]
     return torch.tensor(samples, dtype=torch.int64).view(-1, 5)
 
 
@@ -126,21 +124,29 @@ def _marks(root: Path, files: Sequence[Path]) -> str:
     return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
 
-def _read_index(path: Path, marks: str) -> Tensor | None:
-    """Places from the index file, None where it is missing or of other shards."""
+def _read_index(path: Path, marks: str, files: Sequence[Path]) -> Tensor | None:
+    """Places from the index file, None where it is missing, of other shards, or points outside of them."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             places = file.get_tensor("places") if (file.metadata() or {}).get("marks") == marks else None
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, ValueError):
         return None
     if places is None or places.ndim != 2 or places.shape[1] != 5 or places.dtype != torch.int64:
         return None
-    return places if bool((places >= 0).all()) else None
+    number, start, size, text_start, text_size = places.unbind(1)
+    if bool((places < 0).any()) or bool((number >= len(files)).any()):
+        return None
+    ends = torch.tensor([file.stat().st_size for file in files])[number]
+    inside = (start <= ends) & (size <= ends - start) & (text_start <= ends) & (text_size <= ends - text_start)
+    return places if bool(inside.all()) else None
 
 
 def _write_index(path: Path, marks: str, places: Tensor) -> None:
     try:
         with atomic_path(path) as temporary:
             save_file({"places": places}, temporary, metadata={"marks": marks})
-    except OSError:  # a folder that is read-only: the next start reads the headers again
+    except (
+        OSError,
+        ValueError,
+    ):  # a folder that is read-only, a name that is no file's: the next start reads the headers again
         return

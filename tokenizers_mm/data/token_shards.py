@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_path
+from tokenizers_mm._files import atomic_path, regular_file
 from tokenizers_mm.data.codes import (
-    BROKEN,
     CodesOfImage,
     array_bytes,
     array_from_bytes,
     check_place,
     import_arrow,
+    parquet_file,
     read_codes,
     read_parquet_codes,
+    row_group,
     write_codes,
 )
 from tokenizers_mm.data.order import BlockOrder
+from tokenizers_mm.data.tar_members import read_members
 
 MANIFEST, DONE = "_manifest.json", ".tokenizers_mm"
 """File beside finished shards, and folder of the files about single ones; readers of data sets pass over both
@@ -41,6 +43,9 @@ SHARD_ENDINGS = {"webdataset": ".tar", "parquet": ".parquet", "jsonl": ".jsonl",
 
 MAX_MEMBER = 1 << 28
 """Bytes of a member of a shard, or of a line, that is read."""
+
+MAX_ROWS = 1 << 31
+"""Rows of one shard at most."""
 
 Row = CodesOfImage | dict[str, Any]
 """What a shard holds: the codes of an image, or a record."""
@@ -91,7 +96,7 @@ def read_shard(path: Path) -> Iterator[Row]:
     if path.suffix == ".parquet":
         yield from _read_parquet(path)
     elif path.suffix == ".jsonl":
-        with path.open("rb") as stream:
+        with regular_file(path, "a JSONL file").open("rb") as stream:
             while line := stream.readline(MAX_MEMBER):
                 yield _parsed(line, str(path))
     elif path.suffix == ".tar":
@@ -101,44 +106,35 @@ def read_shard(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    arrow = import_arrow()
-    try:
-        names = arrow.parquet.read_schema(path).names
-        if "record" not in names:
+    with parquet_file(path, f"shard {path}") as file:
+        if "record" not in file.schema_arrow.names:
             yield from read_parquet_codes(path)
             return
-        with arrow.parquet.ParquetFile(path) as file:
-            texts = [text for part in file.iter_batches(1024, columns=["record"]) for text in part[0].to_pylist()]
-    except BROKEN as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        fail(f"shard {path}", "a whole Parquet file", f"{type(error).__name__}: {error}")
-    for text in texts:
-        require(isinstance(text, str), f"shard {path}", "records as text", text)
-        yield _parsed(text.encode(), str(path))
+        for group in range(file.num_row_groups):
+            for batch in row_group(file, group, ["record"], f"shard {path}"):
+                for text in batch["record"].to_pylist():
+                    require(isinstance(text, str), f"shard {path}", "records as text", text)
+                    yield _parsed(text.encode(), str(path))
 
 
 def _read_tar(path: Path) -> Iterator[Row]:
     name = f"shard {path}"
-    try:
-        with tarfile.open(path, "r:") as archive:
-            waiting: dict[str, bytes] = {}
-            key = ""
-            for member in archive:
-                stem, _, ending = member.name.partition(".")
-                if not member.isreg() or ending not in ("json", "ids.npy", "latents.npy"):
-                    continue
-                require(member.size <= MAX_MEMBER, name, f"members of at most {MAX_MEMBER} bytes", member.size)
-                if stem != key and waiting:
-                    yield _from_members(waiting, f"{name} {key}")
-                    waiting = {}
-                key = stem
-                stream = archive.extractfile(member)
-                waiting[ending] = b"" if stream is None else stream.read()
-            if waiting:
-                yield _from_members(waiting, f"{name} {key}")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        fail(name, "an uncompressed tar file", f"{type(error).__name__}: {error}")
+    waiting: dict[str, bytes] = {}
+    key = ""
+    for member, archive in read_members(path):
+        stem, _, ending = member.name.partition(".")
+        if ending not in ("json", "ids.npy", "latents.npy"):
+            continue
+        require(member.size <= MAX_MEMBER, name, f"members of at most {MAX_MEMBER} bytes", member.size)
+        if stem != key and waiting:
+            yield _from_members(waiting, f"{name} {key}")
+            waiting = {}
+        require(ending not in waiting, f"{name} {stem}", "members with names of their own", f"{ending} again")
+        key = stem
+        stream = archive.extractfile(member)
+        waiting[ending] = b"" if stream is None else stream.read()
+    if waiting:
+        yield _from_members(waiting, f"{name} {key}")
 
 
 def _from_members(members: dict[str, bytes], name: str) -> Row:
@@ -198,15 +194,18 @@ class TokenShards:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        where = f"{folder}/{MANIFEST}"
         shards = self.manifest.get("shards")
-        require(isinstance(shards, list), f"{folder}/{MANIFEST}", "a list of shards", shards)
+        listed = isinstance(shards, list) and all(isinstance(shard, dict) for shard in shards)
+        require(listed, where, "a list of shards", shards)
         assert isinstance(shards, list)
-        try:
-            self.files = [(str(shard["file"]), int(shard["rows"])) for shard in shards if shard["rows"]]
-        except (TypeError, KeyError, ValueError):
-            fail(f"{folder}/{MANIFEST}", "shards with file and rows", shards)
-        plain = all(Path(name).name == name for name, _ in self.files)
-        require(plain, f"{folder}/{MANIFEST}", "names of files in the folder", self.files)
+        found = [(shard.get("file"), shard.get("rows")) for shard in shards]
+        sound = all(isinstance(name, str) and type(rows) is int and 0 <= rows <= MAX_ROWS for name, rows in found)
+        require(sound, where, f"shards with a file and 0 to {MAX_ROWS} rows", found)
+        self.files = [(name, rows) for name, rows in found if rows]
+        require(len(self.files) > 0, where, "shards with rows", "none")
+        plain = all(Path(name).name == name and "\0" not in name for name, _ in self.files)
+        require(plain, where, "names of files in the folder", self.files)
         self.ends = list(accumulate(rows for _, rows in self.files))
         self._kept: dict[int, list[Row]] = {}
         self._order = BlockOrder([rows for _, rows in self.files])

@@ -5,24 +5,25 @@ a small file that says it is done; a run that finds that file goes on with the n
 from the input, the tokenizer and the options (with stable ids), so that a shard that was lost is made again as it was.
 """
 
-import json
 import os
-import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from PIL import Image
 
-from tokenizers_mm._check import fail, require, shorten
-from tokenizers_mm._files import write_json
+from tokenizers_mm._check import fail, printable, require, shorten
+from tokenizers_mm._files import one_writer, regular_file, write_json
 from tokenizers_mm._images import Fit, decode_image
+from tokenizers_mm.config import Pattern, Range, from_mapping, read_json
 from tokenizers_mm.data.codes import CodesOfImage
 from tokenizers_mm.data.image_sets import ImageSet
 from tokenizers_mm.data.token_shards import DONE, MANIFEST, SHARD_ENDINGS, Row, write_shard
@@ -31,8 +32,13 @@ from tokenizers_mm.types import ImageCodes
 PLAN = "plan.json"
 """File that says what the run in a folder is."""
 
+MAX_REPORT = 64 << 20
+"""Limit of the bytes of a shard's report."""
+
 SHOWN_FAILURES = 1000
 """Failures of a shard that are kept one by one; those after them are only counted, by cause."""
+
+Count = Annotated[int, Range(0)]
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,38 @@ class Encoding:
 class Failure:
     """A row that could not be encoded: its number, its name, and the sentence that says why."""
 
-    row: int
+    row: Count
     name: str
     reason: str
+
+    @classmethod
+    def of(cls, row: int, name: str, error: ValueError) -> "Failure":
+        """The failure of a row, in printable text."""
+        return cls(row, printable(name), shorten(readable(str(error)), 500))
 
     @property
     def cause(self) -> str:
         """What was expected: the same words for failures of one kind."""
-        return self.reason.partition(": expected ")[2].rpartition(", got ")[0] or "something else"
+        return self.reason.partition(": expected ")[2].rpartition(", got ")[0][:200] or "something else"
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What is known of a finished shard: its rows (from `first` on), its file (bytes 0: there is none), and failures.
+
+    failures: all of them, `causes` by what was expected; `failed` the first ones.
+    """
+
+    file: str
+    first: Count
+    rows: Count
+    images: Count
+    bytes: Count
+    sha256: Annotated[str, Pattern("|[0-9a-f]{64}", "a SHA-256")]
+    ids: Count
+    failures: Count
+    causes: dict[str, Count]
+    failed: tuple[Failure, ...]
 
 
 class Rows(Protocol):
@@ -108,8 +138,7 @@ class ImageRows:
         def refused(index: int, error: ValueError) -> None:
             if how.strict:
                 raise error
-            reason = shorten(readable(str(error)), 500)
-            failures.append(Failure(numbers[index], names.pop(numbers[index]), reason))
+            failures.append(Failure.of(numbers[index], names.pop(numbers[index]), error))
             step(1)
 
         def pair(number: int) -> tuple[str, Callable[[], Image.Image]]:
@@ -243,58 +272,82 @@ def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, An
     }
 
 
-def can_resume(job: Job, planned: Mapping[str, Any]) -> bool:
-    """Whether the folder is new, or holds the same run."""
-    return not _differences(job, planned)
-
-
 def _differences(job: Job, planned: Mapping[str, Any]) -> list[str]:
     """What the run in the folder has otherwise."""
     path = job.out / DONE / PLAN
     if not path.is_file():
         return ["files"] if job.out.is_dir() and any(job.out.glob("part-*")) else []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError:
         return [PLAN]
-    return [key for key in planned if not isinstance(found, dict) or found.get(key) != planned[key]]
+    return [key for key in planned if found.get(key) != planned[key]]
 
 
-def begin(job: Job, planned: Mapping[str, Any]) -> list[int]:
-    """Make the folder, or see that it is of the same run; returns the numbers of the shards that are not done."""
+def _refuse_other(job: Job, planned: Mapping[str, Any]) -> None:
+    """Refuse a folder with other files, or with a run of another plan."""
     other = _differences(job, planned)
     expected = "a new folder, or one of a run with the same input and options"
     require(not other, f"out {job.out}", expected, f"another {', '.join(other)}")
-    write_json(job.out / DONE / PLAN, planned)
-    count = -(-planned["rows"] // job.shard_size)
-    return [number for number in range(count) if not _is_done(job, number)]
 
 
-def _is_done(job: Job, number: int) -> bool:
-    """Whether a shard is done and still there."""
+@contextmanager
+def begun(job: Job, planned: Mapping[str, Any], anew: bool = False) -> Iterator[list[int]]:
+    """The folder of a run for this process alone: made, or seen to be of the same run; the shards that are not done.
+
+    anew: what another run left in the folder is removed; by default it is refused.
+
+    Raises:
+        ValueError: another run, or another process that writes to the folder.
+    """
+    if not anew:
+        _refuse_other(job, planned)
+    with one_writer(job.out / DONE, f"out {job.out}", str(job.out)):
+        if anew and _differences(job, planned):
+            forget(job)
+        _refuse_other(job, planned)
+        write_json(job.out / DONE / PLAN, planned)
+        count = -(-planned["rows"] // job.shard_size)
+        yield [number for number in range(count) if finished(job, number) is None]
+    if not (job.out / DONE / PLAN).exists():
+        with suppress(OSError):  # not empty
+            (job.out / DONE).rmdir()
+            job.out.rmdir()
+
+
+def finished(job: Job, number: int, hashed: bool = True) -> ShardReport | None:
+    """The report of a shard that is done and still whole; None for any other, whatever stands in its place.
+
+    hashed: whether all bytes of the shard are compared, or only how many there are.
+    """
+    place = job.done_file(number)
     try:
-        report = json.loads(job.done_file(number).read_text(encoding="utf-8"))
-        return report["rows"] == 0 or (job.out / report["file"]).stat().st_size == report["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        report = from_mapping(ShardReport, read_json(place, MAX_REPORT), str(place))
+        ours = (report.file, report.first) == (job.file(number), number * job.shard_size)
+        if not ours or (report.bytes > 0) != (report.rows > 0):
+            return None
+        path = regular_file(job.out / report.file) if report.bytes else None
+        same = path is None or path.stat().st_size == report.bytes
+        return report if same and (path is None or not hashed or _hash_file(path) == report.sha256) else None
+    except (OSError, ValueError):
+        return None
 
 
-def run_shard(job: Job, rows: Rows, tokenizer: Any, number: int, step: Callable[[int], None]) -> dict[str, Any]:
+def run_shard(job: Job, rows: Rows, tokenizer: Any, number: int, step: Callable[[int], None]) -> ShardReport:
     """Make one shard; returns the report that is also written."""
     numbers = range(number * job.shard_size, min(len(rows), (number + 1) * job.shard_size))
     found, failures, images, largest = rows.encode(tokenizer, numbers, job.how, step)
-    path = job.out / job.file(number)
-    report: dict[str, Any] = {"file": job.file(number), "first": numbers.start, "rows": len(found), "images": images}
-    report |= {"bytes": 0, "sha256": "", "ids": sum(len(r.values) for _, r in found if isinstance(r, CodesOfImage))}
+    path, size, digest = job.out / job.file(number), 0, ""
     if found:
         write_shard(path, found, tokenizer.family, largest)
-        report |= {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
-    causes: dict[str, int] = {}
-    for failure in failures:
-        causes[failure.cause] = causes.get(failure.cause, 0) + 1
-    report |= {"failures": len(failures), "causes": dict(sorted(causes.items()))}
-    report["failed"] = [asdict(failure) for failure in failures[:SHOWN_FAILURES]]
-    write_json(job.done_file(number), report)
+        size, digest = path.stat().st_size, _hash_file(path)
+    ids = sum(len(row.values) for _, row in found if isinstance(row, CodesOfImage))
+    causes = dict(sorted(Counter(failure.cause for failure in failures).items()))
+    report = ShardReport(
+        *(path.name, numbers.start, len(found), images, size, digest, ids, len(failures), causes),
+        tuple(failures[:SHOWN_FAILURES]),
+    )
+    write_json(job.done_file(number), asdict(report))
     return report
 
 
@@ -308,22 +361,25 @@ def _hash_file(path: Path) -> str:
 
 def finish(job: Job, planned: Mapping[str, Any]) -> dict[str, Any]:
     """Write the manifest of a run whose shards are all done, and return it."""
-    count = -(-planned["rows"] // job.shard_size)
-    reports = [json.loads(job.done_file(number).read_text(encoding="utf-8")) for number in range(count)]
-    causes: dict[str, int] = {}
-    for report in reports:
-        for cause, times in report["causes"].items():
-            causes[cause] = causes.get(cause, 0) + times
-    images, ids = (sum(report[key] for report in reports) for key in ("images", "ids"))
+    reports: list[ShardReport] = []
+    for number in range(-(-planned["rows"] // job.shard_size)):
+        report = finished(job, number, hashed=False)
+        if report is None:
+            fail(str(job.out / job.file(number)), "the shard that was written", "another file (start again)")
+        reports.append(report)
+    causes: Counter[str] = sum((Counter(report.causes) for report in reports), Counter())
+    images, ids = sum(report.images for report in reports), sum(report.ids for report in reports)
     totals = {
         "images": images,
         "ids": ids,
         "ids_per_image": round(ids / images, 3) if images else 0.0,
-        "failures": sum(report["failures"] for report in reports),
+        "failures": sum(report.failures for report in reports),
         "failures_by_cause": dict(sorted(causes.items())),
     }
-    shards = [{key: value for key, value in report.items() if key != "failed"} for report in reports]
-    failed = [failure for report in reports for failure in report["failed"]]
+    shards = [asdict(replace(report, failed=())) for report in reports]
+    for shard in shards:
+        del shard["failed"]
+    failed = [asdict(failure) for report in reports for failure in report.failed]
     manifest = {**planned, **totals, "shards": shards, "failed": failed[:SHOWN_FAILURES]}
     write_json(job.out / MANIFEST, manifest)
     return manifest
@@ -404,7 +460,7 @@ class ShardBatch:
         rows, tokenizer = self._ready
         numbers = [int(number) for number in batch["shard"]]
         reports = [run_shard(self.job, rows, tokenizer, number, lambda _: None) for number in numbers]
-        return {"shard": numbers, **{key: [report[key] for report in reports] for key in ("rows", "failures")}}
+        return {"shard": numbers, **{key: [getattr(report, key) for report in reports] for key in ("rows", "failures")}}
 
 
 def run_ray(job: Job, numbers: Sequence[int], workers: int, step: Callable[[int], None]) -> None:
@@ -425,5 +481,6 @@ def run_ray(job: Job, numbers: Sequence[int], workers: int, step: Callable[[int]
 
 
 def forget(job: Job) -> None:
-    """Remove the folder of a run."""
-    shutil.rmtree(job.out, ignore_errors=True)
+    """Remove all files of a run but its lock; `begun` removes the folder where nothing is left."""
+    for path in [*job.out.glob("part-*"), job.out / MANIFEST, *(job.out / DONE).glob("*.json")]:
+        path.unlink(missing_ok=True)

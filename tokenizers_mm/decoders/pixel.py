@@ -23,6 +23,7 @@ from tokenizers_mm.layers.conv import (
     StillBlocks,
     Upsample,
     blocks_per_level,
+    check_levels,
     check_widths,
     silu,
 )
@@ -70,7 +71,7 @@ class PixelDecoderConfig:
     def check(self) -> None:
         """Refuse widths that do not go together."""
         check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
-        blocks_per_level(self.num_blocks, len(self.multipliers))
+        check_levels(self.num_blocks, self.attention_levels, len(self.multipliers))
         first = self.channels * self.multipliers[-1]
         if self.resampling == "dc":
             require(first % self.in_channels == 0, "in_channels", f"a divisor of {first}", self.in_channels)

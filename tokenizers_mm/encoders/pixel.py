@@ -20,6 +20,7 @@ from tokenizers_mm.layers.conv import (
     Resampling,
     StillBlocks,
     blocks_per_level,
+    check_levels,
     check_widths,
     silu,
 )
@@ -68,7 +69,8 @@ class PixelEncoderConfig:
     def check(self) -> None:
         """Refuse widths that do not go together."""
         check_widths(self.channels, self.multipliers, self.num_groups, self.resampling)
-        blocks_per_level(self.num_blocks, len(self.multipliers))
+        if self.linear != "alone":
+            check_levels(self.num_blocks, self.attention_levels, len(self.multipliers))
         last = self.channels * self.multipliers[-1]
         if self.resampling == "dc":
             require(last % self.out_channels == 0, "out_channels", f"a divisor of {last}", self.out_channels)

@@ -67,6 +67,7 @@ class SemanticEncoder(nn.Module):
         self.dim = int(config.options["num_classes"] if projected else self.tower.num_features)  # type: ignore
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_size(*x.shape[-2:])
         x = normalize_image(x, self.config.mean, self.config.std)
         tokens = self.tower.forward_features(x)  # type: ignore[operator]
         if tokens.ndim == 4:  # a convolutional tower: [B, C, h, w]
@@ -76,6 +77,17 @@ class SemanticEncoder(nn.Module):
             tokens = self.tower.head(tokens)  # type: ignore[operator]
         rows = self._rows(x, tokens.shape[1])
         return tokens.unflatten(1, (rows, -1))
+
+    def _check_size(self, height: int, width: int) -> None:
+        """Refuse images of a size that the tower's patches or positions do not fit."""
+        patches = getattr(self.tower, "patch_embed", None)
+        if getattr(patches, "strict_img_size", False):
+            size: Any = patches.img_size  # type: ignore[union-attr]
+            require(tuple(size) == (height, width), "tower", f"{size[0]} x {size[1]} pixels", f"{height} x {width}")
+        elif getattr(patches, "dynamic_img_pad", None) is False:
+            rows, columns = patches.patch_size  # type: ignore[union-attr]
+            fits = height % rows == 0 and width % columns == 0
+            require(fits, "tower", f"multiples of {rows} x {columns} pixels", f"{height} x {width}")
 
     def _rows(self, x: Tensor, count: int) -> int:
         """Rows of the patch grid, from the shape of the image."""

@@ -115,7 +115,20 @@ class Metric(ABC):
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take the state of another object of this class."""
+        """Take the state of another object of this class, from a file; attributes are replaced, not changed.
+
+        Raises:
+            ValueError: a tensor is missing or has another form.
+        """
+
+
+def stored(state: Mapping[str, Tensor], name: str, dtype: torch.dtype, ndim: int) -> Tensor:
+    """A tensor of a metric's state; ValueError where it is missing, or has another number of axes or kind of number."""
+    found = state.get(name)
+    right = found is not None and found.is_floating_point() == dtype.is_floating_point and found.ndim == ndim
+    require(right, f"state.{name}", f"{str(dtype).removeprefix('torch.')} with {ndim} axes", found)
+    assert found is not None
+    return found
 
 
 class PerImage(Metric):
@@ -160,4 +173,4 @@ class PerImage(Metric):
         return {"values": torch.tensor(self.values, dtype=torch.float64)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.values = state["values"].tolist()
+        self.values = stored(state, "values", torch.float64, 1).tolist()

@@ -5,6 +5,7 @@ Each adapter says what sizes it takes, makes codes of images and images of codes
 
 import hashlib
 import json
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tokenizers_mm._check import fail, require
-from tokenizers_mm.config import to_mapping
+from tokenizers_mm._check import expecting, fail, require
+from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.eval.codecs import CODECS, CURVES, Codec
+from tokenizers_mm.layers.towers import ChannelDeviations, ChannelMeans
 from tokenizers_mm.models.base import ImageTokenizer
-from tokenizers_mm.models.loading import read_json
 from tokenizers_mm.models.saving import MODEL_TYPE
 from tokenizers_mm.types import ImageCodes, Stream
 
@@ -122,6 +124,14 @@ def bits_of_ids(codes: ImageCodes) -> float:
     return bits
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """Means and deviations of the channels of images in [0, 1], as a preprocessor_config.json has them."""
+
+    mean: ChannelMeans
+    std: ChannelDeviations
+
+
 class _Directory(Candidate):
     """A model in the layout of another library, read from a directory; safetensors only, nothing is fetched."""
 
@@ -130,8 +140,9 @@ class _Directory(Candidate):
         self.model = model.eval().requires_grad_(False).to(device)
         path = directory / "preprocessor_config.json"
         facts = read_json(path) if path.is_file() else {}
-        self.mean = torch.tensor(facts.get("image_mean") or [0.5] * 3).view(3, 1, 1).to(device)
-        self.std = torch.tensor(facts.get("image_std") or [0.5] * 3).view(3, 1, 1).to(device)
+        mean, std = (facts.get(name) or (0.5,) * 3 for name in ("image_mean", "image_std"))
+        found = from_mapping(Normalization, {"mean": mean, "std": std}, str(path))
+        self.mean, self.std = (torch.tensor(t).view(3, 1, 1).to(device) for t in (found.mean, found.std))
 
     @property
     def device(self) -> torch.device:
@@ -320,24 +331,40 @@ def _open_model(name: str, load: Callable[[str], ImageTokenizer[Any]], device: s
     label = Path(name).name or name
     kind, model = data.get("_class_name"), data.get("model_type")
     if kind is not None:
-        if kind not in DIFFUSERS:
+        if not isinstance(kind, str) or kind not in DIFFUSERS:
             fail(f"{path}: _class_name", f"one of {', '.join(DIFFUSERS)}", repr(kind))
         import diffusers  # pyright: ignore[reportMissingImports]  # an extra: loaded when asked for
 
-        options = {"use_safetensors": True, "local_files_only": True}
-        return DIFFUSERS[kind](label, path.parent, getattr(diffusers, kind).from_pretrained(name, **options), device)
+        return _built(label, path.parent, getattr(diffusers, kind), DIFFUSERS[kind], device)
     if model is not None and model != MODEL_TYPE:
         if model in NO_PIXELS:
             fail(f"{path}: model_type", "a model that gives pixels back", f"{model!r}, an encoder only")
-        if model not in TRANSFORMERS:
+        if not isinstance(model, str) or model not in TRANSFORMERS:
             hint = f"one of {', '.join(TRANSFORMERS)} (of a larger model: its VQ part, saved by save_pretrained)"
             fail(f"{path}: model_type", hint, repr(model))
         import transformers  # an extra: loaded when asked for
 
         cls, adapter = TRANSFORMERS[model]
-        options = {"use_safetensors": True, "local_files_only": True}
-        return adapter(label, path.parent, getattr(transformers, cls).from_pretrained(name, **options), device)
+        return _built(label, path.parent, getattr(transformers, cls), adapter, device)
     return Ours(label, load(name))
+
+
+def _built(label: str, directory: Path, model: Any, adapter: type[_Directory], device: str) -> Candidate:
+    """A model of another library behind its adapter; what its code makes of a broken directory is one error."""
+    from huggingface_hub import errors  # which both libraries need
+
+    strict = getattr(errors, "StrictDataclassError", OSError)  # of newer versions
+    faults = (AssertionError, OSError, RuntimeError, SafetensorError, strict)
+    logging.disable(logging.ERROR)  # the error says it once
+    try:
+        with expecting(str(directory), f"a directory that {model.__name__} can load", *faults):
+            options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+            loaded, found = model.from_pretrained(directory, **options)
+            missing = sorted(map(str, [*found["missing_keys"], *found.get("mismatched_keys", ())]))
+            require(not missing, str(directory), "all weights of the model", f"none that fit for {missing[:3]}")
+            return adapter(label, directory, loaded, device)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def identity_of(model: nn.Module, config: Any) -> str:

@@ -1,6 +1,7 @@
 """Codebook health of a set of codes: usage, perplexity, dead codes, entropies, ideal code length; exact counts."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -102,14 +103,32 @@ class CodebookCounts:
             found |= {f"keys/{name}": keys, f"pairs/{name}": counts}
         return found | {"images": torch.tensor(self.images)}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take the counts of another object."""
-        self.images = int(state["images"])
-        for key in sorted((k for k in state if k.startswith("counts/")), key=lambda k: int(k.rpartition("/")[2])):
-            self._counts.setdefault(key.removeprefix("counts/").rpartition("/")[0], []).append(state[key])
-        for key in (k for k in state if k.startswith("keys/")):
-            name = key.removeprefix("keys/")
-            self._pairs[name] = state[key], state[f"pairs/{name}"]
+    @classmethod
+    def restored(cls, state: Mapping[str, Tensor]) -> "CodebookCounts":
+        """The counts that a `state` holds; ValueError where a tensor has another form."""
+        counts = cls()
+        for name, tensor in state.items():
+            axes = 0 if name == "images" else 1
+            right = tensor.dtype == torch.int64 and tensor.ndim == axes and bool((tensor >= 0).all())
+            require(right, f"state.{name}", f"whole numbers from 0 on, with {axes} axes", tensor)
+        require("images" in state, "state.images", "a number", "nothing")
+        counts.images = int(state["images"])
+        scales = [key for key in state if re.fullmatch(r"counts/.*/[0-9]{1,6}", key)]
+        for key in sorted(scales, key=lambda key: int(key.rpartition("/")[2])):
+            counts._counts.setdefault(key.removeprefix("counts/").rpartition("/")[0], []).append(state[key])
+        for name, found in counts._counts.items():
+            sizes = {len(scale) for scale in found}
+            require(len(sizes) == 1, f"state.counts/{name}", "scales of one codebook", sorted(sizes))
+        named = {kind: {k.removeprefix(kind) for k in state if k.startswith(kind)} for kind in ("keys/", "pairs/")}
+        require(named["keys/"] == named["pairs/"], "state.pairs", "pairs and a count of each", sorted(state))
+        for name in named["keys/"]:
+            key = f"keys/{name}"
+            size, found = len(counts._counts.get(name.rpartition("/")[0], [()])[0]), state.get(f"pairs/{name}")
+            right = found is not None and len(found) == len(state[key]) and bool((state[key] < size**2).all())
+            require(right, f"state.{key}", "pairs of codes and a count of each", state[key])
+            assert found is not None
+            counts._pairs[name] = state[key], found
+        return counts
 
 
 def _grids(ids: Tensor, stream: Stream) -> list[Tensor]:

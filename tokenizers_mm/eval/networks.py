@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenizers_mm._check import require
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, efficientnet_lite0_weights
 from tokenizers_mm.encoders.semantic import load_pretrained as fill_tower
-from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
+from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup, stored
 from tokenizers_mm.eval.fid import FeatureExtractor, distance_of_moments, shared_extractor
 from tokenizers_mm.functional.frechet import Moments, inception_score, kernel_distance
 from tokenizers_mm.losses.perceptual import DISTS, LPIPS, load_dists, load_lpips
@@ -78,7 +78,11 @@ def moments_from(state: Mapping[str, Tensor], name: str) -> Moments:
     """The inverse of `moments_state`."""
     if f"{name}.count" not in state:
         return Moments()
-    return Moments(int(state[f"{name}.count"]), tuple(state[f"{name}.{index}"] for index in range(3)))  # type: ignore[arg-type]
+    count = int(stored(state, f"{name}.count", torch.int64, 0))
+    shift, total, squares = (stored(state, f"{name}.{i}", torch.float64, axes) for i, axes in enumerate((1, 1, 2)))
+    sides = {*shift.shape, *total.shape, *squares.shape}
+    require(len(sides) == 1, f"state.{name}", "sums of one number of features", sorted(sides))
+    return Moments(count, (shift, total, squares))
 
 
 class _SetDistance(Metric):
@@ -166,8 +170,9 @@ class InceptionScore(_Inception, Metric):
         return {"count": torch.tensor(self.count), "entropies": entropies, **sums}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.count, self.entropies = int(state["count"]), state["entropies"].tolist()
-        self.sums = [state["sum.0"], state["sum.1"]]
+        self.count = int(stored(state, "count", torch.int64, 0))
+        self.entropies = stored(state, "entropies", torch.float64, 1).tolist()
+        self.sums = [stored(state, f"sum.{side}", torch.float64, 1) for side in range(2)]
 
 
 class KernelInceptionDistance(_Inception, Metric):
@@ -202,7 +207,8 @@ class KernelInceptionDistance(_Inception, Metric):
         return {"values": torch.tensor(self.values, dtype=torch.float64), **block}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.values, self.block = state["values"].tolist(), [state["block"]] if "block" in state else []
+        self.values = stored(state, "values", torch.float64, 1).tolist()
+        self.block = [stored(state, "block", torch.float64, 3)] if "block" in state else []
 
 
 class Classifier(torch.nn.Module):

@@ -88,4 +88,4 @@ class Codebook(Metric):
         return self.counts.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.counts.restore(state)
+        self.counts = CodebookCounts.restored(state)

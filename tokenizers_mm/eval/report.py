@@ -6,10 +6,12 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers_mm import __version__
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import expecting, fail, printable, require
+from tokenizers_mm.config import from_mapping, read_json
 from tokenizers_mm.eval.base import Metric
 from tokenizers_mm.eval.metrics import METRICS
 from tokenizers_mm.eval.protocols import Protocol, differences
@@ -17,6 +19,9 @@ from tokenizers_mm.eval.run import Measured, Run, peak_memory
 from tokenizers_mm.eval.statistics import interval, paired
 
 FORMAT = "tokenizers_mm.eval/1"
+
+MAX_BYTES, MAX_VALUES = 1 << 28, 1 << 21
+"""Limits of a report in a file: bytes, and values, of which there is one per image, metric and tokenizer."""
 
 PACKAGES = ("torch", "pillow", "numpy", "timm", "torch-fidelity", "lpips", "diffusers", "transformers")
 """Packages whose versions a report names, where they are installed."""
@@ -27,14 +32,14 @@ def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
     outcomes = [_outcome(measured) for measured in run.measured]
     return {
         "format": FORMAT,
-        "command": list(command),
+        "command": [printable(word) for word in command],
         "versions": versions(),
         "protocol": {**asdict(run.protocol), "hash": run.protocol.hash},
         "images": {
-            "source": run.source.place,
+            "source": printable(run.source.place),
             "count": len(run.used),
             "size": list(run.size) if run.size else "own",
-            "skipped": run.skipped,
+            "skipped": [printable(reason) for reason in run.skipped],
             "digest": run.digest,
         },
         "setup": {"weights": dict(run.setup.weights), "extractor": run.setup.extractor, "seed": run.setup.seed},
@@ -42,7 +47,7 @@ def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
         "tokenizers": [_row(outcome, run.setup.seed) for outcome in outcomes],
         "pairs": _pairs(outcomes, run.setup.seed),
         "per_image": {
-            "names": [run.source.names[index] for index in run.used],
+            "names": [printable(run.source.names[index]) for index in run.used],
             "values": {outcome.measured.candidate.name: _shown_values(outcome) for outcome in outcomes},
         },
     }
@@ -148,6 +153,51 @@ def _pairs(outcomes: Sequence[_Outcome], seed: int) -> list[dict[str, Any]]:
             if result is not None:
                 found.append({"a": a, "b": b, "metric": name, **result})
     return found
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report in a file that `eval` wrote, or in the folder of one; ValueError names the file and what is wrong."""
+    place = path / "report.json" if path.is_dir() else path
+    data = read_json(place, MAX_BYTES, MAX_VALUES)
+    found = data.get("report", data)
+    with expecting(f"report {place}", "one that tokenizers-mm eval wrote"):
+        _check_report(found)
+    return found
+
+
+def _check_report(report: Mapping[str, Any]) -> None:
+    """Refuse a report without the parts that tables and pages are made of, or with parts of another type."""
+
+    def has(part: Mapping[str, Any], **kinds: Any) -> None:
+        for name, kind in kinds.items():
+            right = isinstance(part[name], kind) and (kind is bool or not isinstance(part[name], bool))
+            require(right, f"report.{name}", f"a value of type {getattr(kind, '__name__', 'number')}", part[name])
+
+    number = (int, float)
+    require(report.get("format") == FORMAT, "report", f"the format {FORMAT}", report.get("format"))
+    has(report, command=list, versions=dict, protocol=dict, images=dict, setup=dict, tokenizers=list, pairs=list)
+    protocol = {key: value for key, value in report["protocol"].items() if key != "hash"}
+    from_mapping(Protocol, protocol, "report.protocol")
+    has(report["protocol"], hash=str)
+    has(report["images"], source=str, count=int, size=(str, list), skipped=list, digest=str)
+    size = report["images"]["size"]
+    require(size == "own" or (len(size) == 2 and all(type(side) is int for side in size)), "report.size", "sides", size)
+    names, values = report["per_image"]["names"], report["per_image"]["values"]
+    texts = [*report["command"], *report["images"]["skipped"], *report["versions"].values(), *names]
+    require(all(isinstance(text, str) for text in texts), "report", "texts", "other values")
+    require(len(report["tokenizers"]) > 0, "report.tokenizers", "at least one", "none")
+    for row in report["tokenizers"]:
+        has(row, name=str, identity=str, on_curve=bool, metrics=dict, missing=dict)
+        require(bool(row["name"].strip()), "report.name", "a name", row["name"])
+        require(all(isinstance(text, str) for text in row["missing"].values()), "report.missing", "reasons", "others")
+        for entry in row["metrics"].values():
+            has(entry, mean=(int, float, type(None)), **{k: number for k in ("low", "high", "images") if k in entry})
+        for listed in values[row["name"]].values():
+            finite = all(value is None or type(value) in number for value in listed)
+            require(finite and len(listed) == len(names), "report.per_image", f"{len(names)} numbers", listed)
+    for pair in report["pairs"]:
+        has(pair, a=str, b=str, difference=number, low=number, high=number, p=number)
+        require(pair["metric"] in METRICS, "report.pairs.metric", "a metric", pair["metric"])
 
 
 def join_reports(reports: Sequence[Mapping[str, Any]], any_protocol: bool = False) -> dict[str, Any]:

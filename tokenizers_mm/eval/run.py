@@ -3,6 +3,7 @@
 Every batch is prepared once and goes through all candidates; metrics take it and keep sums or one number per image.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -20,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import atomic_path
+from tokenizers_mm._check import expecting, fail, require
+from tokenizers_mm._files import atomic_path, regular_file
 from tokenizers_mm._images import to_bytes
-from tokenizers_mm.eval.base import Batch, Metric, Setup
+from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
 from tokenizers_mm.eval.images import ImageSource, Loaded, ahead, batches
 from tokenizers_mm.eval.metrics import METRICS
@@ -287,26 +288,72 @@ def save(run: Run, path: Path) -> None:
         "seconds": run.seconds,
         "measured": [[m.seconds, m.timed, m.over] for m in run.measured],
     }
+    text = json.dumps(facts)
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"key": run.key, "facts": json.dumps(facts)})
+        save_file(tensors, temporary, metadata={"key": run.key, "facts": text, "sha256": _digest(text, tensors)})
 
 
 def restore(run: Run, path: Path) -> bool:
-    """Take the state of a file, if there is one and it is of this run; False where the run begins anew."""
+    """Take the state of a file, if there is one, whole and of this run; False where the run begins anew."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(regular_file(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != run.key:
                 return False
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError):
+        text = metadata.get("facts", "")
+        if metadata.get("sha256") != _digest(text, tensors):
+            return False
+        facts = _checked_facts(json.loads(text), run)
+        found = [_restored(tensors, number, measured) for number, measured in enumerate(run.measured)]
+        for metric in (metric for metrics in found for metric in metrics.values() if isinstance(metric, PerImage)):
+            require(len(metric.values) == len(facts["used"]), "state", "a value per image", len(metric.values))
+    except (OSError, SafetensorError, ValueError, RecursionError):
         return False
-    facts: Mapping[str, Any] = json.loads(metadata["facts"])
-    for number, measured in enumerate(run.measured):
-        for name, metric in measured.metrics.items():
-            start = f"{number}|{name}|"
-            metric.restore({key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)})
-        measured.seconds, measured.timed, measured.over = facts["measured"][number]
+    for measured, metrics, (seconds, timed, over) in zip(run.measured, found, facts["measured"], strict=True):
+        measured.metrics, measured.seconds, measured.timed, measured.over = metrics, seconds, timed, over
     run.used, run.skipped, run.digest = facts["used"], facts["skipped"], facts["digest"]
     run.next, run.seconds = facts["next"], facts["seconds"]
     return True
+
+
+def _restored(tensors: Mapping[str, Tensor], number: int, measured: Measured) -> dict[str, Metric]:
+    """Copies of a candidate's metrics with the state of a file."""
+    found = {}
+    for name, metric in measured.metrics.items():
+        start = f"{number}|{name}|"
+        found[name] = copy.copy(metric)
+        with expecting("state", f"one of the metric {name}", RuntimeError):
+            found[name].restore({key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)})
+    return found
+
+
+def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a state holds."""
+    found = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _checked_facts(facts: Any, run: Run) -> dict[str, Any]:
+    """What a state says beside its tensors; ValueError where it is not of these images and candidates."""
+    require(isinstance(facts, dict), "state", "a mapping", facts)
+    used, skipped, following, measured = (facts.get(key) for key in ("used", "skipped", "next", "measured"))
+    sound = type(following) is int and 0 <= following <= len(run.source)
+    sound = sound and isinstance(used, list) and isinstance(skipped, list) and len(used) + len(skipped) == following
+    sound = sound and all(type(index) is int and 0 <= index < following for index in used)
+    sound = sound and used == sorted(set(used)) and all(isinstance(reason, str) for reason in skipped)
+    sound = sound and isinstance(facts.get("digest"), str) and _is_seconds(facts.get("seconds"))
+    require(sound, "state", "images of this run", "others")
+    sound = isinstance(measured, list) and len(measured) == len(run.measured)
+    for item in measured if sound else ():
+        sound = sound and isinstance(item, list) and len(item) == 3 and isinstance(item[0], list) and len(item[0]) == 2
+        sound = sound and all(map(_is_seconds, item[0])) and all(type(n) is int and n >= 0 for n in item[1:])
+    require(sound, "state", "times of the candidates of this run", "others")
+    return facts
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizers_mm._check import require
-from tokenizers_mm.eval.base import Batch, Metric, Setup
+from tokenizers_mm.eval.base import Batch, Metric, Setup, stored
 from tokenizers_mm.eval.towers import open_tower
 
 TEMPLATES = ("a photo of a {}.", "an image of a {}.", "a {}.")
@@ -141,7 +141,7 @@ class _Labelled(_Features):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         super().restore(state)
-        self.labels = state["labels"]
+        self.labels = stored(state, "labels", torch.int64, 1)
 
 
 class NearestNeighbours(_Labelled):

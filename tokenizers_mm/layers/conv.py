@@ -39,6 +39,13 @@ def blocks_per_level(num_blocks: int | tuple[int, ...], levels: int) -> tuple[in
     return counts
 
 
+def check_levels(num_blocks: int | tuple[int, ...], attention_levels: Sequence[int], levels: int) -> None:
+    """Refuse numbers of blocks for another number of levels, and attention at a level that there is not."""
+    blocks_per_level(num_blocks, levels)
+    known = all(level < levels for level in attention_levels)
+    require(known, "attention_levels", f"levels from 0 to {levels - 1}", attention_levels)
+
+
 def check_widths(channels: int, multipliers: Sequence[int], num_groups: int, resampling: Resampling) -> None:
     """Refuse widths that the norms cannot group or that "dc" cannot rearrange."""
     for width in (channels, *(channels * multiplier for multiplier in multipliers)):

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, write_json
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_image
-from tokenizers_mm.config import from_mapping, to_mapping
+from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.llm.batch import (
     Batch,
     ImageFeatures,
@@ -35,7 +35,7 @@ from tokenizers_mm.llm.positions import Mode, position_ids
 from tokenizers_mm.llm.transformers_api import load_text_tokenizer
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 from tokenizers_mm.models.base import ImageTokenizer
-from tokenizers_mm.models.loading import load_directory, read_json
+from tokenizers_mm.models.loading import load_directory
 from tokenizers_mm.types import ImageCodes, ImageLatents
 
 Content = Any

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, settle, write_json
-from tokenizers_mm.config import Length, Width, from_mapping, to_mapping
+from tokenizers_mm.config import Length, Width, from_mapping, read_json, to_mapping
 from tokenizers_mm.llm.batch import Batch
 from tokenizers_mm.llm.transformers_api import embeddings
-from tokenizers_mm.models.loading import fill, read_json, read_safetensors
+from tokenizers_mm.models.loading import fill, read_safetensors
 from tokenizers_mm.models.saving import save_tensors
 
 

@@ -22,10 +22,10 @@ from typing import IO, Any, cast
 
 import torch
 
-from tokenizers_mm._check import fail, require, shorten
+from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
-from tokenizers_mm.data.token_shards import Row
-from tokenizers_mm.data.tokenizing import Encoding, Failure, encode_pairs, largest_id, readable
+from tokenizers_mm.data.token_shards import MAX_MEMBER, Row
+from tokenizers_mm.data.tokenizing import Encoding, Failure, encode_pairs, largest_id
 from tokenizers_mm.llm.batch import Segment
 from tokenizers_mm.llm.vocabulary import MAX_ROWS, MAX_SIZE
 from tokenizers_mm.models.base import ImageTokenizer
@@ -48,7 +48,8 @@ class Records:
         start = 0
         with self.path.open("rb") as file:
             self._version = _version(file)
-            for line in file:
+            while line := file.readline(MAX_MEMBER):
+                require(len(line) < MAX_MEMBER, f"records {self.path}", f"lines of under {MAX_MEMBER} bytes", "more")
                 self._starts += [start] if line.strip() else []
                 start += len(line)
         require(len(self._starts) > 0, f"records {self.path}", "at least one row", "none")
@@ -70,7 +71,7 @@ class Records:
         with self.path.open("rb") as file:
             require(_version(file) == self._version, name, "the file as it was opened", "another one")
             file.seek(self._starts[index])
-            line = file.readline()
+            line = file.readline(MAX_MEMBER)
         try:
             record = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of too many digits
@@ -203,8 +204,7 @@ class RecordRows:
         def fails(number: int, error: ValueError) -> None:
             if how.strict:
                 raise error
-            name = f"row {number}"
-            failures.setdefault(number, Failure(number, name, shorten(readable(str(error)), 500)))
+            failures.setdefault(number, Failure.of(number, f"row {number}", error))
 
         for number in numbers:
             try:

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import settle, write_json
-from tokenizers_mm.config import from_mapping, to_mapping
+from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import ImagePlan, Layout, fill_size_text, plan_image
 from tokenizers_mm.models.base import ImageTokenizer
-from tokenizers_mm.models.loading import read_json
 from tokenizers_mm.types import ImageCodes, Stream
 
 FILE = "visual_vocab.json"

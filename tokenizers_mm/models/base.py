@@ -266,6 +266,19 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
         return self._checked(images).to(self.dtype)
 
+    def prepared_parts(self, images: ImageInput, fit: Fit = "refuse") -> Iterator[Tensor]:
+        """What `prepare` gives, in parts: a tensor whole; of PIL images and paths a few at a time, opened when due."""
+        if isinstance(images, Tensor):
+            yield self.prepare(images)
+            return
+        named = name_images(images)
+        while named:
+            first = self.prepare(named[0][1], fit)
+            count = max(1, BATCH_PIXELS.get(self.device.type, BATCH_PIXELS["cuda"]) // first[0, 0].numel())
+            rest = [item for _, item in named[1:count]]
+            yield torch.cat([first, self.prepare(rest, fit)]) if rest else first
+            named = named[count:]
+
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
         """A picture brought to a size that `encode` takes; with "refuse", as it is, for `check_size` to judge.
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import expecting, fail, require
 
 if TYPE_CHECKING:
     from tokenizers_mm.models.base import ImageTokenizer
@@ -96,15 +96,16 @@ def measurements(report: Mapping[str, Any], name: str = "") -> Mapping[str, Any]
 
 def _measured(report: Mapping[str, Any]) -> list[str]:
     """Numbers of a report as a table, bits first, with the protocol under it."""
-    report = measurements(report)
-    metrics = report["tokenizers"][0].get("metrics", {})
-    values = {name: value for name, value in metrics.items() if isinstance(value, Mapping) and "mean" in value}
-    ordered = sorted(values, key=lambda name: "bits" not in name)  # stable: else as in the report
-    rows = [f"| {_inline(name)} | {_interval(values[name])} |" for name in ordered]
-    images = report.get("images", {})
-    lines = [f"## Measured on {_inline(images.get('count'))} images ({_inline(images.get('source'))})", ""]
-    lines += ["| metric | mean (95 % interval) |", "|---|---|", *rows, "", "Protocol:", ""]
-    return lines + [f"- {_inline(name)}: {_inline(value)}" for name, value in report.get("protocol", {}).items()]
+    with expecting("report", "one that tokenizers-mm eval wrote"):
+        report = measurements(report)
+        metrics = report["tokenizers"][0].get("metrics", {})
+        values = {name: value for name, value in metrics.items() if isinstance(value, Mapping) and "mean" in value}
+        ordered = sorted(values, key=lambda name: "bits" not in name)  # stable: else as in the report
+        rows = [f"| {_inline(name)} | {_interval(values[name])} |" for name in ordered]
+        images = report.get("images", {})
+        lines = [f"## Measured on {_inline(images.get('count'))} images ({_inline(images.get('source'))})", ""]
+        lines += ["| metric | mean (95 % interval) |", "|---|---|", *rows, "", "Protocol:", ""]
+        return lines + [f"- {_inline(name)}: {_inline(value)}" for name, value in report.get("protocol", {}).items()]
 
 
 def _interval(value: Mapping[str, Any]) -> str:

@@ -28,7 +28,6 @@ from tokenizers_mm.quantizers.base import (
     build_quantizer,
     join_groups,
     make_streams,
-    split_groups,
 )
 from tokenizers_mm.resolutions import Resolutions
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream
@@ -190,7 +189,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
         quantizers = (self.semantic_quantizer, self.pixel_quantizer)
         counts = [quantizer.groups * grid[0] * grid[1] for quantizer, grid in zip(quantizers, grids, strict=True)]
         semantic, pixel = (
-            quantizer.look_up(split_groups(ids, quantizer.groups).unflatten(1, grid))
+            quantizer.look_up_joined(ids, grid)
             for quantizer, ids, grid in zip(quantizers, codes.ids.split(counts, dim=1), grids, strict=True)
         )
         return semantic, pixel
@@ -210,6 +209,10 @@ class DualViTok(ImageTokenizer[ImageCodes]):
     def stream_features(self, images: ImageInput) -> dict[str, Tensor]:
         """What the language model of the paper reads, by stream, before any quantizer: "semantic" [B, h', w', C], the
         tower's tokens as they are, and "pixel" [B, h, w, channels of the pixel encoder]."""
-        x = self.prepare(images)
-        semantic = self.semantic_encoder.tower(x, self.resolutions.tower_size(*x.shape[-2:]))
-        return {"semantic": semantic, "pixel": self.pixel_encoder(x).permute(0, 2, 3, 1)}
+        parts: dict[str, list[Tensor]] = {"semantic": [], "pixel": []}
+        for x in self.prepared_parts(images):
+            parts["semantic"].append(self.semantic_encoder.tower(x, self.resolutions.tower_size(*x.shape[-2:])))
+            parts["pixel"].append(self.pixel_encoder(x).permute(0, 2, 3, 1))
+        sizes = sorted({(part.shape[1], part.shape[2]) for part in parts["pixel"]})
+        require(len(sizes) == 1, "images", "images of one size", f"sizes with grids {sizes}")
+        return {name: torch.cat(found) for name, found in parts.items()}

@@ -3,7 +3,6 @@
 Strict, and no code is executed.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, require, shorten
 from tokenizers_mm._files import regular_file, settle
 from tokenizers_mm._summary import CONFIG, SAVE_ID, WEIGHTS
-from tokenizers_mm.config import MAX_BYTES, check_plain, from_mapping
+from tokenizers_mm.config import from_mapping, read_json
 from tokenizers_mm.models import MODELS, ImageTokenizer, Provenance
 from tokenizers_mm.models.saving import FORMAT
 
@@ -208,20 +207,4 @@ def read_config(path: Path) -> dict[str, Any]:
         fail(f"{path}: format", str(FORMAT), repr(data.get("format")))
     if not isinstance(data.get(SAVE_ID, ""), str):
         fail(f"{path}: {SAVE_ID}", "text", data[SAVE_ID])
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping of a JSON file, with limits; one error for a file that is missing or holds something else."""
-    size = regular_file(path, f"a {path.name}").stat().st_size
-    require(size <= MAX_BYTES, str(path), f"at most {MAX_BYTES} bytes", f"{size}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of too many digits
-        fail(str(path), "valid JSON", str(error))
-    except OSError as error:
-        fail(str(path), "a file that can be read", str(error))
-    if not isinstance(data, dict):
-        fail(str(path), "a JSON mapping", "another value")
-    check_plain(data, str(path))
     return data

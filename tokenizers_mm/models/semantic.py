@@ -19,7 +19,7 @@ from tokenizers_mm.encoders.vision_model import VisionModel
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.models.vqgan import DECODERS
 from tokenizers_mm.quantizers import QUANTIZERS, Quantizer, build_quantizer
-from tokenizers_mm.quantizers.base import join_groups, make_streams, split_groups
+from tokenizers_mm.quantizers.base import join_groups, make_streams
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
 TOWERS: dict[str, Any] = {"timm": SemanticEncoder, "transformers": VisionModel, "vit": PlainViT}
@@ -184,8 +184,7 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
         return ImageCodes(join_groups(ids, self.quantizer.groups), height, width, self.streams(height, width))
 
     def vectors(self, codes: ImageCodes) -> Tensor:
-        ids = split_groups(codes.ids, self.quantizer.groups).unflatten(1, self.grid(codes.height, codes.width))
-        return self.quantizer.look_up(ids).to(self.dtype)
+        return self.quantizer.look_up_joined(codes.ids, self.grid(codes.height, codes.width)).to(self.dtype)
 
     def decode(self, codes: ImageCodes) -> Tensor:
         return self.decode_pixels(self.vectors(codes))

@@ -18,7 +18,7 @@ from tokenizers_mm.decoders.semantic import SemanticDecoder, SemanticDecoderConf
 from tokenizers_mm.encoders.pixel import PixelEncoder, PixelEncoderConfig
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
-from tokenizers_mm.quantizers.base import QUANTIZERS, build_quantizer, join_groups, make_streams, split_groups
+from tokenizers_mm.quantizers.base import QUANTIZERS, build_quantizer, join_groups, make_streams
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
@@ -173,7 +173,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         return ImageCodes(ids, height, width, self.streams(height, width))
 
     def vectors(self, codes: ImageCodes) -> Tensor:
-        return self.quantizer.look_up(split_groups(codes.ids, self.quantizer.groups)).to(self.dtype)
+        return self.quantizer.look_up_joined(codes.ids).to(self.dtype)
 
     def decode(self, codes: ImageCodes) -> Tensor:
         return self.decode_pixels(self.vectors(codes))

@@ -24,7 +24,7 @@ from tokenizers_mm.encoders.vitamin import ViTaminEncoder
 from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConfig
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, ScalesConfig, build_quantizer
-from tokenizers_mm.quantizers.base import join_groups, make_streams, split_groups
+from tokenizers_mm.quantizers.base import join_groups, make_streams
 from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
 
 ENCODERS: dict[str, Any] = {"cnn": PixelEncoder, "vit": PatchEncoder, "vitamin": ViTaminEncoder}
@@ -192,10 +192,9 @@ class VQGAN(ImageTokenizer[ImageCodes]):
         return ImageCodes(join_groups(ids, self.quantizer.groups), height, width, self.streams(height, width))
 
     def vectors(self, codes: ImageCodes) -> Tensor:
-        ids = split_groups(codes.ids, self.quantizer.groups)
-        if not self.config.scales:
-            ids = ids.unflatten(1, tuple(self.grids(codes.height, codes.width)[0]))
-        return self.quantizer.look_up(ids).to(self.dtype)
+        rows, columns = self.grids(codes.height, codes.width)[-1]
+        grid = None if self.config.scales else (rows, columns)
+        return self.quantizer.look_up_joined(codes.ids, grid).to(self.dtype)
 
     def decode(self, codes: ImageCodes) -> Tensor:
         return self.decode_pixels(self.vectors(codes))

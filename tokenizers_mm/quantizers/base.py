@@ -51,6 +51,11 @@ class Quantizer(nn.Module, ABC):
     def look_up(self, ids: Tensor) -> Tensor:
         """Vectors [..., D] of ids [...]; differentiable in the codebook."""
 
+    def look_up_joined(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Vectors of ids [B, groups * L] as `join_groups` joins them. grid: rows and columns of L; None for scales."""
+        parts = split_groups(ids, self.groups)
+        return self.look_up(parts if grid is None else parts.unflatten(1, grid))
+
     @abstractmethod
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         """Overwrite the codes `ids` [n] so that they lie at `vectors` [n, D] (the revival of unused codes).
