@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm.functional.multiscale import area_down, bicubic_up
@@ -19,6 +19,7 @@ def start_from_images(
     centres of k-means over the residuals of every scale; the decoder's linear path the regression of patches on the 3x3
     neighbourhoods of quantized vectors.
     """
+    images = images.to(tokenizer.device)
     start_encoder(tokenizer, images)
     features = torch.cat([tokenizer.encode_features(part) for part in images.split(64)])
     start_codebook(tokenizer, features, generator, iterations)
@@ -40,7 +41,7 @@ def start_encoder(tokenizer: TokenFlow, images: Tensor) -> None:
     linear.weight.copy_(weight.view_as(linear.weight))
     linear.bias.copy_(-weight @ mean)
     for head in (tokenizer.pixel_head, tokenizer.pixel_embed):
-        head.weight.copy_(torch.eye(dim))
+        nn.init.eye_(head.weight)
         head.bias.zero_()
 
 
@@ -48,6 +49,7 @@ def start_codebook(tokenizer: TokenFlow, features: Tensor, generator: torch.Gene
     """Codes: centres of the residuals of all scales. The residuals come from centres of each scale by itself."""
     quantizer, weights = tokenizer.quantizer, tokenizer.config.quantizer.weights
     roots = torch.cat([torch.full((dim,), weight**0.5) for dim, weight in zip(tokenizer.dims, weights, strict=True)])
+    roots = roots.to(features)
     residual, seen = features, []
     for grid in quantizer.grids:
         points = area_down(residual, grid).flatten(0, 2) * roots
@@ -57,17 +59,17 @@ def start_codebook(tokenizer: TokenFlow, features: Tensor, generator: torch.Gene
         seen.append(points)
     points = torch.cat(seen)
     size = min(quantizer.codebook_size, len(points))
-    quantizer.set_codes(torch.arange(size), kmeans(points, size, generator, iterations) / roots)
+    quantizer.set_codes(torch.arange(size, device=points.device), kmeans(points, size, generator, iterations) / roots)
 
 
 def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int) -> Tensor:
     """Centres [count, D] of points [N, D] by Lloyd's algorithm; a centre without points moves to a random point."""
-    centres = points[torch.randperm(len(points), generator=generator)[:count]].clone()
+    centres = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)].clone()
     for _ in range(iterations):
         ids = kernels.nearest_code(points, centres)
         counts = torch.bincount(ids, minlength=count)
         sums = torch.zeros_like(centres).index_add_(0, ids, points)
-        fresh = points[torch.randperm(len(points), generator=generator)[:count]]
+        fresh = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], fresh)
     return centres
 
@@ -79,12 +81,12 @@ def start_decoder(tokenizer: TokenFlow, vectors: Tensor, images: Tensor, ridge: 
     assert linear.bias is not None
     pixel = vectors[..., tokenizer.dims[0] :].permute(0, 3, 1, 2)
     near = F.unfold(F.pad(pixel, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).flatten(0, 1).double()
-    near = torch.cat([near, torch.ones(len(near), 1, dtype=torch.float64)], 1)
+    near = torch.cat([near, near.new_ones(len(near), 1)], 1)
     patches = (
         F.pixel_unshuffle(images, tokenizer.pixel_decoder.config.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
     )
     gram = near.T @ near / len(near)
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
     solution = torch.linalg.solve(gram, near.T @ patches / len(near)).T
     linear.weight.copy_(solution[:, :-1].view_as(linear.weight))
     linear.bias.copy_(solution[:, -1])

@@ -14,13 +14,14 @@ from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
+from tokenizers_mm.eval.towers import save_contrast
 from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.losses.perceptual import load_lpips
 from tokenizers_mm.models import MODELS, ImageTokenizer
 from tokenizers_mm.models.semantic import SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow
-from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
+from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
 from tokenizers_mm.types import Disturbance
 
 from ..config import RunConfig
@@ -76,7 +77,7 @@ class Reconstruction(Objective):
     Config = ReconstructionConfig
     AVERAGED = "tokenizer"
     MEASURES = {"psnr": 1, "ssim": 1, "usage": 1, "lpips": -1}
-    FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.captions", "loss.semantic", "trainable")
+    FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.text_encoder", "loss.semantic", "trainable")
     config: ReconstructionConfig
 
     @classmethod
@@ -234,6 +235,8 @@ class Reconstruction(Objective):
 
     def save(self, networks: Networks, folder: Path) -> None:
         networks["tokenizer"].save(folder / "tokenizer")
+        if "captions" in networks:
+            save_contrast(networks["captions"], folder / "captions")
 
     def state_dict(self) -> dict[str, Any]:
         return {"health": self.health.state_dict(), "terms": self.terms.state_dict()}
