@@ -198,7 +198,7 @@ class DiffusersVQ(_Directory):
 
 
 def image_tokens(output: Any) -> Any:
-    """Ids in what `encode` of a VQ model of transformers returns: in version 4, the ids or a tuple with the ids last."""
+    """Ids in what `encode` of VQ models of transformers returns: in version 4, the ids or a tuple with the ids last."""
     if isinstance(output, tuple):
         return output[-1]
     return output if isinstance(output, list) else output.image_tokens
