@@ -1,11 +1,13 @@
 """The tokenizer that comes with the package: found offline, small, and as good as its card says."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import tokenizers_mm as tmm
@@ -15,6 +17,7 @@ from tokenizers_mm.cli import main
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.eval.validation import reconstruct
+from tokenizers_mm.functional.deblocking import smooth_plain
 
 NAME = "tokenizers_mm/demo-64"
 
@@ -56,6 +59,30 @@ def test_its_card_is_true(one_thread: None) -> None:
     assert measured >= 27.0
     with Image.open(SHIPPED / "demo-64" / "card.png") as image:
         assert image.width > 500
+
+
+def test_plain_areas_show_no_grid(one_thread: None) -> None:
+    """What repeats from patch to patch in plain areas: with the key `smooth` less than 0.3 of what it is without."""
+    tokenizer = tmm.load(NAME)
+    config, patch = tokenizer.pixel_decoder.config, tokenizer.pixel_decoder.config.factor
+    crops = torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", 96, 64)])
+    spread = F.max_pool2d(crops, 9, 1, 4) + F.max_pool2d(-crops, 9, 1, 4)
+    crops = crops[(spread.amax(1) < 0.15).double().mean((1, 2)) > 0.9]
+    assert len(crops) >= 8
+
+    def grid(x: torch.Tensor) -> float:
+        """Root mean square of the mean patch of each crop, less the means of one patch around each pixel."""
+        mean = F.avg_pool2d(F.avg_pool2d(x, patch, 1), 2, 1)
+        inner = (x[..., patch // 2 : -patch // 2, patch // 2 : -patch // 2] - mean).unflatten(-1, (-1, patch))
+        return float(inner.unflatten(-3, (-1, patch)).mean((-4, -2)).square().mean().sqrt())
+
+    codes = tokenizer.encode(crops)
+    with torch.no_grad():
+        smoothed = tokenizer.decode(codes)
+        tokenizer.pixel_decoder.config = dataclasses.replace(config, smooth=0.0)
+        plain = tokenizer.decode(codes)
+    assert grid(smoothed) < 0.3 * grid(plain)
+    torch.testing.assert_close(smoothed, smooth_plain(plain, patch, config.smooth))
 
 
 def test_ids_of_a_photograph_come_back_as_the_photograph(one_thread: None) -> None:

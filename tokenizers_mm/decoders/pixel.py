@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range, Width, checked
-from tokenizers_mm.functional.deblocking import deblock
+from tokenizers_mm.functional.deblocking import deblock, smooth_plain
 from tokenizers_mm.layers.conv import (
     AttentionLevels,
     Level,
@@ -42,6 +42,7 @@ class PixelDecoderConfig:
     head_patch: 1 ends with a 3x3 convolution; p > 1 with depth-to-space by p, for small machines.
     linear: add a linear map of every 3x3 neighbourhood of z to a patch, which a training run can start by regression.
     deblock: steps up to about this size at the edges of the patches are smoothed (`functional.deblocking`); 0: none.
+    smooth: deviations up to about this size in plain areas are averaged out (`functional.deblocking`); 0: none.
     """
 
     in_channels: Width
@@ -56,6 +57,7 @@ class PixelDecoderConfig:
     num_groups: Width = 32
     linear: bool = False
     deblock: Annotated[float, Range(0, 2)] = 0.0
+    smooth: Annotated[float, Range(0, 2)] = 0.0
     middle_blocks: MiddleBlocks = 2
     middle_attention: bool = True
     bias: bool = True
@@ -78,6 +80,7 @@ class PixelDecoderConfig:
         shared = not self.still_blocks or self.context_channels in (None, self.in_channels)
         require(shared, "context_channels", f"{self.in_channels} or none, with still_blocks", self.context_channels)
         require(self.factor >= 6 or not self.deblock, "deblock", "0 for patches of less than 6 pixels", self.deblock)
+        require(self.factor >= 2 or not self.smooth, "smooth", "0 for patches of 1 pixel", self.smooth)
 
 
 class PixelDecoder(nn.Module):
@@ -148,7 +151,9 @@ class PixelDecoder(nn.Module):
         image = F.pixel_shuffle(self.conv_out(h), self.config.head_patch)
         if self.linear is not None:
             image = image + F.pixel_shuffle(self.linear(z), self.config.factor)
-        return deblock(image, self.config.factor, self.config.deblock) if self.config.deblock else image
+        if self.config.deblock:
+            image = deblock(image, self.config.factor, self.config.deblock)
+        return smooth_plain(image, self.config.factor, self.config.smooth) if self.config.smooth else image
 
 
 def _norm_factory(config: PixelDecoderConfig) -> NormFactory:

@@ -208,6 +208,13 @@ class DiffusersVQ(_Directory):
         return self._out(self.model.decode(encoded.value, force_not_quantize=True).sample)
 
 
+def image_tokens(output: Any) -> Any:
+    """Ids in what `encode` of VQ models of transformers returns: in version 4, the ids or a tuple with the ids last."""
+    if isinstance(output, tuple):
+        return output[-1]
+    return output if isinstance(output, list) else output.image_tokens
+
+
 class Emu3(_Directory):
     """Emu3VQVAE of transformers."""
 
@@ -220,7 +227,7 @@ class Emu3(_Directory):
     @torch.no_grad()
     def encode(self, x: Tensor, target: Sequence[float] | None = None) -> Encoded:
         sizes = torch.tensor([x.shape[-2:]] * len(x))
-        ids = torch.stack(list(self.model.encode(self._in(x), sizes).image_tokens))
+        ids = torch.stack(list(image_tokens(self.model.encode(self._in(x), sizes))))
         return self._ids(ids, (ids.shape[-2], ids.shape[-1]), self.model.config.codebook_size, x, ids)
 
     @torch.no_grad()
@@ -242,7 +249,7 @@ class Janus(_Directory):
 
     @torch.no_grad()
     def encode(self, x: Tensor, target: Sequence[float] | None = None) -> Encoded:
-        ids = self.model.encode(self._in(x)).image_tokens.reshape(len(x), -1)
+        ids = image_tokens(self.model.encode(self._in(x))).reshape(len(x), -1)
         return self._ids(ids, self.grid, self.model.config.num_embeddings, x, ids)
 
     @torch.no_grad()
