@@ -14,6 +14,7 @@ from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.alignment import cosine_distance
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.layers.towers import ChannelDeviations, ChannelMeans, TowerName, TowerOptions
 from tokenizers_mm.losses import LOSSES
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
@@ -181,7 +182,7 @@ class ImageTerms:
         self, x: Tensor, output: Reconstruction, batch: Batch, last_layer: nn.Parameter, adversarial: bool
     ) -> tuple[Terms, Terms]:
         """Terms, each a scalar in float32, and PSNR where there is an image."""
-        weight, image = self.config.weight, None if output.image is None else output.image.float()
+        weight, image = self.config.weight, None if output.image is None else at_least_float32(output.image)
         terms: Terms = {}
         if image is not None and weight("pixel"):
             terms["pixel"] = F.l1_loss(image, x) if self.config.pixel == "l1" else F.mse_loss(image, x)
@@ -203,18 +204,18 @@ class ImageTerms:
 
     def _semantic(self, x: Tensor, output: Reconstruction, batch: Batch) -> Tensor:
         assert output.semantic is not None
-        semantic = output.semantic.float()
+        semantic = at_least_float32(output.semantic)
         if self.captions is not None:
             return self.captions(semantic, batch.captions)
         if self.teacher is None:
             assert output.target is not None
-            return cosine_distance(semantic, output.target.float())
+            return cosine_distance(semantic, at_least_float32(output.target))
         assert self.config.teacher is not None
         size = self.config.teacher.image_size
         with torch.no_grad():
             seen = x if size is None else F.interpolate(x, size, mode="bilinear")
             target = self.teacher(seen).flatten(1, 2)
-        return cosine_distance(semantic, target.float())
+        return cosine_distance(semantic, at_least_float32(target))
 
 
 def _teacher(config: TeacherConfig) -> SemanticEncoder:
