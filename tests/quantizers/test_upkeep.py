@@ -21,14 +21,15 @@ def revived(z: torch.Tensor, parts: int, every: int = 1) -> tuple[torch.Tensor, 
     health = CodebookHealth({"pixel": quantizer}, RevivalConfig(every))
     for part in z.chunk(parts):
         health.count({"pixel": quantizer.quantize(part)})
-    return quantizer.codes.detach().clone(), health.after_step(1, 0.0, seeded(3))
+    values = health.after_step(1, 0.0, seeded(3))
+    return quantizer.codes.detach(), values
 
 
 def test_unused_codes_become_different_queries_of_all_micro_batches() -> None:
     z = torch.randn(8, 4, 8, generator=seeded(1)) * 3
     torch.manual_seed(0)
-    before = VQ(VQConfig(64, 8)).codes.detach()
-    used = set(VQ(VQConfig(64, 8)).quantize(z).ids.flatten().tolist())
+    start = VQ(VQConfig(64, 8))
+    before, used = start.codes.detach(), set(start.quantize(z).ids.flatten().tolist())
     whole, values = revived(z, 1)
     divided, _ = revived(z, 4)
     assert values == {"revived": float(min(32, 64 - len(used)))}

@@ -33,8 +33,8 @@ MAX_COUNTED = 1 << 22
 class CodebookHealth:
     """Counts which codes were used, in a window of the log and since the last revival; exact over all ranks.
 
-    Every rank revives the same codes with the same vectors, drawn from all samples of a step: how a step is divided into
-    ranks and micro-batches changes nothing.
+    Every rank revives the same codes with the same vectors, drawn from all samples of a step: its division into ranks
+    and micro-batches changes nothing.
     """
 
     def __init__(self, quantizers: Mapping[str, Quantizer], revival: RevivalConfig, where: str = "revival") -> None:
