@@ -1,7 +1,7 @@
 """Training of an image tokenizer: reconstruct images; optionally semantics, quantizer terms and a discriminator."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -260,7 +260,10 @@ def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, i
 def image_batches(
     objective: Objective, data: DataConfig, tokenizer: ImageTokenizer[Any], start: int
 ) -> Iterator[Batch]:
-    """Micro-batches of images of this process from sample `start` of the run on."""
+    """Micro-batches of images of this process from sample `start` of the run on.
+
+    The first one of a run with buckets also reports the images whose header could not be read.
+    """
     run, (rank, world) = objective.run, objective.rank()
     size = image_size(tokenizer, data)
     if data.buckets is None:
@@ -271,7 +274,10 @@ def image_batches(
         dataset = AnySize(sources, data.buckets, data.workers, [source.weight for source in data.sources])
         first = start // (run.batch_size * world)
         positions = BucketBatches(dataset.sizes, run.batch_size, run.seed, first, rank, world)
-    return iter(make_loader(dataset, positions))
+    unread = dataset.skipped if isinstance(dataset, AnySize) and not start and not rank else []
+    for batch in make_loader(dataset, positions):
+        yield replace(batch, skipped=[*unread, *batch.skipped])
+        unread = []
 
 
 @torch.no_grad()
