@@ -51,4 +51,4 @@ def warm_start(tokenizer: TokenFlow | SemanticTokenizer, data: DataConfig, seed:
         features = [tokenizer.tower_features(part.to(tokenizer.device)).flatten(0, 2) for part in images.split(64)]
         cluster_codes(tokenizer, torch.cat(features), config.iterations, seed)
     else:
-        start_from_images(tokenizer, images, torch.Generator().manual_seed(seed), config.iterations, config.ridge)
+        start_from_images(tokenizer, images, seed, config.iterations, config.ridge)
