@@ -180,18 +180,6 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in stream]
 
 
-def log_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) of all that a log tells, by name; those of an earlier stage have its number before their name."""
-    lines, curves = read_log(path), dict[str, list[tuple[float, float]]]()
-    last = max((line.get("stage", 0) for line in lines), default=0)
-    for line in lines:
-        before = f"stage {line['stage']} " if line.get("stage", last) < last else ""
-        for name, value in line.items():
-            if name not in ("step", "seconds", "stage") and isinstance(value, (int, float)):
-                curves.setdefault(before + name, []).append((line["step"], value))
-    return dict(sorted(curves.items()))
-
-
 def _forget_after(path: Path, step: int) -> None:
     """Drop lines past the step from which a run continues, and a line that was cut off."""
     if not path.exists():

@@ -86,9 +86,14 @@ class LossConfig:
         return self.weights.get(name, 0.0)
 
 
-def check_loss(loss: LossConfig) -> None:
-    """Refuse a weight without a term, a term without a weight, and options of a term that is off."""
+def check_loss(loss: LossConfig, own_optimizer: bool) -> None:
+    """Refuse a weight without a term, a term without a weight, and options of a term that is off.
+
+    own_optimizer: whether the discriminator has one.
+    """
     where = "config.objective.loss"
+    require(not own_optimizer or bool(loss.weight("generator")), "config.objective.discriminator_optimizer",
+            "nothing where loss.weights.generator is 0", "one")  # fmt: skip
     require((loss.semantic == "teacher") == (loss.teacher is not None), f"{where}.teacher",
             "a teacher for semantic: teacher only", "nothing" if loss.teacher is None else loss.semantic)  # fmt: skip
     weight = loss.weight("semantic")
