@@ -92,9 +92,9 @@ bool tensor_map(CUtensorMap* map, const void* data, int64_t rows, int width, int
 
 int blocks_for(int64_t items, int per_block) { return static_cast<int>((items + per_block - 1) / per_block); }
 
-// Blocks of the kernels that give a warp to every code.
-int code_blocks(const Plan& plan) {
-  const int blocks = blocks_for(plan.padded_codes, kWarps);
+// Blocks of the kernels that give a warp, or a narrow team, to every code.
+int code_blocks(const Plan& plan, int per_block = kWarps) {
+  const int blocks = blocks_for(plan.padded_codes, per_block);
   return blocks < 1024 ? blocks : 1024;
 }
 
@@ -132,32 +132,50 @@ cudaError_t choose_pass(int device, int* pass) {
   return cudaSuccess;
 }
 
-cudaError_t pack(const Points& codes, int64_t num_codes, void* packed, int device, cudaStream_t stream) {
+template <class T, int lanes>
+cudaError_t pack_as(const Points& codes, int64_t num_codes, void* packed, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   TMM_CHECK(guard.status());
   const Plan plan = make_plan(0, num_codes, codes.dim);
   CodeHeader* header = at<CodeHeader>(packed, 0);
   double* mean = at<double>(packed, plan.mean_at);
   double* sums = at<double>(packed, plan.sums_at);
+  double* norms = at<double>(packed, plan.norms_at);
   TMM_CHECK(cudaMemsetAsync(header, 0, sizeof(CodeHeader), stream));
   const int columns = blocks_for(codes.dim, 32);
-  TMM_CHECK(launch(slab_sums, dim3(columns, plan.slabs), kPackThreads, 0, stream, codes, num_codes, plan.slabs, sums));
+  TMM_CHECK(
+      launch(slab_sums<T>, dim3(columns, plan.slabs), kPackThreads, 0, stream, codes, num_codes, plan.slabs, sums));
   TMM_CHECK(launch(mean_of_slabs, columns, kPackThreads, 0, stream, sums, plan.slabs, codes.dim, num_codes, mean));
-  const int grid = code_blocks(plan);
-  TMM_CHECK(launch(code_norms, grid, kPackThreads, 0, stream, codes, num_codes, mean, header));
+  TMM_CHECK(launch(code_norms<T>, code_blocks(plan), kPackThreads, 0, stream, codes, num_codes, mean, norms, header));
   if (plan.exact_only) return cudaSuccess;
-  return launch(pack_codes, grid, kPackThreads, 0, stream, codes, num_codes, plan.padded_codes, plan.width, mean, header,
-                at<uint16_t>(packed, plan.codes_at));
+  return launch(pack_codes<T, lanes>, code_blocks(plan, kPackThreads / lanes), kPackThreads, 0, stream, codes, num_codes,
+                plan.padded_codes, plan.width, mean, norms, header, at<uint16_t>(packed, plan.codes_at));
 }
 
+cudaError_t pack(const Points& codes, int64_t num_codes, void* packed, int device, cudaStream_t stream) {
+  const bool narrow = codes.dim <= kNarrow;
+  const auto pack = codes.all_float() ? (narrow ? pack_as<float, kNarrowTeam> : pack_as<float, 32>)
+                                      : (narrow ? pack_as<AnyType, kNarrowTeam> : pack_as<AnyType, 32>);
+  return pack(codes, num_codes, packed, device, stream);
+}
+
+template <class T>
+cudaError_t pack_chunk(const Points& tokens, int64_t first, int count, int width, const double* mean,
+                       const CodeHeader* header, uint16_t* rows, RowBound* bounds, cudaStream_t stream) {
+  const bool narrow = tokens.dim <= kNarrow;
+  const auto kernel = narrow ? pack_rows<T, kNarrowTeam> : pack_rows<T, 32>;
+  const int blocks = blocks_for(count, kPackThreads / (narrow ? kNarrowTeam : 32));
+  return launch(kernel, blocks, kPackThreads, 0, stream, tokens, first, count, width, mean, header, rows, bounds);
+}
+
+template <class T>
 cudaError_t finish(const Search& search, int processors, cudaStream_t stream) {
-  using Kernel = void (*)(Search);
-  const Kernel rows = search.margins ? Kernel{finish_rows<true>} : Kernel{finish_rows<false>};
-  const Kernel listed = search.margins ? Kernel{finish_listed<true>} : Kernel{finish_listed<false>};
+  const auto rows = search.margins ? finish_rows<T, true> : finish_rows<T, false>;
+  const auto listed = search.margins ? finish_listed<T, true> : finish_listed<T, false>;
   TMM_CHECK(launch(rows, blocks_for(search.num_rows, kWarps), kPackThreads, 0, stream, search));
   // The list's length stays on the device: a fixed grid walks it.
-  const int sets = blocks_for(search.num_rows, kFallbackRows);
-  return launch(listed, sets < 4 * processors ? sets : 4 * processors, kPackThreads, 0, stream, search);
+  const int items = search.num_rows <= kSplitRows ? kPartials : blocks_for(search.num_rows, kSetRows);
+  return launch(listed, items < 4 * processors ? items : 4 * processors, kPackThreads, 0, stream, search);
 }
 
 // `search` comes with the tokens, the codes and the outputs.
@@ -184,25 +202,27 @@ cudaError_t nearest(Search search, int64_t num_rows, void* packed, bool check, v
   search.bounds = bounds;
   search.records = at<Record>(workspace, plan.records_at);
   search.best = at<Best>(workspace, plan.best_at);
+  search.partial = at<Best>(workspace, plan.partial_at);
+  search.finished = at<int32_t>(workspace, plan.finished_at);
   search.list = at<int32_t>(workspace, plan.list_at);
-  search.packed_hash = &header->hash;
+  search.packed_hash = packed ? &header->hash : nullptr;
   search.found_hash = check ? hash : nullptr;
   if (check) {
     TMM_CHECK(cudaMemsetAsync(hash, 0, sizeof(uint64_t), stream));
-    TMM_CHECK(launch(hash_codes, code_blocks(plan), kPackThreads, 0, stream, search.codes, search.num_codes, hash));
+    const auto kernel = search.codes.all_float() ? hash_codes<float> : hash_codes<AnyType>;
+    TMM_CHECK(launch(kernel, code_blocks(plan), kPackThreads, 0, stream, search.codes, search.num_codes, hash));
   }
 
   for (int64_t first = 0; first < num_rows; first += plan.chunk_rows) {
     const int count = static_cast<int>(num_rows - first < plan.chunk_rows ? num_rows - first : plan.chunk_rows);
-    const int row_blocks = blocks_for(count, kWarps);
     search.first = first;
     search.num_rows = count;
-    TMM_CHECK(cudaMemsetAsync(search.list, 0, sizeof(int32_t), stream));
+    TMM_CHECK(cudaMemsetAsync(search.finished, 0, kSplitRows * 4 + sizeof(int32_t), stream));
     if (search.exact_only) {
-      TMM_CHECK(launch(check_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, bounds));
+      TMM_CHECK(launch(check_rows, blocks_for(count, kWarps), kPackThreads, 0, stream, tokens, first, count, bounds));
     } else {
-      TMM_CHECK(launch(pack_rows, row_blocks, kPackThreads, 0, stream, tokens, first, count, plan.width, mean, header,
-                       rows, bounds));
+      const auto pack = tokens.all_float() ? pack_chunk<float> : pack_chunk<AnyType>;
+      TMM_CHECK(pack(tokens, first, count, plan.width, mean, header, rows, bounds, stream));
       Pass pass;
       pass.rows = rows;
       pass.codes = at<uint16_t>(packed, plan.codes_at);
@@ -215,12 +235,14 @@ cudaError_t nearest(Search search, int64_t num_rows, void* packed, bool check, v
       pass.row_tiles = blocks_for(count, kRowTile);
       TMM_CHECK(run_pass(pass, pass_choice == TMM_CUDA_HOPPER, processors, stream));
     }
-    TMM_CHECK(finish(search, processors, stream));
+    const bool all_float = tokens.all_float() && search.codes.all_float();
+    TMM_CHECK((all_float ? finish<float> : finish<AnyType>)(search, processors, stream));
   }
   return cudaSuccess;
 }
 
 // One thread per (code, column), so the order of the additions is the order of the rows.
+template <class T>
 __global__ void __launch_bounds__(128) sum_by_code(tmm_cuda_matrix vectors, const int64_t* order, const int64_t* begin,
                                                    int64_t num_codes, double* sums, tmm_cuda_faults* faults) {
   const int64_t total = num_codes * vectors.cols;
@@ -233,7 +255,7 @@ __global__ void __launch_bounds__(128) sum_by_code(tmm_cuda_matrix vectors, cons
     const int64_t end = begin[code + 1];
     double sum = 0.0;
 #pragma unroll 4
-    for (int64_t i = begin[code]; i < end; ++i) sum += element(vectors, order[i], col);
+    for (int64_t i = begin[code]; i < end; ++i) sum += element<T>(vectors, order[i], col);
     sums[index] = sum;
   }
 }
@@ -272,7 +294,7 @@ int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes
   if (codes[0].rows < 1 || codes[0].rows > INT32_MAX / 2) return cudaErrorInvalidValue;
   if (pass < TMM_CUDA_AUTO || pass > TMM_CUDA_EXACT) return cudaErrorInvalidValue;
   if (tokens[0].rows == 0) return cudaSuccess;
-  if (!packed || !workspace || !ids) return cudaErrorInvalidValue;
+  if (!workspace || !ids || (!packed && (check || pass != TMM_CUDA_EXACT))) return cudaErrorInvalidValue;
   tmm::Search search = {};
   search.tokens = tmm::make_points(tokens, weights, parts);
   search.codes = tmm::make_points(codes, weights, parts);
@@ -292,7 +314,8 @@ int tmm_cuda_code_sums(const tmm_cuda_matrix* vectors, const int64_t* order, con
   const tmm::DeviceGuard guard(device);
   if (guard.status() != cudaSuccess) return guard.status();
   const int64_t blocks = (num_codes * vectors->cols + 127) / 128;
-  return tmm::launch(tmm::sum_by_code, static_cast<int>(blocks < 65536 ? blocks : 65536), 128, 0,
+  const auto kernel = vectors->dtype == TMM_CUDA_F32 ? tmm::sum_by_code<float> : tmm::sum_by_code<tmm::AnyType>;
+  return tmm::launch(kernel, static_cast<int>(blocks < 65536 ? blocks : 65536), 128, 0,
                      static_cast<cudaStream_t>(stream), *vectors, order, begin, num_codes, sums, faults);
 }
 

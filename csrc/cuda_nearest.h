@@ -53,8 +53,10 @@ TMM_CUDA_API int tmm_cuda_pack(const tmm_cuda_matrix* codes, const double* weigh
 // difference form, ties to the lowest k. A code with a NaN or an infinity is never chosen; a token with one gets index
 // -1, distance and margin NaN; a token without a finite distance to any code index 0, distance infinity and margin 0.
 // margins[i] is how much farther (the root of the distance) the nearest code is that differs from code ids[i] in some
-// value; infinity where none does at a finite distance. `distances`, `margins` and `faults` may be null. `packed` is what tmm_cuda_pack made of the same codes and weights; with `check`, a hash of the
-// codes is compared on the device with the one taken when they were packed. `workspace` must be 256-byte aligned.
+// value; infinity where none does at a finite distance. `distances`, `margins` and `faults` may be null.
+// `packed` is what tmm_cuda_pack made of the same codes and weights; with `check`, a hash of the codes is compared on
+// the device with the one taken when they were packed. The exact pass without `check` needs none: null. `workspace`
+// must be 256-byte aligned.
 TMM_CUDA_API int tmm_cuda_nearest(const tmm_cuda_matrix* tokens, const tmm_cuda_matrix* codes, const double* weights,
                                   int parts, const void* packed, int check, void* workspace, int64_t* ids,
                                   double* distances, double* margins, tmm_cuda_faults* faults, int pass, int device,

@@ -42,13 +42,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cuda_nearest.h"
 
 #if defined(__CUDACC__)
 #define TMM_HD __host__ __device__ __forceinline__
+#define TMM_UNROLL _Pragma("unroll 4")
 #else
 #define TMM_HD inline
+#define TMM_UNROLL
 #endif
 
 namespace tmm {
@@ -62,6 +65,8 @@ constexpr int kRowTile = 128;     // rows of a tile
 constexpr int kParts = 8;         // partial sums of a distance, one per lane
 constexpr int kMaxWidth = 16384;  // wider rows take the exact path: the bound wants few enough roundings
 constexpr int kMaxSegments = 64;
+constexpr int kSplitRows = 2048;  // up to so many listed rows are shared out, each over several blocks
+constexpr int kPartials = 8 * kSplitRows;
 
 // ---- fp16 without a compiler type ---------------------------------------------------------------------------------
 
@@ -120,13 +125,22 @@ TMM_HD uint16_t half_up(double value) {
 
 // ---- elements of the inputs ---------------------------------------------------------------------------------------
 
+// Type of elements that only the matrix tells. Where all matrices of a call are fp32, `float` takes its place: without
+// the choice at every element, loads of several elements are under way at once.
+struct AnyType {};
+
+template <class T>
 TMM_HD double element(const tmm_cuda_matrix& matrix, int64_t row, int64_t col) {
   const int64_t at = row * matrix.row_stride + col * matrix.col_stride;
-  switch (matrix.dtype) {
-    case TMM_CUDA_F32: return static_cast<const float*>(matrix.device)[at];
-    case TMM_CUDA_F64: return static_cast<const double*>(matrix.device)[at];
-    case TMM_CUDA_F16: return half_value(static_cast<const uint16_t*>(matrix.device)[at]);
-    default: return bits_float(static_cast<uint32_t>(static_cast<const uint16_t*>(matrix.device)[at]) << 16);
+  if constexpr (std::is_same<T, float>::value) {
+    return static_cast<const float*>(matrix.device)[at];
+  } else {
+    switch (matrix.dtype) {
+      case TMM_CUDA_F32: return static_cast<const float*>(matrix.device)[at];
+      case TMM_CUDA_F64: return static_cast<const double*>(matrix.device)[at];
+      case TMM_CUDA_F16: return half_value(static_cast<const uint16_t*>(matrix.device)[at]);
+      default: return bits_float(static_cast<uint32_t>(static_cast<const uint16_t*>(matrix.device)[at]) << 16);
+    }
   }
 }
 
@@ -138,13 +152,18 @@ struct Points {
   int parts;
   int dim;
 
+  template <class T = AnyType>
   TMM_HD double value(int64_t row, int col) const {
     const int first = static_cast<int>(part[0].cols);
-    return col < first ? element(part[0], row, col) : element(part[1], row, col - first);
+    return col < first ? element<T>(part[0], row, col) : element<T>(part[1], row, col - first);
   }
   // The coordinate used by the pass: shifted and weighted, each within a relative 2^-51 of its exact value.
+  template <class T = AnyType>
   TMM_HD double shifted(int64_t row, int col, double mean) const {
-    return root[col < part[0].cols ? 0 : 1] * (value(row, col) - mean);
+    return root[col < part[0].cols ? 0 : 1] * (value<T>(row, col) - mean);
+  }
+  bool all_float() const {
+    return part[0].dtype == TMM_CUDA_F32 && (parts == 1 || part[1].dtype == TMM_CUDA_F32);
   }
 };
 
@@ -162,25 +181,36 @@ inline Points make_points(const tmm_cuda_matrix* matrices, const double* weights
   return points;
 }
 
-// Lane `lane` of kParts' share of the distance between a token and a code. A distance is ((0+4)+(2+6)) +
-// ((1+5)+(3+7)) of the shares, as the butterfly below adds them; this order defines "the distance in double
-// precision" of this library on CUDA.
-TMM_HD double distance_share(const Points& tokens, int64_t row, const Points& codes, int64_t code, int lane) {
-  double share = 0.0;
-  for (int p = 0; p < tokens.parts; ++p) {
-    double sum = 0.0;
-    for (int64_t col = lane; col < tokens.part[p].cols; col += kParts) {
-      const double difference = element(tokens.part[p], row, col) - element(codes.part[p], code, col);
-      sum = fma(difference, difference, sum);
-    }
-    share = fma(tokens.weight[p], sum, share);
+// Lane `lane` of kParts' shares of the distances between `rows` tokens and `count` codes. A distance is
+// ((0+4)+(2+6)) + ((1+5)+(3+7)) of its shares, as the butterfly of cuda_rescore.cuh adds them; this order defines "the
+// distance in double precision" of this library on CUDA.
+template <class T, int rows, int count>
+TMM_HD void distance_shares(const Points& tokens, const int64_t (&row)[rows], const Points& codes,
+                            const int64_t (&code)[count], int lane, double (&share)[rows][count]) {
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < count; ++c) share[r][c] = 0.0;
   }
-  return share;
+  for (int p = 0; p < tokens.parts; ++p) {
+    double sum[rows][count] = {};
+    TMM_UNROLL
+    for (int64_t col = lane; col < tokens.part[p].cols; col += kParts) {
+      double token[rows];
+      for (int r = 0; r < rows; ++r) token[r] = element<T>(tokens.part[p], row[r], col);
+      for (int c = 0; c < count; ++c) {
+        const double value = element<T>(codes.part[p], code[c], col);
+        for (int r = 0; r < rows; ++r) sum[r][c] = fma(token[r] - value, token[r] - value, sum[r][c]);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < count; ++c) share[r][c] = fma(tokens.weight[p], sum[r][c], share[r][c]);
+    }
+  }
 }
 
+template <class T = AnyType>
 TMM_HD bool same_values(const Points& codes, int64_t one, int64_t other) {
   bool same = true;
-  for (int col = 0; same && col < codes.dim; ++col) same = codes.value(one, col) == codes.value(other, col);
+  for (int col = 0; same && col < codes.dim; ++col) same = codes.value<T>(one, col) == codes.value<T>(other, col);
   return same;
 }
 
@@ -248,8 +278,8 @@ struct Plan {
   int tiles;             // of kTile codes
   int segments, segment_tiles;
   int64_t chunk_rows;
-  int64_t packed_bytes, mean_at, sums_at, codes_at;
-  int64_t workspace_bytes, rows_at, bounds_at, records_at, best_at, hash_at, list_at;
+  int64_t packed_bytes, mean_at, sums_at, norms_at, codes_at;
+  int64_t workspace_bytes, rows_at, bounds_at, records_at, best_at, hash_at, partial_at, finished_at, list_at;
   int slabs;
   bool exact_only;
 
@@ -422,6 +452,7 @@ inline Plan make_plan(int64_t num_rows, int64_t num_codes, int64_t dim) {
   take(cursor, sizeof(CodeHeader));
   plan.mean_at = take(cursor, dim * 8);
   plan.sums_at = take(cursor, plan.slabs * dim * 8);
+  plan.norms_at = take(cursor, num_codes * 8);
   plan.codes_at = take(cursor, plan.exact_only ? 0 : plan.padded_codes * plan.width * 2);
   plan.packed_bytes = cursor;
 
@@ -436,6 +467,8 @@ inline Plan make_plan(int64_t num_rows, int64_t num_codes, int64_t dim) {
   plan.records_at = take(cursor, plan.chunk_rows * plan.streams() * sizeof(Record));
   plan.best_at = take(cursor, plan.chunk_rows * sizeof(Best));
   plan.hash_at = take(cursor, 8);
+  plan.partial_at = take(cursor, kPartials * sizeof(Best));
+  plan.finished_at = take(cursor, kSplitRows * 4);        // the list follows: both are cleared at once
   plan.list_at = take(cursor, (plan.chunk_rows + 1) * 4);  // a count, then rows
   plan.workspace_bytes = cursor;
   return plan;

@@ -39,7 +39,12 @@ float multiply_add(const uint16_t* row, const uint16_t* code, float acc) {
 
 double distance(const Points& tokens, int64_t row, const Points& codes, int64_t code) {
   double share[kParts];
-  for (int lane = 0; lane < kParts; ++lane) share[lane] = distance_share(tokens, row, codes, code, lane);
+  const int64_t rows[1] = {row}, scored[1] = {code};
+  for (int lane = 0; lane < kParts; ++lane) {
+    double one[1][1];
+    distance_shares<AnyType>(tokens, rows, codes, scored, lane, one);
+    share[lane] = one[0][0];
+  }
   for (int step = kParts / 2; step > 0; step >>= 1) {
     for (int lane = 0; lane < step; ++lane) share[lane] += share[lane + step];
   }

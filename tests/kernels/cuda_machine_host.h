@@ -242,6 +242,7 @@ inline void run_block(int threads, int shared_bytes) {
 }  // namespace machine
 
 inline void __syncthreads() { machine::meet(machine::block); }
+inline void __threadfence() {}
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return machine::from_bits<T>(machine::gather(value)[lane]);

@@ -181,7 +181,7 @@ def test_plan_covers_the_codes_in_bounded_memory(emulation: Emulation, rows: int
     assert (segments - 1) * segment_tiles < tiles <= segments * segment_tiles
     assert chunk_rows % 128 == 0
     assert workspace < 32 << 20
-    assert packed < padded * width * 2 + 300 * dim * 8 + 4096
+    assert packed < padded * (width * 2 + 8) + 300 * dim * 8 + 4096
 
 
 def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -305,3 +305,22 @@ def test_no_rows(host: None) -> None:
     z, codebook = random_pair(0, 40, 8)
     assert kernels.nearest_code(z.view(0, 2, 8), codebook).shape == (0, 2)
     assert kernels.nearest_code_shared((z, z), (codebook, codebook), normalize=True).shape == (0,)
+
+
+def test_few_rows_of_a_large_codebook_need_no_pack(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "LARGE_CODEBOOK", 300 * 8)
+    monkeypatch.setattr(_cuda, "_pack", lambda *arguments: pytest.fail("packed"))
+    z, codebook = random_pair(_cuda.FEW_ROWS, 300, 8)
+    ids, distances, margins = _cuda.search((z,), (codebook,), (1.0,), margin=True)
+    assert margins is not None
+    assert_nearest(ids, distances, (z,), (codebook,), (1.0,))
+    assert_margins(margins, ids, (z,), (codebook,), (1.0,))
+
+
+@pytest.mark.full
+def test_more_listed_rows_than_are_shared_out(machine: Machine) -> None:
+    """Sets of rows instead of parts of the codes: every row of the exact launch is listed."""
+    z, codebook = random_pair(2049, 20, 2)
+    ids, distances, listed = machine.nearest((z,), (codebook,), (1.0,), "exact")
+    assert listed == 2049
+    assert_nearest(ids, distances, (z,), (codebook,), (1.0,))

@@ -93,7 +93,7 @@ def test_publishing_writes_a_card_with_what_was_measured(
         monkeypatch.setattr(tokenizer, name, value)
     survival = {"classified": 8, "class_survives_top1": 0.25, "class_survives_top5": 0.5}
     monkeypatch.setattr(shipped, "class_survival", lambda _: survival)
-    numbers = shipped.publish(tmm.load("tokenizers_mm/demo-64"), tmp_path, tmp_path / "folder")
+    numbers = shipped.publish(tmm.load("tokenizers_mm/demo-64"), "demo_64", tmp_path, tmp_path / "folder")
     card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert f"PSNR of 6 crops | {numbers['psnr_heldout']:.2f} dB" in card
     assert "25%, among its first five 50%" in card

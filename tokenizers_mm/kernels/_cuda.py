@@ -30,6 +30,9 @@ PASSES = {"auto": 0, "portable": 1, "hopper": 2, "exact": 3}
 MAX_PACKS = 16
 MAX_PACK_BYTES = 1 << 30
 NORMALIZED_ELEMENTS = 1 << 23
+FEW_ROWS, LARGE_CODEBOOK = 4, 1 << 22
+"""Up to so many rows, and from so many values of a codebook on, every code is scored in double precision: that reads
+the codes once, where packing reads them three times."""
 
 
 class Matrix(ctypes.Structure):
@@ -390,8 +393,11 @@ def search(
     if rows == 0:
         return ids, distances, margins
     library = load_library()
-    pack, check = packs.get(codebooks, weights)
     dim = sum(codebook.shape[1] for codebook in codebooks)
+    if pass_name == "auto" and rows <= FEW_ROWS and num_codes * dim >= LARGE_CODEBOOK:
+        pass_name, pack, check = "exact", None, False
+    else:
+        pack, check = packs.get(codebooks, weights)
     workspace = _scratch(library.tmm_cuda_workspace_bytes(rows, num_codes, dim), device)
     _check(
         library,
@@ -400,13 +406,13 @@ def search(
             matrices(codebooks),
             (ctypes.c_double * len(weights))(*weights),
             len(zs),
-            pack.buffer.data_ptr(),
+            None if pack is None else pack.buffer.data_ptr(),
             check and not trust_version,
             workspace.data_ptr(),
             ids.data_ptr(),
             distances.data_ptr(),
             None if margins is None else margins.data_ptr(),
-            faults().address(pack.row),
+            faults().address(0 if pack is None else pack.row),
             PASSES[pass_name],
             *_place(device),
         ),

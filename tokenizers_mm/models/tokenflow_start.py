@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizers_mm import kernels
 from tokenizers_mm.functional.multiscale import area_down, bicubic_up
@@ -17,6 +17,7 @@ def start_from_images(tokenizer: TokenFlow, images: Tensor, seed: int, iteration
     centres of k-means over the residuals of every scale; the decoder's linear path the regression of patches on the 3x3
     neighbourhoods of quantized vectors.
     """
+    images = images.to(tokenizer.device)
     start_encoder(tokenizer, images)
     features = torch.cat([tokenizer.encode_features(part) for part in images.split(64)])
     start_codebook(tokenizer, features, seed, iterations)
@@ -38,7 +39,7 @@ def start_encoder(tokenizer: TokenFlow, images: Tensor) -> None:
     linear.weight.copy_(weight.view_as(linear.weight))
     linear.bias.copy_(-weight @ mean)
     for head in (tokenizer.pixel_head, tokenizer.pixel_embed):
-        head.weight.copy_(torch.eye(dim))
+        nn.init.eye_(head.weight)
         head.bias.zero_()
 
 
@@ -46,6 +47,7 @@ def start_codebook(tokenizer: TokenFlow, features: Tensor, seed: int, iterations
     """Codes: centres of the residuals of all scales. The residuals come from centres of each scale by itself."""
     quantizer, weights = tokenizer.quantizer, tokenizer.config.quantizer.weights
     roots = torch.cat([torch.full((dim,), weight**0.5) for dim, weight in zip(tokenizer.dims, weights, strict=True)])
+    roots = roots.to(features)
     residual, seen = features, []
     for grid in quantizer.grids:
         points = area_down(residual, grid).flatten(0, 2) * roots
@@ -57,7 +59,7 @@ def start_codebook(tokenizer: TokenFlow, features: Tensor, seed: int, iterations
     points = torch.cat(seen)
     size = min(quantizer.codebook_size, len(points))
     centres = kernels.kmeans(points, size, iterations=iterations, seed=seed).codebook
-    quantizer.set_codes(torch.arange(size), centres / roots)
+    quantizer.set_codes(torch.arange(size, device=points.device), centres / roots)
 
 
 def start_decoder(tokenizer: TokenFlow, vectors: Tensor, images: Tensor, ridge: float) -> None:
@@ -67,12 +69,12 @@ def start_decoder(tokenizer: TokenFlow, vectors: Tensor, images: Tensor, ridge: 
     assert linear.bias is not None
     pixel = vectors[..., tokenizer.dims[0] :].permute(0, 3, 1, 2)
     near = F.unfold(F.pad(pixel, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).flatten(0, 1).double()
-    near = torch.cat([near, torch.ones(len(near), 1, dtype=torch.float64)], 1)
+    near = torch.cat([near, near.new_ones(len(near), 1)], 1)
     patches = (
         F.pixel_unshuffle(images, tokenizer.pixel_decoder.config.factor).permute(0, 2, 3, 1).flatten(0, 2).double()
     )
     gram = near.T @ near / len(near)
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
     solution = torch.linalg.solve(gram, near.T @ patches / len(near)).T
     linear.weight.copy_(solution[:, :-1].view_as(linear.weight))
     linear.bias.copy_(solution[:, -1])

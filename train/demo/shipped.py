@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tokenizers_mm._check import require
 from tokenizers_mm._files import atomic_path, write_json
 from tokenizers_mm._images import fit_image, image_to_tensor
 from tokenizers_mm.data.photographs import PHOTOGRAPHS, photographs
@@ -31,7 +32,8 @@ from ..loop import run
 from .tokenizer import measure_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "tokenizers_mm" / "pretrained" / "demo-64"
+PRETRAINED = ROOT / "tokenizers_mm" / "pretrained"
+CONFIGS = ("demo_64", "demo_256")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_CLASSIFIED, ZOOM = 96, (0.15, 0.45)
 """Held-out patches that are classified, and their scale in output pixels per pixel of the photograph: whole objects."""
@@ -41,27 +43,37 @@ SURE = 0.3
 
 
 def main(arguments: list[str]) -> int:
-    """Train from configs/demo_64.yaml with overrides, and write the folder."""
-    torch.use_deterministic_algorithms(True)
-    config = read_config(str(ROOT / "configs" / "demo_64.yaml"), arguments)
-    tokenizer: ImageTokenizer[Any] = run(config).averaged.eval()
-    publish(tokenizer, Path(config.out).parent)
+    """Train from one of the configurations with overrides, and write the folder."""
+    require(bool(arguments) and arguments[0] in CONFIGS, "arguments", f"one of {CONFIGS} first", arguments)
+    name, *overrides = arguments
+    config = read_config(str(ROOT / "configs" / f"{name}.yaml"), overrides)
+    torch.use_deterministic_algorithms(config.device == "cpu")
+    tokenizer: ImageTokenizer[Any] = run(config).averaged.eval().cpu()
+    publish(tokenizer, name, Path(config.out).parent)
     return 0
 
 
-def publish(tokenizer: ImageTokenizer[Any], out: Path, folder: Path = FOLDER) -> dict[str, Any]:
-    """Measure and write the folder; summary.json and images stay in `out`. Returns the numbers."""
-    numbers = measure_tokenizer(tokenizer, out) | class_survival(tokenizer)
+def publish(
+    tokenizer: ImageTokenizer[Any], name: str, out: Path, folder: Path | None = None, made: str = "on a CPU"
+) -> dict[str, Any]:
+    """Measure and write the folder; summary.json and images stay in `out`. Returns the numbers.
+
+    name: of the configuration. made: where it was trained, for the card.
+    """
+    folder = PRETRAINED / name.replace("_", "-") if folder is None else folder
+    small = tokenizer.image_size == (64, 64)
+    measured = measure_tokenizer(tokenizer, out) if small else measure_tokenizer(tokenizer, out, 24, (960, 240))
+    numbers = measured | class_survival(tokenizer)
     write_json(out / "summary.json", numbers)
     tokenizer.provenance = Provenance(
-        source="trained by configs/demo_64.yaml on images that come with scikit-image, scikit-learn and matplotlib",
+        source=f"trained by configs/{name}.yaml on images that come with scikit-image, scikit-learn and matplotlib",
         license="Apache-2.0",
         notice="A small example, trained on few photographs: for trying the library, not for real use.",
     )
     tokenizer.save(folder)
     save_picture(card_image(tokenizer), folder / "card.png")
     with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(card(tokenizer, numbers), encoding="utf-8")
+        temporary.write_text(card(tokenizer, name, made, numbers), encoding="utf-8")
     return numbers
 
 
@@ -79,7 +91,7 @@ def card_image(tokenizer: ImageTokenizer[Any]) -> Image.Image:
         fit_image(heldout["flower.jpg"], side, side, "crop"),
     ]
     images = torch.stack([image_to_tensor(image) for image in shown])
-    return comparison_grid(images, reconstruct(tokenizer, images)[0], zoom=2)
+    return comparison_grid(images, reconstruct(tokenizer, images)[0], zoom=max(1, 128 // side))
 
 
 @torch.no_grad()
@@ -111,9 +123,11 @@ def _classes(network: torch.nn.Module, x: Tensor) -> Any:
     return torch.cat([network(part) for part in shown.split(32)]).softmax(1).topk(5)
 
 
-def card(tokenizer: ImageTokenizer[Any], numbers: dict[str, Any]) -> str:
+def card(tokenizer: ImageTokenizer[Any], name: str, made: str, numbers: dict[str, Any]) -> str:
     """The model card."""
-    (stream,) = tokenizer.streams(*(tokenizer.image_size or (64, 64)))
+    side = (tokenizer.image_size or (64, 64))[0]
+    (stream,) = tokenizer.streams(side, side)
+    title, grids = name.replace("_", "-"), ", ".join(f"{rows}x{columns}" for rows, columns in stream.grids)
     names = {split: ", ".join(name.rpartition(".")[0] for name in images) for split, images in PHOTOGRAPHS.items()}
     return f"""---
 library_name: tokenizers_mm
@@ -121,15 +135,15 @@ license: apache-2.0
 tags: [image-tokenizer]
 ---
 
-# demo-64: a small image tokenizer for trying the library
+# {title}: a small image tokenizer for trying the library
 
-64 x 64 RGB images; stream `{stream.name}`: {stream.num_ids} ids of {stream.codebook_size} codes (12 bits), grids \
-{", ".join(f"{rows}x{columns}" for rows, columns in stream.grids)}, coarse to fine.
+{side} x {side} RGB images; stream `{stream.name}`: {stream.num_ids} ids of {stream.codebook_size} codes (12 bits),
+grids {grids}, coarse to fine.
 
 ```python
 import tokenizers_mm as tmm
 
-tok = tmm.load("tokenizers_mm/demo-64")  # in the package: nothing is downloaded
+tok = tmm.load("tokenizers_mm/{title}")  # in the package: nothing is downloaded
 codes = tok.encode("picture.png", fit="crop")
 image = tok.to_pil(tok.decode(codes))[0]
 ```
@@ -141,7 +155,7 @@ landscapes (china and rocket, trained on); coffee and flower (held out).
 
 ## How it was made
 
-By `python -m train.demo.shipped`, which runs `configs/demo_64.yaml`, on a CPU. Training images: patches of
+By `python -m train.demo.shipped {name}`, which runs `configs/{name}.yaml`, {made}. Training images: patches of
 {names["train"]} (from scikit-image, scikit-learn and matplotlib), rendered text and rendered scenes, with random scale,
 flips, turns and colours. Held out, by photograph: {names["heldout"]}. The weights are those of the last step: no
 checkpoint was chosen by the held-out numbers, which were looked at while the networks were designed.

@@ -41,12 +41,20 @@ def train_tokenizer(config: RunConfig, out: Path) -> tuple[ImageTokenizer[Any], 
     return tokenizer, report
 
 
-def measure_tokenizer(tokenizer: ImageTokenizer[Any], out: Path) -> dict[str, Any]:
-    """Reconstruction of held-out crops, use of the codes and linear probes; leaves reconstructions.png in `out`."""
-    crops = _crops(tokenizer)
+def measure_tokenizer(
+    tokenizer: ImageTokenizer[Any],
+    out: Path,
+    num_crops: int = NUM_CROPS,
+    probes: tuple[int, int] = (NUM_PROBE_TRAIN, NUM_PROBE_TEST),
+) -> dict[str, Any]:
+    """Reconstruction of held-out crops, use of the codes and linear probes; leaves reconstructions.png in `out`.
+
+    probes: numbers of scenes to fit the probes and to test them.
+    """
+    crops = _crops(tokenizer, num_crops)
     side = crops.shape[-1]
     decoded, codes = reconstruct(tokenizer, crops)
-    train_scenes, test_scenes = _balanced(NUM_PROBE_TRAIN), _balanced(NUM_PROBE_TEST, start=1 << 30)
+    train_scenes, test_scenes = _balanced(probes[0]), _balanced(probes[1], start=1 << 30)
     scene_codes = _encode_scenes(tokenizer, test_scenes, side)
     stream = codes[0].streams[0]
     save_picture(comparison_grid(crops[:32], decoded[:32], zoom=2), out / "reconstructions.png")
@@ -62,9 +70,9 @@ def measure_tokenizer(tokenizer: ImageTokenizer[Any], out: Path) -> dict[str, An
     }
 
 
-def _crops(tokenizer: ImageTokenizer[Any]) -> Tensor:
+def _crops(tokenizer: ImageTokenizer[Any], count: int = NUM_CROPS) -> Tensor:
     side = image_size(tokenizer)[0]
-    return torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", NUM_CROPS, side)])
+    return torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", count, side)])
 
 
 def image_size(tokenizer: ImageTokenizer[Any]) -> tuple[int, int]:
