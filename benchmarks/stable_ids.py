@@ -1,24 +1,37 @@
 """Do stable ids differ between batches, threads, instruction sets, dtypes and compiled parts? What do they cost?
 
-    python -m benchmarks.stable_ids [COUNT]
+    python -m benchmarks.stable_ids [--count N] [--tokenizers NAME ...] [--full]
+    ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 TOKENIZERS_MM_ISA=portable \
+        python -m benchmarks.stable_ids --count 12 --ids OUT
 
-Every tokenizer of tests/stable_cases.py encodes COUNT images (the tiny ones too) in every variant, each kind of machine
-in a process of its own, and the ids are compared with those of a float64 pass. Prints a line per variant: ids compared,
-ids that differ, images decided again, the largest error as a share of the bound; and for a stream of images the CPU
-time on top of float32, and how many ids differ without `stable`.
+Every tokenizer encodes N images in every variant, each kind of machine in a process of its own, and the ids are
+compared with those of a float64 pass. Prints a line per variant: ids compared, ids that differ, images decided again,
+the largest error as a share of the bound. Then the cost: CPU time of a stream of images on top of float32, the two
+streams in turns batch by batch. --full: the tokenizers of configs/ at their published size, with weights by rule,
+instead of the tiny ones of `benchmarks.tiny`.
+
+--ids: only write the stable ids of every tokenizer as OUT (.npz). tests/fixtures/stable/ids.npz was made by the second
+command: with torch's plain code without AVX, oneDNN limited to SSE 4.1 and the portable kernels.
 """
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from tests.stable_cases import TOKENIZERS, as_pil, images
-from tokenizers_mm.models import stable
+from benchmarks.tiny import TOKENIZERS, as_pil, by_rule, images
+from tokenizers_mm.config import from_mapping, read_yaml
+from tokenizers_mm.models import MODELS, stable
 
 MACHINES: dict[str, dict[str, str]] = {
     "this": {},
@@ -30,46 +43,88 @@ VARIANTS = (
     "batch 2",
     "batch 7",
     "batch 32",
-    "batch 16, stream",
     "batch 32, 2 threads",
     "batch 7, bfloat16 images",
+    "batch 8, compiled by eager",
+    "batch 8, compiled by aot_eager",
+    "batch 8, compiled by inductor",
 )
+FEW_VARIANTS = ("batch 1", "batch 2", "batch 7, 2 threads", "batch 2, compiled by aot_eager")
+"""For the full size, where an image takes seconds."""
+
+
+def full(config: str, **smaller: Any) -> Any:
+    """A tokenizer of a shipped configuration, with weights by rule. smaller: changes of the pixel decoder."""
+    model = read_yaml(Path(__file__).parents[1] / "configs" / f"{config}.yaml")["objective"]["model"]
+    data = model["config"]
+    data["semantic_encoder"].pop("pretrained", None)
+    data["pixel_decoder"] |= smaller
+    family = MODELS[model["family"]]
+    return by_rule(family.from_config(from_mapping(family.Config, data)))
+
+
+FULL: dict[str, Callable[[], Any]] = {
+    "tokenflow": lambda: full("tokenflow_clipb_224", channels=32),
+    "dualvitok": lambda: full("dualvitok_fix256", channels=32),
+}
 
 
 def encode(tokenizer: Any, x: torch.Tensor, variant: str, how: bool) -> torch.Tensor:
+    """Ids of all images in a variant."""
     torch.set_num_threads(2 if "threads" in variant else 1)
     size = int(variant.split()[1].rstrip(","))
     x = x.bfloat16() if "bfloat16" in variant else x
-    if "stream" not in variant:
-        return torch.cat([tokenizer.encode(part, stable=how).ids for part in x.split(size)])
-    found: dict[int, torch.Tensor] = {}
-    for numbers, codes in tokenizer.encode_batches(as_pil(x), stable=how, batch_size=size):
-        found.update(zip(numbers, codes.ids, strict=True))
-    return torch.stack([found[number] for number in range(len(x))])
+    return torch.cat([tokenizer.encode(part, stable=how).ids for part in x.split(size)])
 
 
-def machine(count: int, name: str) -> None:
+def recompile(tokenizer: Any, backend: str) -> None:
+    """Compile the encoders in place with a backend of torch.compile."""
+    torch.compiler.reset()
+    for name, part in tokenizer.named_children():
+        if name not in tokenizer.ONLY_DECODE and "encoder" in name:
+            part._compiled_call_impl = None
+            part.compile(backend=backend)
+
+
+def cost(tokenizer: Any, x: torch.Tensor, batch: int = 16) -> float:
+    """CPU time of stable ids over that of float32 ids, for a stream of images; the streams take turns."""
+    torch.set_num_threads(1)
+    pictures = as_pil(x)
+    for how in (False, True):
+        list(tokenizer.encode_batches(pictures[: 4 * batch], stable=how, batch_size=batch))
+    streams: dict[bool, Iterator[Any]] = {
+        how: tokenizer.encode_batches(pictures, stable=how, batch_size=batch) for how in (False, True)
+    }
+    spent, last = {False: 0.0, True: 0.0}, {False: True, True: True}
+    while any(last.values()):
+        for how, stream in streams.items():
+            start = time.process_time()
+            last[how] = next(stream, None) is not None
+            spent[how] += time.process_time() - start
+    return spent[True] / spent[False]
+
+
+def machine(name: str, options: argparse.Namespace) -> None:
     """All variants on one kind of machine; the float64 ids are made where nothing is limited."""
-    for family, build in TOKENIZERS.items():
+    for family, build in tokenizers(options).items():
         tokenizer = build()
-        x = images(tokenizer, count)
-        path = f"/tmp/stable_{family}_{count}.pt"
-        if name == "this":
+        x = images(tokenizer.image_size or ((256, 256) if options.full else None), options.count)
+        path = Path(options.work) / f"{family}.pt"
+        if not path.exists():
             wide = stable._converted(tokenizer, torch.float64)
             with torch.no_grad():
-                torch.save(torch.cat([wide.encode_tensor(part.double()).ids for part in x.split(16)]), path)
+                torch.save(torch.cat([wide.encode_tensor(part.double()).ids for part in x.split(8)]), path)
+            del wide
         exact = torch.load(path)
-        variants = [*VARIANTS] if name == "this" else ["batch 1", "batch 32"]
-        if name == "this" and os.environ.get("COMPILE") and family in ("demo-64", "dualvitok"):
-            variants.append("batch 8, compiled")
         tokenizer.encode(x[:64], stable=True)
-        for variant in variants:
+        found = FEW_VARIANTS if options.full else VARIANTS
+        for variant in found if name == "this" else ("batch 1", "batch 32"):
             if "compiled" in variant:
-                for part in (tokenizer.pixel_encoder, tokenizer.semantic_encoder):
-                    part.compile()  # type: ignore[operator]
-            before, start = tokenizer.stability, time.process_time()
+                if variant.endswith("inductor") and shutil.which("c++") is None:
+                    continue
+                recompile(tokenizer, variant.split()[-1])
+            before = tokenizer.stability
             ids = encode(tokenizer, x, variant, True)
-            middle = time.process_time()
             after = tokenizer.stability
             line = {
                 "machine": name,
@@ -77,25 +132,48 @@ def machine(count: int, name: str) -> None:
                 "variant": variant,
                 "ids": ids.numel(),
                 "differ": int((ids != exact).sum()),
-                "again": f"{after.again - before.again} of {count}",
+                "again": f"{after.again - before.again} of {options.count}",
                 "largest": round(after.largest, 3),
             }
-            if "stream" in variant:
-                plain = encode(tokenizer, x, variant, False)
-                cost = 100 * (middle - start) / (time.process_time() - middle) - 100
-                line |= {"differ without stable": int((plain != exact).sum()), "cost": f"{cost:.0f} %"}
             print(json.dumps(line), flush=True)
+        if name == "this" and not options.full:
+            tokenizer = build()
+            tokenizer.encode(x, stable=True)
+            plain = encode(tokenizer, x.bfloat16(), "batch 7", False)
+            line = {"tokenizer": family, "differ without stable, bfloat16": int((plain != exact).sum())}
+            ratios = [cost(tokenizer, x) for _ in range(options.rounds)]
+            line["cost"] = ", ".join(f"{100 * ratio - 100:.1f} %" for ratio in ratios)
+            print(json.dumps(line), flush=True)
+
+
+def tokenizers(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name."""
+    known = FULL if options.full else TOKENIZERS
+    return {name: known[name] for name in options.tokenizers or known}
 
 
 def main() -> None:
     """Run every kind of machine in a process of its own."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 512
-    if len(sys.argv) > 2:
-        machine(count, sys.argv[2])
-        return
-    for name, environment in MACHINES.items():
-        command = [sys.executable, "-m", "benchmarks.stable_ids", str(count), name]
-        subprocess.run(command, env={**os.environ, **environment}, check=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--tokenizers", nargs="+")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3, help="of the cost")
+    parser.add_argument("--ids", type=Path)
+    parser.add_argument("--machine", choices=tuple(MACHINES), help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ids is not None:
+        built = {name: build() for name, build in tokenizers(options).items()}
+        ids = {name: t.encode(images(t.image_size, options.count), stable=True).ids for name, t in built.items()}
+        np.savez_compressed(options.ids, **{name: each.numpy().astype(np.int32) for name, each in ids.items()})
+    elif options.machine is not None:
+        machine(options.machine, options)
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            for name in ("this",) if options.full else MACHINES:
+                command = [sys.executable, "-m", "benchmarks.stable_ids", *sys.argv[1:], "--machine", name]
+                subprocess.run([*command, "--work", work], env={**os.environ, **MACHINES[name]}, check=True)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok_config
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.cases import ROOT
 from tests.mar_cases import tiny_config as tiny_mar_config
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok_config
-from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.cli import TRACEBACK, guarded, main
 from tokenizers_mm.data.codes import read_codes
 from tokenizers_mm.eval.candidates import Encoded, Ours

@@ -71,6 +71,7 @@ def test_configurations_are_listed_shown_and_copied(tmp_path: Path, capsys: pyte
     for arguments, message in [
         (["nothing"], "NAME: expected one of"),
         (["../configs/debug"], "NAME: expected one of"),
+        (["bridge_debug"], "NAME: expected language_debug, its present name, got bridge_debug"),
         (["debug", "--copy", str(tmp_path / "there.yaml")], "--copy: expected a new file, got a file"),
         (["--copy", str(tmp_path / "new.yaml")], "NAME: expected the configuration to copy, got none"),
     ]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from benchmarks.tiny import TOKENIZERS, images
 from tests.quantizers.kinds import DIM, MAKERS
-from tests.stable_cases import TOKENIZERS, images
 from tests.train.kinds import KINDS, make_place, tiny, without_dropout
 from tokenizers_mm import kernels
 from tokenizers_mm.models.tokenflow_start import start_from_images
@@ -77,7 +77,7 @@ def test_a_start_from_images() -> None:
     made = []
     for device in ("cpu", "cuda"):
         tokenizer = copy.deepcopy(TOKENIZERS["demo-64"]()).to(device)
-        x = images(tokenizer, 48)
+        x = images(tokenizer.image_size, 48)
         start_from_images(tokenizer, x, 0, 3, 1e-3)
         again = tokenizer(x.to(device)).image.detach().cpu()
         made.append(float((again - x).square().mean()))

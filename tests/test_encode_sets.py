@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok
+from benchmarks.tiny import tokenflow_config as tiny_tokenflow
 from tests.cases import ROOT
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
-from tests.models.test_tokenflow import tiny_config as tiny_tokenflow
 from tokenizers_mm import load
 from tokenizers_mm.cli import main
 from tokenizers_mm.cli.decode import Names
@@ -221,9 +221,12 @@ def test_shards_made_by_ray_are_those_of_this_machine(
     import pickle
 
     class Items(list[dict[str, Any]]):
-        def map_batches(self, kind: Any, *, fn_constructor_args: Any, batch_size: int, **rest: Any) -> "Items":
+        def map_batches(
+            self, kind: Any, *, fn_constructor_args: Any, batch_size: int, compute: Any, batch_format: str
+        ) -> "Items":
             assert kind is ShardBatch
-            assert batch_size == 1
+            assert (batch_size, batch_format) == (1, "numpy")
+            assert compute == {"min_size": 1, "max_size": 3}  # no more than one actor has to find a place
             call = pickle.loads(pickle.dumps(kind(*fn_constructor_args)))
             batches = [call({"shard": np.array([row["shard"]])}) for row in self]
             return Items({key: values[0] for key, values in batch.items()} for batch in batches)
@@ -233,12 +236,12 @@ def test_shards_made_by_ray_are_those_of_this_machine(
 
     ray: Any = type(sys)("ray")
     ray.data = type(sys)("ray.data")
-    ray.data.from_items = Items
+    ray.data.from_items, ray.data.ActorPoolStrategy = Items, dict
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.data", ray.data)
     for out, engine in (("a", "local"), ("b", "ray")):
-        command = arguments(place, "tokenize", place / "images", "--out", tmp_path / out, "--engine", engine)
-        assert main([*command, "--shard-size", "10"]) == 0
+        more = ("--engine", engine, "--shard-size", 10, "--workers", 3 if engine == "ray" else 1)
+        assert main(arguments(place, "tokenize", place / "images", "--out", tmp_path / out, *more)) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

@@ -33,6 +33,14 @@ MOVED = {
 """Keys of older files and their places now."""
 
 
+RENAMED = {
+    "objective.model.fresh": "objective.model.reinit",
+    "objective.loss.captions": "objective.loss.text_encoder",
+    "objective.loss.semantic: captions": "objective.loss.semantic: contrastive",
+}
+"""Keys inside an objective, and values, by their former names."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A run.
@@ -122,6 +130,13 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
     for key in data:
         if key in MOVED:
             raise ValueError(f"config.{key}: expected as config.{MOVED[key]}, got the place of an older version")
+    for before, now in RENAMED.items():
+        path, _, value = before.partition(": ")
+        found: Any = data
+        for key in path.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None and (not value or found == value):
+            raise ValueError(f"config.{before}: expected as config.{now}, got the name of an older version")
     objective = data.get("objective")
     if isinstance(objective, str):
         fail("config.objective", f"a mapping {{kind: language, method: {objective}, ...}}", objective)

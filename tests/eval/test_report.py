@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.test_tokenflow import tiny_config
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tokenizers_mm.cli import main
 from tokenizers_mm.cli.eval import progress_line
 from tokenizers_mm.data.photographs import fixed_crops

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
-from tests.models.test_tokenflow import tiny_config
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tokenizers_mm._images import tensor_to_images
 from tokenizers_mm.checkpoints.store import load
 from tokenizers_mm.cli import main

@@ -1,4 +1,4 @@
-"""All tests of the bridge run on one thread."""
+"""All tests of language models run on one thread."""
 
 import pytest
 

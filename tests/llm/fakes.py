@@ -1,4 +1,4 @@
-"""A small image tokenizer and small text tokenizers, for tests of the bridge."""
+"""A small image tokenizer and small text tokenizers, for tests of language models."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -9,9 +9,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 import tokenizers_mm.llm.automodel as automodel
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok_config
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.mar_cases import tiny_config as tiny_mar_config
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok_config
-from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.models import MAR, DualViTok, TokenFlow
 
 

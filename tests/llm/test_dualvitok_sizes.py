@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.tiny import dualvitok_config as tiny_config
 from tests.llm.fakes import words
-from tests.models.test_dualvitok import noise, tiny_config
+from tests.models.test_dualvitok import noise
 from tokenizers_mm.llm.grammar import Grammar
 from tokenizers_mm.llm.presets import illume_plus
 from tokenizers_mm.models import DualViTok

@@ -24,8 +24,8 @@ from tokenizers_mm.llm import (
     GenerationSettings,
     Grammar,
     MultimodalProcessor,
-    OnlyNewRows,
     Sampling,
+    TrainableRows,
     VisualVocabulary,
     extend,
     generate,
@@ -146,7 +146,7 @@ def test_only_new_rows_learn() -> None:
         vocabulary = VisualVocabulary.for_tokenizer(one_scale(), text)
         extend(model, vocabulary)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        only = OnlyNewRows(model, vocabulary)
+        only = TrainableRows(model, vocabulary)
         batch = MultimodalProcessor(one_scale(), text, vocabulary)([["a", torch.zeros(3, 16, 16)]])
         optimizer = torch.optim.AdamW(only.parameters(), lr=1e-2, weight_decay=0.0)
         for _ in range(2):

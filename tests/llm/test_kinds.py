@@ -17,8 +17,8 @@ from tokenizers_mm.llm import (
     Grammar,
     GrammarProcessor,
     MultimodalProcessor,
-    OnlyNewRows,
     Sampling,
+    TrainableRows,
     VisualVocabulary,
     extend,
     generate,
@@ -249,7 +249,7 @@ def test_rows_are_counted_although_the_configuration_says_that_they_are_there() 
         with pytest.raises(ValueError, match=rf"model: expected at least {vocabulary.size} rows, .* got {len(text)}"):
             extend(model, vocabulary)
         with pytest.raises(ValueError, match="model: expected"):
-            OnlyNewRows(model, vocabulary)
+            TrainableRows(model, vocabulary)
 
 
 def test_a_marked_model_with_a_short_head_is_refused() -> None:
@@ -433,3 +433,12 @@ def test_a_broken_record_is_refused_in_one_sentence(line: bytes, tmp_path: Path)
         with pytest.raises(ValueError, match=r"rows\.jsonl row 0") as caught:
             Records(path, tokenizer)[0]
         assert len(str(caught.value)) < 1000
+
+
+def test_the_former_name_of_trainable_rows_still_works() -> None:
+    from tokenizers_mm import llm
+
+    with pytest.warns(DeprecationWarning, match="OnlyNewRows is now TrainableRows"):
+        assert llm.OnlyNewRows is TrainableRows
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = llm.nothing

@@ -29,7 +29,7 @@ from tokenizers_mm.llm.next_scale import (
 from tokenizers_mm.llm.transformers_api import rope
 from tokenizers_mm.models import TokenFlow
 
-transformers = pytest.importorskip("transformers", reason="the language-model bridge needs transformers")
+transformers = pytest.importorskip("transformers", reason="language models need transformers")
 GRIDS = tuple((s, s) for s in (1, 2, 4, 6, 8, 10, 12, 14, 16))
 LENGTH = 817
 

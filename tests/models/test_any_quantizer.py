@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import tokenizers_mm as tmm
-from tests.models.test_dualvitok import tiny_config as dualvitok_config
-from tests.models.test_tokenflow import tiny_config as tokenflow_config
+from benchmarks.tiny import dualvitok_config, tokenflow_config
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.models import DualViTok, DualViTokConfig, TokenFlow, TokenFlowConfig
 from tokenizers_mm.quantizers import QUANTIZERS, VQ, VQConfig

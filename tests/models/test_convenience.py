@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import tokenizers_mm as tmm
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok_config
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.mar_cases import tiny_config as tiny_mar_config
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok_config
-from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.models import MAR, MODELS, DualViTok, ImageTokenizer, TokenFlow
 
 

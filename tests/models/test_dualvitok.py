@@ -10,37 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 import tokenizers_mm as tmm
-from tokenizers_mm.decoders.pixel import PixelDecoderConfig
-from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig
-from tokenizers_mm.encoders.pixel import PixelEncoderConfig
-from tokenizers_mm.encoders.qwen2_vit import Qwen2ViTConfig
+from benchmarks.tiny import dualvitok_config as tiny_config
 from tokenizers_mm.layers.rotary import RotaryTransformerConfig
-from tokenizers_mm.models import DualViTok, DualViTokConfig
-from tokenizers_mm.quantizers.vq import SimVQ, SimVQConfig
+from tokenizers_mm.models import DualViTok
+from tokenizers_mm.quantizers.vq import SimVQ
 from tokenizers_mm.resolutions import ANCHORS
 from tokenizers_mm.types import Disturbance, ImageCodes
 
 FALLBACK = [(384, 640), (256, 384), (256, 512), (272, 304), (144, 80), (640, 384)]
-
-
-def tiny_config() -> DualViTokConfig:
-    convolutions = {
-        "channels": 16,
-        "multipliers": (1, 2, 4),
-        "num_blocks": 1,
-        "attention_levels": (2,),
-        "num_groups": 8,
-    }
-    return DualViTokConfig(
-        semantic_encoder=DualSemanticConfig(
-            Qwen2ViTConfig(width=32, depth=1, heads=2, out_dim=24), RotaryTransformerConfig(32, 1, 2)
-        ),
-        semantic_quantizer=SimVQConfig(64, 8),
-        semantic_decoder=RotaryTransformerConfig(32, 1, 2, projection="linear_norm"),
-        pixel_encoder=PixelEncoderConfig(8, stem_patch=4, resampling="dc", **convolutions),
-        pixel_quantizer=SimVQConfig(128, 8),
-        pixel_decoder=PixelDecoderConfig(16, head_patch=4, context_channels=16, resampling="dc", **convolutions),
-    )
 
 
 @pytest.fixture(scope="module")

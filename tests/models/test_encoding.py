@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
-from tests.models.test_tokenflow import tiny_config as tiny_tokenflow
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok
+from benchmarks.tiny import tokenflow_config as tiny_tokenflow
 from tokenizers_mm import _images
 from tokenizers_mm._check import describe
 from tokenizers_mm.models import DualViTok, TokenFlow, base

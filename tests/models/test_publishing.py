@@ -10,10 +10,10 @@ import torch
 import yaml
 
 import tokenizers_mm as tmm
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok_config
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.hub import Hub, running_hub
 from tests.mar_cases import tiny_config as tiny_mar_config
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok_config
-from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.cli import main
 from tokenizers_mm.models import MAR, DualViTok, Provenance, TokenFlow
 from tokenizers_mm.models.card import bits_per_image, card, measurements

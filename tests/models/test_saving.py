@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from benchmarks.tiny import dualvitok_config as tiny_dualvitok
+from benchmarks.tiny import tokenflow_config as tiny_tokenflow
 from tests.mar_cases import tiny_config as tiny_mar
-from tests.models.test_dualvitok import tiny_config as tiny_dualvitok
-from tests.models.test_tokenflow import tiny_config as tiny_tokenflow
 from tokenizers_mm import load
 from tokenizers_mm._files import REPLACING
 from tokenizers_mm._summary import describe, read_lines, save_id

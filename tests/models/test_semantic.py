@@ -7,16 +7,12 @@ import pytest
 import torch
 
 import tokenizers_mm as tmm
-from tokenizers_mm.config import from_mapping, to_mapping
-from tokenizers_mm.models import SemanticConfig, SemanticTokenizer
+from benchmarks.tiny import VQ
+from benchmarks.tiny import semantic as tiny
+from tokenizers_mm.config import to_mapping
 from tokenizers_mm.types import Disturbance
 
-TIMM = {
-    "name": "vit_tiny_patch16_224",
-    "options": {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
-}
 ANY_SIZE = {"kind": "vit", "patch": 4, "positions": [4, 4], "width": 24, "depth": 1, "heads": 2, "norm": True}
-VQ = {"kind": "vq", "codebook_size": 32, "dim": 6}
 PIXELS = {
     "in_channels": 8,
     "channels": 8,
@@ -42,12 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "codes of the tower itself": {"pixel_decoder": PIXELS, "quantizer": {**VQ, "dim": 24}, "head": False},
     "groups": {"pixel_decoder": PIXELS, "quantizer": {"kind": "residual", "stage": VQ, "depth": 2}},
 }
-
-
-def tiny(**changes: Any) -> SemanticTokenizer:
-    torch.manual_seed(0)
-    data = {"tower": TIMM, "quantizer": VQ, "cell": 4, "image_size": [16, 16], **changes}
-    return SemanticTokenizer.from_config(from_mapping(SemanticConfig, data)).eval()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

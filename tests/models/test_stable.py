@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.tiny import TOKENIZERS, as_pil, dualvitok, images
 from tests.cases import OWN
 from tests.mar_cases import tiny_config as tiny_mar_config
-from tests.stable_cases import TOKENIZERS, as_pil, dual, images
 from tokenizers_mm import kernels
 from tokenizers_mm.functional.scalar import levels_to_ids, round_to_levels, rounding_margin
 from tokenizers_mm.kernels.decisions import watch_decisions
@@ -34,7 +34,7 @@ def measured(tokenizer: Any) -> None:
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_ids_are_those_of_float64_and_of_another_kind_of_machine(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
-    x = images(tokenizer, COUNT)
+    x = images(tokenizer.image_size, COUNT)
     expected = torch.from_numpy(np.load(OWN / "stable" / "ids.npz")[name]).long()
     codes = tokenizer.encode(x, stable=True)
     assert torch.equal(codes.ids, expected)
@@ -60,23 +60,23 @@ def test_ids_are_those_of_float64_and_of_another_kind_of_machine(name: str) -> N
 
 def test_margins_follow_their_ids_through_every_form_of_codes() -> None:
     tokenizer = TOKENIZERS["demo-64"]()
-    codes = tokenizer.encode(images(tokenizer, 3), stable=True)
+    codes = tokenizer.encode(images(tokenizer.image_size, 3), stable=True)
     assert codes.margins is not None
     parts = codes.unbind()
     for index, part in enumerate(parts):
         assert part.margins is not None
         assert torch.equal(part.margins, codes.margins[index : index + 1])
-    joined = tokenizer.encode(as_pil(images(tokenizer, 3)), stable=True)
+    joined = tokenizer.encode(as_pil(images(tokenizer.image_size, 3)), stable=True)
     assert joined.margins is not None
     torch.testing.assert_close(joined.margins, codes.margins, rtol=0, atol=1e-5)
-    assert tokenizer.encode(images(tokenizer, 1)).margins is None
+    assert tokenizer.encode(images(tokenizer.image_size, 1)).margins is None
 
 
 @pytest.mark.parametrize("name", ["tokenflow", "residual"])
 def test_doubtful_images_are_decided_again_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With float32 features that are far off, the ids are still those of float64, and the report counts them."""
     tokenizer = TOKENIZERS[name]()
-    x = images(tokenizer, COUNT)
+    x = images(tokenizer.image_size, COUNT)
     expected = exact_ids(tokenizer, x)
     method = getattr(type(tokenizer), "encode_features")  # noqa: B009 (families name it alike, the base class does not)
     share = 0.05
@@ -106,7 +106,7 @@ def test_doubtful_images_are_decided_again_whole(name: str, monkeypatch: pytest.
 
 def test_other_weights_are_measured_anew() -> None:
     tokenizer = TOKENIZERS["tokenflow"]()
-    x = images(tokenizer, 2)
+    x = images(tokenizer.image_size, 2)
     first = tokenizer.encode(x, stable=True).ids
     with torch.no_grad():
         for codebook in tokenizer.quantizer.quantizer.codebooks:  # type: ignore[union-attr]
@@ -123,7 +123,7 @@ def test_other_weights_are_measured_anew() -> None:
 
 def test_compiled_parts_and_training_mode_give_the_same() -> None:
     tokenizer = TOKENIZERS["dualvitok"]()
-    x = images(tokenizer, 2)
+    x = images(tokenizer.image_size, 2)
     expected = exact_ids(tokenizer, x)
     tokenizer.train()
     tokenizer.pixel_encoder = torch.compile(tokenizer.pixel_encoder, backend="eager")  # type: ignore[assignment]
@@ -141,12 +141,12 @@ def test_what_cannot_promise_says_so() -> None:
         (lambda z: z.float().to(z.dtype), "to_copy"),
         (lambda z: z + 0 * torch.rand_like(z), "rand"),
     ]:
-        tokenizer = dual(VQConfig(64, 8))
+        tokenizer = dualvitok(VQConfig(64, 8))
         head: Any = tokenizer.pixel_head
         head.register_forward_hook(lambda module, args, out, change=change: change(out))
         with pytest.raises(ValueError, match=f"stable: expected an encoder that computes in float64.*{message}"):
             tokenizer.encode(torch.zeros(1, 3, 32, 32), stable=True)
-    tokenizer = dual(FSQConfig((4, 4), 8))
+    tokenizer = dualvitok(FSQConfig((4, 4), 8))
     plain = kernels.finite_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "finite_ids", lambda z, ids, name, margin: plain(z, ids, name))

@@ -9,25 +9,8 @@ import torch
 from PIL import Image
 
 import tokenizers_mm as tmm
-from tokenizers_mm.decoders.pixel import PixelDecoderConfig
-from tokenizers_mm.decoders.semantic import SemanticDecoderConfig
-from tokenizers_mm.encoders.pixel import PixelEncoderConfig
-from tokenizers_mm.encoders.semantic import SemanticEncoderConfig
-from tokenizers_mm.models import TokenFlow, TokenFlowConfig
-from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
-
-
-def tiny_config() -> TokenFlowConfig:
-    tower = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    return TokenFlowConfig(
-        image_size=(32, 32),
-        scales=((1, 1), (2, 2), (4, 4)),
-        quantizer=SharedIndexConfig(64, (8, 4)),
-        semantic_encoder=SemanticEncoderConfig("vit_tiny_patch16_224", tower),
-        pixel_encoder=PixelEncoderConfig(16, 32, (1, 2), num_blocks=1, attention_levels=(1,), stem_patch=4),
-        semantic_decoder=SemanticDecoderConfig((4, 4), 24, width=32, depth=1, heads=2),
-        pixel_decoder=PixelDecoderConfig(16, 32, (1, 2), num_blocks=1, attention_levels=(1,), head_patch=4),
-    )
+from benchmarks.tiny import tokenflow_config as tiny_config
+from tokenizers_mm.models import TokenFlow
 
 
 @pytest.fixture(scope="module")

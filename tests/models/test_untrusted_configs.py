@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tokenizers_mm as tmm
+from benchmarks.tiny import dualvitok_config, tokenflow_config
+from benchmarks.tiny import semantic as semantic_model
+from benchmarks.tiny import vqgan_config as vqgan_config
 from tests.mar_cases import tiny_config as mar_config
-from tests.models.test_dualvitok import tiny_config as dualvitok_config
-from tests.models.test_semantic import tiny as semantic_model
-from tests.models.test_tokenflow import tiny_config as tokenflow_config
-from tests.models.test_vqgan import tiny_config as vqgan_config
 from tokenizers_mm.cli import main
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 from tokenizers_mm.models import MAR, VQGAN, DualViTok, TokenFlow

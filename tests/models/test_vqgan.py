@@ -7,25 +7,12 @@ import pytest
 import torch
 
 import tokenizers_mm as tmm
+from benchmarks.tiny import DECODER, ENCODER, VQ
+from benchmarks.tiny import vqgan_config as tiny_config
 from tests.quantizers.kinds import CONFIGS
-from tokenizers_mm.config import from_mapping, to_mapping
-from tokenizers_mm.models import VQGAN, VQGANConfig
+from tokenizers_mm.config import to_mapping
+from tokenizers_mm.models import VQGAN
 from tokenizers_mm.types import Disturbance
-
-ENCODER = {
-    "out_channels": 8,
-    "channels": 8,
-    "multipliers": [1, 2],
-    "num_blocks": 1,
-    "attention_levels": [1],
-    "num_groups": 4,
-}
-DECODER = {"in_channels": 8, **{key: value for key, value in ENCODER.items() if key != "out_channels"}}
-VQ = {"kind": "vq", "codebook_size": 32, "dim": 6}
-
-
-def tiny_config(**changes: Any) -> VQGANConfig:
-    return from_mapping(VQGANConfig, {"encoder": ENCODER, "quantizer": VQ, "decoder": DECODER, **changes})
 
 
 def tiny(**changes: Any) -> VQGAN:

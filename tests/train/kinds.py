@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.tiny import tokenflow_config as tiny_config
 from tests.cases import ROOT
 from tests.llm.fakes import words
-from tests.models.test_tokenflow import tiny_config
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.models import TokenFlow
 from train.checkpoint import list_checkpoints, read_checkpoint
@@ -26,7 +26,7 @@ from train.config import RunConfig, parse_config
 from train.engine import local, whole
 
 KINDS = ("reconstruction", "mar", "language", "joint")
-FILES = {"reconstruction": "debug", "mar": "mar_scenes", "language": "bridge_debug", "joint": "joint_debug"}
+FILES = {"reconstruction": "debug", "mar": "mar_scenes", "language": "language_debug", "joint": "joint_debug"}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 SMALLER: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ def without_dropout(kind: str) -> dict[str, Any]:
             "objective.loss.weights.entropy": 0.0,  # it, captions and batch norm mix the samples of a batch
             "objective.loss.weights.semantic": 0.0,
             "objective.loss.semantic": "none",
-            "objective.loss.captions": {},
+            "objective.loss.text_encoder": {},
             "objective.loss.discriminator.norm": "none",
             "objective.loss.adaptive": False,
             "objective.optimizer.lr": 0.0003,

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import tokenizers_mm as tmm
+from benchmarks.tiny import dualvitok_config as tiny_config
 from tests.cases import ROOT
-from tests.models.test_dualvitok import tiny_config
 from tokenizers_mm.checkpoints.dualvitok import PUBLISHED, read_config
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.data.buckets import BucketConfig

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
-from tests.bridge_data import TINY
 from tests.cases import ROOT
+from tests.language_data import TINY
 from tests.models import test_dualvitok
 from tests.train.kinds import edited, make_place
 from tests.train.test_tokenflow_configs import reduced_model

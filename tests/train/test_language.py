@@ -8,8 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.bridge_data import arguments, make_folder, train
-from tests.models.test_tokenflow import tiny_config
+from benchmarks.tiny import tokenflow_config as tiny_config
+from tests.language_data import arguments, make_folder, train
 from tests.train.kinds import final
 from tokenizers_mm.llm import VisualVocabulary, next_token_loss
 from tokenizers_mm.models import TokenFlow
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    return make_folder(tmp_path_factory.mktemp("bridge"), TokenFlow.from_config(tiny_config()).eval())
+    return make_folder(tmp_path_factory.mktemp("language"), TokenFlow.from_config(tiny_config()).eval())
 
 
 FEATURES: dict[str, Any] = {"projector": "gelu", "log_every": 1, "save_every": 5, "keep": 1}

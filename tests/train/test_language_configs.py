@@ -1,4 +1,4 @@
-"""Every configuration of the bridge trains at a tiny size; features of each family train a projector."""
+"""Every configuration of a language model trains at a tiny size; features of each family train a projector."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from tests import mar_cases
-from tests.bridge_data import DEBUG, TINY, arguments, make_folder, train
 from tests.cases import ROOT
+from tests.language_data import DEBUG, TINY, arguments, make_folder, train
 from tests.models import test_dualvitok, test_tokenflow
 from tokenizers_mm.config import read_yaml
 from tokenizers_mm.llm import FeatureProjector
 from tokenizers_mm.models import MAR, DualViTok, ImageTokenizer, TokenFlow
 from train.__main__ import main
 
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("bridge_*.yaml"))
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("language_*.yaml"))
 SIDES = {"tokenflow": 32, "dualvitok": 64, "mar": 32}
 
 

@@ -13,12 +13,13 @@ from accelerate.state import AcceleratorState
 
 import tokenizers_mm as tmm
 import train.objectives.reconstruction
+from benchmarks.tiny import dualvitok_config
 from tests.cases import ROOT
 from tests.mar_cases import tiny_config as mar_config
-from tests.models.test_dualvitok import tiny_config as dualvitok_config
 from tests.train.kinds import edited, plain
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.data.sources import Batch
+from tokenizers_mm.eval.towers import OwnTower, open_tower
 from train.__main__ import main
 from train.checkpoint import list_checkpoints
 from train.config import parse_config, read_config
@@ -68,6 +69,10 @@ def test_the_average_is_saved_and_is_not_the_last_weights(tmp_path: Path) -> Non
     assert all(torch.equal(tensor, saved[name]) for name, tensor in state.averaged.state_dict().items())
     last = state.objective.networks["tokenizer"].state_dict()
     assert any(not torch.equal(tensor, saved[name]) for name, tensor in last.items())
+    tower = open_tower(str(tmp_path / "captions"))
+    assert isinstance(tower, OwnTower)
+    for name, tensor in state.objective.networks["captions"].state_dict().items():
+        assert torch.equal(tensor, tower.contrast.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,9 @@ def test_the_average_is_saved_and_is_not_the_last_weights(tmp_path: Path) -> Non
         ("objective.loss.gan=wasserstein", r"loss.gan: expected one of \['hinge', 'non_saturating'\]"),
         ("steps", "override: expected key=value, got steps"),
         ("loss.gan=hinge", "config.loss: expected as config.objective.loss, got the place of an older version"),
+        ("objective.loss.semantic=captions", "loss.semantic: captions: expected as .*semantic: contrastive"),
+        ("objective.loss.captions.width=32", "loss.captions: expected as config.objective.loss.text_encoder"),
+        ("objective.model.fresh=[a]", "model.fresh: expected as config.objective.model.reinit"),
         ("upkeep.every=1", "config.upkeep: expected as config.objective.revival, got the place of an older"),
         ("objective.optimizer.clip=-1", "config.objective.optimizer.clip: expected a number above 0, got -1"),
         ("objective.scale_drop=5", "config.objective.scale_drop: expected a number at least 0 and at most 1"),
@@ -125,12 +133,12 @@ NO_GAN |= {"objective.loss.discriminator": {}}
         ({f"{WEIGHTS}.semantic": 0.0}, "weights.semantic: expected above 0 where semantic is not none, and only there"),
         ({"objective.loss.semantic": "none"}, "weights.semantic: expected above 0 where semantic is not none"),
         (
-            {"objective.loss.semantic": "target", "objective.loss.captions": {}},
+            {"objective.loss.semantic": "target", "objective.loss.text_encoder": {}},
             "loss.semantic: expected a term of this",
         ),
         (
             {"objective.loss.teacher": TEACHER},
-            "loss.teacher: expected a teacher for semantic: teacher only, got captions",
+            "loss.teacher: expected a teacher for semantic: teacher only, got contrastive",
         ),
         ({f"{WEIGHTS}.generator": 0.0}, "loss.adaptive: expected nothing where weights.generator is 0"),
         (NO_GAN | {"objective.discriminator_optimizer": {}}, "discriminator_optimizer: expected nothing where"),
@@ -161,7 +169,7 @@ def test_nothing_is_silently_without_effect(edits: dict[str, Any], message: str,
 OTHER: dict[str, Any] = {
     "objective.model.family": "mar",
     "objective.model.start_from": "nowhere",
-    "objective.model.fresh": ["pixel_decoder."],
+    "objective.model.reinit": ["pixel_decoder."],
     "objective.model.config.image_size": [40, 40],
     "objective.model.config.scales": [[1, 1], [4, 4]],
     "objective.model.config.semantic_encoder.name": "vit_small_patch16_224",
@@ -175,7 +183,7 @@ OTHER: dict[str, Any] = {
     "objective.loss.discriminator.norm": "none",
     "objective.loss.discriminator.kind": "dino",
     "objective.loss.lpips_weights": "nowhere",
-    "objective.loss.captions.swaps": [["circle", "square", "triangle", "cross"]],
+    "objective.loss.text_encoder.swaps": [["circle", "square", "triangle", "cross"]],
     "objective.optimizer.betas": [0.5, 0.6],
     "objective.optimizer.schedule": "constant",
     "objective.scale_drop": 0.0,
@@ -224,10 +232,10 @@ def test_every_key_makes_a_difference_or_an_error(tmp_path: Path) -> None:
     }
     base |= {
         "objective.optimizer.schedule": "cosine",
-        "objective.loss.captions.hard_negatives": 1,
+        "objective.loss.text_encoder.hard_negatives": 1,
         "objective.optimizer.warmup": 3,
     }
-    base |= {"objective.loss.captions.swaps": [["red", "blue", "green", "yellow"]]}
+    base |= {"objective.loss.text_encoder.swaps": [["red", "blue", "green", "yellow"]]}
     whole = to_mapping(parse_config(tiny(tmp_path, base)))
 
     def outcome(data: dict[str, Any]) -> Any:
@@ -366,7 +374,7 @@ def test_a_teacher_and_trainable_prefixes(tmp_path: Path) -> None:
         "ema": 0.0,
         "objective.loss.semantic": "teacher",
         "objective.loss.teacher": TEACHER,
-        "objective.loss.captions": {},
+        "objective.loss.text_encoder": {},
         "objective.trainable": ["pixel_decoder.", "semantic_decoder."],
         "objective.revival.every": 0,
         "objective.model.config.quantizer.entropy_temperature": None,

@@ -122,13 +122,13 @@ def test_only_a_new_decoder_learns_on_frozen_codes(tmp_path: Path) -> None:
     assert len(moved) > 50
     assert tokenizer.encode(torch.zeros(1, 3, 256, 256)).ids.shape == (1, 817)
 
-    data["objective"]["model"]["fresh"] = []
+    data["objective"]["model"]["reinit"] = []
     with pytest.raises(ValueError, match=r"config.objective.model.start_from: expected equal tensors .* pixel_decoder"):
         take_steps(data)
 
 
 def test_fresh_parts_need_a_model_to_start_from(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config.objective.model.fresh: expected a config and a start_from"):
+    with pytest.raises(ValueError, match=r"config.objective.model.reinit: expected a config and a start_from"):
         read_config(path("clipb_256_enhanced"), ["objective.model.start_from=''"])
 
 

@@ -48,6 +48,8 @@ def find(name: str) -> Path:
     """The file of a shipped configuration, by its name with or without ending."""
     path = folder() / f"{name.removesuffix('.yaml')}.yaml"
     known = sorted(other.stem for other in folder().glob("*.yaml"))
+    renamed = path.stem.replace("bridge_", "language_", 1)
+    require(path.stem == renamed or renamed not in known, "NAME", f"{renamed}, its present name", name)
     require(path.stem in known and "/" not in name, "NAME", f"one of {', '.join(known)}", name)
     return path
 

@@ -19,7 +19,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,9 +65,14 @@ class CodesOfImage:
     @classmethod
     def of(cls, codes: ImageCodes | ImageLatents, name: str = "", caption: str = "") -> "CodesOfImage":
         """A batch of one image, on the CPU."""
-        if isinstance(codes, ImageLatents):
-            return cls(codes.values[0].cpu(), codes.height, codes.width, codes.grid, name, caption)
-        return cls(codes.ids[0].cpu(), codes.height, codes.width, None, name, caption)
+        return replace(cls.each(codes)[0], name=name, caption=caption)
+
+    @classmethod
+    def each(cls, codes: ImageCodes | ImageLatents) -> "list[CodesOfImage]":
+        """The images of a batch, on the CPU."""
+        grid = codes.grid if isinstance(codes, ImageLatents) else None
+        values = codes.values if isinstance(codes, ImageLatents) else codes.ids
+        return [cls(row, codes.height, codes.width, grid) for row in values.cpu().unbind()]
 
     def is_like(self, other: "CodesOfImage") -> bool:
         """Whether the codes of both can be one batch."""

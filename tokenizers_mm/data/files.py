@@ -61,7 +61,11 @@ class FileList(Sequence[Path]):
     def __getitem__(self, index: int | slice) -> Path | list[Path]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return self.root / self.name(index)
+
+    def name(self, index: int) -> str:
+        """Path of a file relative to `root`, with the separator of this system."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         place, ends = index % len(self), self._ends.numpy()
-        return self.root / os.fsdecode(self._bytes.numpy()[ends[place] : ends[place + 1]].tobytes())
+        return os.fsdecode(self._bytes.numpy()[ends[place] : ends[place + 1]].tobytes())

@@ -1,5 +1,6 @@
 """Stored images by index: files, tar shards and Parquet files behind one protocol, with names and captions."""
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -89,6 +90,8 @@ class ImageFiles:
         return len(self.files)
 
     def name(self, index: int) -> str:
+        if isinstance(self.files, FileList) and self.root == self.files.root:
+            return self.files.name(index).replace(os.sep, "/")
         path = self.files[index]
         return (path if self.root is None else path.relative_to(self.root)).as_posix()
 

@@ -4,7 +4,7 @@ A folder of shards holds files `part-00000.tar` (webdataset), `part-00000.parque
 `_manifest.json` once all are there, and a hidden folder with a small JSON file per finished shard. In a tar file every
 image has the members `KEY.ids.npy` (or `KEY.latents.npy`) and `KEY.json` (name, caption, height, width, for latents the
 grid); KEY is the number of the image in the whole input. Parquet shards have the columns of `data.codes`. JSON lines
-are records of the language bridge, rows as they came with codes in place of images; in tar and Parquet shards they are
+are records of `llm.records`, rows as they came with codes in place of images; in tar and Parquet shards they are
 the member `KEY.json` and the column `record`.
 """
 

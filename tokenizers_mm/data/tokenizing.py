@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
@@ -95,6 +95,7 @@ class ImageRows:
         self, tokenizer: Any, numbers: range, how: Encoding, step: Callable[[int], None]
     ) -> tuple[list[tuple[int, Row]], list[Failure], int, int]:
         captions: dict[int, str] = {}
+        names: dict[int, str] = {}
         failures: list[Failure] = []
 
         def opener(number: int) -> Callable[[], Image.Image]:
@@ -107,19 +108,21 @@ class ImageRows:
         def refused(index: int, error: ValueError) -> None:
             if how.strict:
                 raise error
-            name = readable(self.images.name(numbers[index]))
-            failures.append(Failure(numbers[index], name, shorten(readable(str(error)), 500)))
+            reason = shorten(readable(str(error)), 500)
+            failures.append(Failure(numbers[index], names.pop(numbers[index]), reason))
             step(1)
 
-        pairs = ((f"image {readable(self.images.name(number))}", opener(number)) for number in numbers)
+        def pair(number: int) -> tuple[str, Callable[[], Image.Image]]:
+            names[number] = readable(self.images.name(number))
+            return f"image {names[number]}", opener(number)
+
         found: dict[int, Row] = {}
         largest = 0
-        for indices, codes in encode_pairs(tokenizer, pairs, how, refused):
+        for indices, codes in encode_pairs(tokenizer, map(pair, numbers), how, refused):
             largest = max(largest, largest_id(codes))
-            for index, each in zip(indices, codes.to("cpu").unbind(), strict=True):
+            for index, each in zip(indices, CodesOfImage.each(codes), strict=True):
                 number = numbers[index]
-                name, caption = readable(self.images.name(number)), captions.pop(number, "")
-                found[number] = CodesOfImage.of(each, name, caption)
+                found[number] = replace(each, name=names.pop(number), caption=captions.pop(number, ""))
             step(len(indices))
         return sorted(found.items()), sorted(failures, key=lambda failure: failure.row), len(found), largest
 
@@ -175,8 +178,7 @@ class EncodeBatch:
 
         pairs = ((f"image {index}", _opener(item, index)) for index, item in enumerate(items))
         for indices, codes in encode_pairs(self._tokenizer, pairs, self.how, refused):
-            for index, each in zip(indices, codes.to("cpu").unbind(), strict=True):
-                one = CodesOfImage.of(each)
+            for index, one in zip(indices, CodesOfImage.each(codes), strict=True):
                 rows[index] |= {"height": one.height, "width": one.width}
                 rows[index]["ids" if one.grid is None else "latents"] = one.values.numpy()
         kind = "latents" if any("latents" in row for row in rows) else "ids"
@@ -406,15 +408,18 @@ class ShardBatch:
 
 
 def run_ray(job: Job, numbers: Sequence[int], workers: int, step: Callable[[int], None]) -> None:
-    """Make shards through Ray Data, on the cluster that Ray finds or on this machine."""
+    """Make shards through Ray Data, on the cluster that Ray finds or on this machine.
+
+    workers: the most actors at a time, of one CPU each. The work begins with the first that finds one: a pool of a
+    fixed size would wait for CPUs that the cluster does not have.
+    """
     try:
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         fail("engine", "ray to be installed (pip install 'tokenizers_mm[ray]')", "no such package")
     items = ray.data.from_items([{"shard": number} for number in numbers])
-    done = items.map_batches(
-        ShardBatch, fn_constructor_args=(job,), batch_size=1, concurrency=workers, batch_format="numpy"
-    )
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=workers)
+    done = items.map_batches(ShardBatch, fn_constructor_args=(job,), batch_size=1, compute=pool, batch_format="numpy")
     for row in done.iter_rows():
         step(min(job.shard_size, int(row["rows"]) + int(row["failures"])))
 

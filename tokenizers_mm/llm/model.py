@@ -97,7 +97,7 @@ def _fill(
         table[code.start : code.start + code.size] = (mean + spread * rows).to(table.dtype)
 
 
-class OnlyNewRows:
+class TrainableRows:
     """Training of the visual rows alone: all else is frozen, and the gradient of the text rows is set to zero.
 
     Use an optimizer without weight decay (decay would move the text rows too). `remove` gives the model back as it was.

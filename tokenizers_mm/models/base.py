@@ -1,4 +1,4 @@
-"""The abstract image tokenizer: all that training, evaluation, export and the language-model bridge know of a model."""
+"""The abstract image tokenizer: all that training, evaluation, export and language models know of a model."""
 
 import os
 from abc import ABC, abstractmethod
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, Generic, cast, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,14 +18,16 @@ from tokenizers_mm._images import (
     check_images,
     fit_image,
     fit_multiple,
+    image_levels,
     image_to_tensor,
+    levels_to_tensor,
     name_images,
     open_image,
     run_ahead,
 )
 from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
-from tokenizers_mm.models.convenience import Convenience
+from tokenizers_mm.models.convenience import Convenience, OneImage
 from tokenizers_mm.models.convenience import ImageInput as ImageInput
 from tokenizers_mm.models.convenience import from_images as from_images
 from tokenizers_mm.models.stable import Stability, stable_encoder
@@ -158,12 +161,10 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         return frozenset(["pixel"])
 
     @overload
-    def encode(
-        self, images: Tensor | Image.Image | str | os.PathLike[str], fit: Fit = "refuse", *, stable: bool = False
-    ) -> Codes: ...
+    def encode(self, images: Tensor | OneImage, fit: Fit = "refuse", *, stable: bool = False) -> Codes: ...
 
     @overload
-    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Any: ...
+    def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | Any: ...
 
     @torch.no_grad()
     def encode(self, images: ImageInput, fit: Fit = "refuse", *, stable: bool = False) -> Codes | list[Codes]:
@@ -171,7 +172,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
 
         images: a tensor [B, 3, H, W] in [-1, 1], or PIL image(s), or path(s), which are opened a few at a time. Those
         of one size come back as one batch; images of several sizes, where the tokenizer takes them, as the list that
-        `encode_each` returns.
+        `encode_each` returns (`Codes | Any` to a type checker, which cannot know the sizes of a list of images).
         fit: for PIL images and paths of another size than the tokenizer takes: "refuse" (an error), "crop", "pad" or
         "resize" (see `fit_picture`).
         stable: ids that depend on the image and the weights only, not on batch, threads, machine or dtype, with
@@ -210,17 +211,17 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         workers: threads that read images ahead. stable: as for `encode`.
         """
 
-        def open_fitted(pair: tuple[str, Any]) -> Image.Image:
+        def open_fitted(pair: tuple[str, Any]) -> np.ndarray:
             name, item = pair
             image = self.fit_picture(open_image(item() if callable(item) else item, name), fit)
             self.check_size(image.height, image.width, name)
-            return image
+            return image_levels(image)
 
         require(batch_size is None or batch_size > 0, "batch_size", "at least 1", batch_size)
         require(workers >= 0, "workers", "0 or more threads", workers)
         pairs = images if isinstance(images, Iterator) else name_images(images)
         groups = _grouped(run_ahead(open_fitted, pairs, workers), refused, self.device.type, batch_size)
-        batches = ((list(numbers), torch.stack(list(map(image_to_tensor, found)))) for numbers, found in groups)
+        batches = ((list(numbers), levels_to_tensor(found)) for numbers, found in groups)
         if stable:
             encoded = stable_encoder(self).encode_many((numbers, self._checked(x)) for numbers, x in batches)
             yield from cast("Iterator[tuple[list[int], Codes]]", encoded)
@@ -314,27 +315,28 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
 
 
 def _grouped(
-    opened: Iterable[tuple[int, Image.Image | ValueError]],
+    opened: Iterable[tuple[int, np.ndarray | ValueError]],
     refused: Callable[[int, ValueError], None] | None,
     device: str,
     batch_size: int | None,
-) -> Iterator[tuple[tuple[int, ...], tuple[Image.Image, ...]]]:
-    """Positions and images, all of one size, as they become enough for a batch."""
+) -> Iterator[tuple[tuple[int, ...], tuple[np.ndarray, ...]]]:
+    """Positions and images [H, W, 3], all of one size, as they become enough for a batch."""
     limit = BATCH_PIXELS.get(device, BATCH_PIXELS["cuda"])
-    waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
     for index, image in opened:
         if isinstance(image, ValueError):
             if refused is None:
                 raise image
             refused(index, image)
             continue
-        waiting.setdefault(image.size, []).append((index, image))
+        shape = image.shape[:2]
+        waiting.setdefault(shape, []).append((index, image))
         area = {size: size[0] * size[1] * len(members) for size, members in waiting.items()}
-        pixels = image.width * image.height
+        pixels = shape[0] * shape[1]
         most = limit if batch_size is None else batch_size * pixels
         ready = None
-        if area[image.size] + pixels > most:
-            ready = image.size
+        if area[shape] + pixels > most:
+            ready = shape
         elif sum(area.values()) > WAITING_BATCHES * max(limit, most):
             ready = max(area, key=lambda size: area[size])
         if ready is not None:

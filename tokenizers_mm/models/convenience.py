@@ -4,10 +4,10 @@ They are written with the methods of `ImageTokenizer` alone; a family gives none
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -21,7 +21,10 @@ from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, ImageLaten
 if TYPE_CHECKING:
     from tokenizers_mm.models.base import ImageTokenizer
 
-ImageInput = Any
+OneImage: TypeAlias = Image.Image | str | os.PathLike[str]
+"""A PIL image, or the path of an image file."""
+
+ImageInput: TypeAlias = Tensor | OneImage | Sequence[Image.Image] | Sequence[str] | Sequence[os.PathLike[str]]
 """A tensor [B, 3, H, W] in [-1, 1], a PIL image, a path, or a list of images or paths."""
 
 Family = TypeVar("Family", bound="Convenience")

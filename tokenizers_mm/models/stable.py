@@ -11,8 +11,9 @@ rounding on a machine moves by about 1e-15 only. Computing everything so would t
    machine, with these images, for every search of a pass (a scale or a stream) apart. `SAFETY` times the largest error
    seen so far is the bound of that search; one with less than `FEW` measurements takes the largest of all searches.
 3. An image in which no margin is below its bound keeps its float32 ids. The others are decided again, whole, in
-   float64: later scales of residual quantizers depend on earlier ids. Every `AUDIT`-th image is decided again in any
-   case. Each of these adds to the measurements, so a bound that is too small for new images grows.
+   float64: later scales of residual quantizers depend on earlier ids. Where this happens to none of `AUDIT` images, one
+   of them is decided again in any case. Each adds to the measurements, so a bound that is too small for new images
+   grows.
 
 The bound is measured, not proven: errors of one search are sums of very many roundings, and their largest value over
 thousands of positions changes little from one sample to the next. How little the promise rests on luck is in the
@@ -51,7 +52,7 @@ FEW = 512
 """Measurements from which on a search has a bound of its own."""
 
 AUDIT = 256
-"""One image of so many is decided again without need."""
+"""Where no image among so many was decided again, one is, without need."""
 
 WAITING = 16
 """Doubtful images that are decided again together."""
@@ -124,17 +125,18 @@ class StableEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = weakref.ref(tokenizer)
         self.report = Stability()
-        self._state: tuple[Any, ...] = ()
+        self._state: list[Any] = []
         self._single: Any = None
         self._wide: Any = None
         self._largest: list[float] = []
         self._counts: list[int] = []
+        self._unchecked = 0
         self._trusted = False
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> ImageCodes:
         """The stable ids, with margins, of a checked float tensor [B, 3, H, W] on the tokenizer's device."""
-        first = self._first_pass(x)
+        first = self._first_pass(eight_bit(x))
         doubtful = first.doubtful.nonzero().flatten()
         again = self._decide_again(first.take(doubtful)) if len(doubtful) else None
         return first.codes if again is None else _replaced(first.codes, doubtful, again)
@@ -143,16 +145,21 @@ class StableEncoder:
     def encode_many(self, batches: Iterable[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], ImageCodes]]:
         """(numbers, stable codes) for batches (numbers, images), not in order: doubtful images wait for others.
 
-        A batch is as in `encode`; together, the images that are decided again take less time.
+        x is a float32 tensor [B, 3, H, W] of 8-bit images on the tokenizer's device, as `image_to_tensor` makes them.
+        Together, the images that are decided again take less time.
         """
         waiting: dict[torch.Size, list[tuple[int, _Pass]]] = {}
         for numbers, x in batches:
             first = self._first_pass(x)
+            doubtful = first.doubtful.tolist()
+            if not any(doubtful):
+                yield numbers, first.codes
+                continue
             sure = (~first.doubtful).nonzero().flatten()
             if len(sure):
-                yield [numbers[row] for row in sure.tolist()], first.take(sure).codes
-            for row in first.doubtful.nonzero().flatten():
-                waiting.setdefault(x.shape[1:], []).append((numbers[int(row)], first.take(row[None])))
+                yield [numbers[row] for row in sure.tolist()], _some(first.codes, sure.to(x.device))
+            members = waiting.setdefault(x.shape[1:], [])
+            members += [(numbers[row], first.take(torch.tensor([row]))) for row in range(len(x)) if doubtful[row]]
             if sum(map(len, waiting.values())) >= WAITING:
                 yield from self._decide_waiting(waiting)
                 waiting = {}
@@ -169,7 +176,6 @@ class StableEncoder:
         tokenizer = self._tokenizer()
         assert tokenizer is not None
         self._renew(tokenizer)
-        x = eight_bit(x)
         with _plain_arithmetic(x.device), _evaluating(tokenizer):
             codes, decisions = self._run(tokenizer if self._single is None else self._single, x)
         codes = replace(codes, margins=_aligned(codes.ids, decisions))
@@ -180,12 +186,16 @@ class StableEncoder:
             rows = torch.arange(missing)
             made = replace(made, codes=_replaced(codes, rows, self._decide_again(made.take(rows))))
         if missing < len(x):
-            place = torch.arange(self.report.images, self.report.images + len(x))
-            doubtful = place % AUDIT == 0
+            doubtful = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             for number, decision in enumerate(decisions):
                 assert decision.margin is not None
-                doubtful |= (decision.margin < self._bound(number)).any(1).cpu()
-            made = replace(made, doubtful=doubtful & (torch.arange(len(x)) >= missing))
+                doubtful |= decision.margin.amin(1) < self._bound(number)
+            doubtful = doubtful.cpu()
+            doubtful[:missing] = False
+            self._unchecked = 0 if bool(doubtful.any()) else self._unchecked + len(x)
+            if self._unchecked >= AUDIT:
+                doubtful[-1], self._unchecked = True, 0
+            made = replace(made, doubtful=doubtful)
         images, ids = self.report.images + len(x), self.report.ids + codes.ids.numel()
         bounds = tuple(self._bound(number) for number in range(len(self._counts)))
         self.report = replace(self.report, images=images, ids=ids, bounds=bounds)
@@ -247,14 +257,14 @@ class StableEncoder:
 
     def _renew(self, tokenizer: Any) -> None:
         """Make the copies, and forget the measurements, where the weights are others than before."""
-        tensors = [*tokenizer.parameters(), *tokenizer.buffers()]
-        state = tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)
+        tensors = _tensors(tokenizer)
+        state = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
         if state == self._state:
             return
         floats = {t.dtype for t in tensors if t.is_floating_point()}
         self._single = None if floats <= {torch.float32} else _converted(tokenizer, torch.float32)
         self._wide = _converted(tokenizer, torch.float64)
-        self._state, self._counts, self._largest, self._trusted = state, [], [], False
+        self._state, self._counts, self._largest, self._trusted, self._unchecked = state, [], [], False, 0
         self.report = Stability()
 
 
@@ -310,6 +320,19 @@ def _eager(module: nn.Module) -> nn.Module:
     for name, part in list(module.named_children()):
         setattr(module, name, _eager(part))
     return module
+
+
+def _tensors(tokenizer: Any) -> list[Tensor]:
+    """Parameters and buffers that encoding needs, read at every call: `named_parameters` takes ten times as long."""
+    found: list[Tensor | None] = [*tokenizer._parameters.values(), *tokenizer._buffers.values()]
+    waiting = [part for name, part in tokenizer._modules.items() if name not in tokenizer.ONLY_DECODE]
+    while waiting:
+        part = waiting.pop()
+        if part is not None:
+            found.extend(part._parameters.values())
+            found.extend(part._buffers.values())
+            waiting.extend(part._modules.values())
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _some(codes: ImageCodes, rows: Tensor) -> ImageCodes:

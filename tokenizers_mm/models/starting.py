@@ -19,14 +19,14 @@ class ModelConfig:
     """The tokenizer: its family and the family's own configuration, or a saved tokenizer to continue from.
 
     family: name in the table of families. config: the family's own configuration. start_from: directory or hub id of a
-    saved tokenizer, "" for none; beside a config, which says what is built, it gives the weights. fresh: beginnings of
-    the names of parameters that start anew in that case (another decoder on frozen codes).
+    saved tokenizer, "" for none; beside a config, which says what is built, it gives the weights. reinit: beginnings of
+    the names of parameters that are initialized anew in that case (another decoder on frozen codes).
     """
 
     family: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     start_from: str = ""
-    fresh: tuple[str, ...] = ()
+    reinit: tuple[str, ...] = ()
 
 
 def check_model(model: ModelConfig, where: str) -> None:
@@ -37,7 +37,7 @@ def check_model(model: ModelConfig, where: str) -> None:
     else:
         require(not model.family, f"{where}.family", "nothing without a config (start_from says it)", model.family)
     both = bool(model.config and model.start_from)
-    require(both or not model.fresh, f"{where}.fresh", "a config and a start_from beside it", "one of them alone")
+    require(both or not model.reinit, f"{where}.reinit", "a config and a start_from beside it", "one of them alone")
 
 
 def parse_model(model: ModelConfig, where: str = "model") -> Any:
@@ -71,7 +71,7 @@ def build_tokenizer(model: ModelConfig, where: str = "model") -> ImageTokenizer[
         return load(model.start_from)
     tokenizer = MODELS[model.family].from_config(parse_model(model, where))
     if model.start_from:
-        copy_weights(load(model.start_from), tokenizer, model.fresh, f"{where}.start_from")
+        copy_weights(load(model.start_from), tokenizer, model.reinit, f"{where}.start_from")
     for module in tokenizer.modules():
         if isinstance(module, SemanticEncoder) and module.config.pretrained and not model.start_from:
             load_pretrained(module)

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from tokenizers_mm.functional.positions import resize_positions
 
 
-def copy_weights(source: nn.Module, target: nn.Module, fresh: tuple[str, ...] = (), where: str = "source") -> None:
-    """Give `target` the weights of `source`, but for names that begin with one of `fresh`, which keep their own.
+def copy_weights(source: nn.Module, target: nn.Module, reinit: tuple[str, ...] = (), where: str = "source") -> None:
+    """Give `target` the weights of `source`, but for names that begin with one of `reinit`, which keep their own.
 
     Learned positions of a square grid are resized to the square grid of the target. Any other difference is an error.
     """
-    theirs = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(fresh)}
+    theirs = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(reinit)}
     state = target.state_dict()
-    ours = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
+    ours = {name: tensor for name, tensor in state.items() if not name.startswith(reinit)}
     for name in theirs.keys() & ours.keys():
         if theirs[name].shape != ours[name].shape and name.endswith(("pos_embed", "positions")):
             theirs[name] = _resized(theirs[name], ours[name].shape[1])
@@ -22,7 +22,7 @@ def copy_weights(source: nn.Module, target: nn.Module, fresh: tuple[str, ...] = 
     wrong += [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape]
     if wrong:
         raise ValueError(
-            f"{where}: expected equal tensors but for those in fresh {list(fresh)}, "
+            f"{where}: expected equal tensors but for those in reinit {list(reinit)}, "
             f"got a difference in {len(wrong)}: {', '.join(wrong[:3])}"
         )
     target.load_state_dict({**state, **theirs})

@@ -2,8 +2,8 @@
 
 from tokenizers_mm.quantizers.base import QUANTIZERS, Quantizer, build_quantizer
 from tokenizers_mm.quantizers.binary import BSQ, LFQ, BSQConfig, LFQConfig
-from tokenizers_mm.quantizers.bridge import FVQ, FVQConfig
 from tokenizers_mm.quantizers.fsq import FSQ, FSQConfig
+from tokenizers_mm.quantizers.fvq import FVQ, FVQConfig
 from tokenizers_mm.quantizers.ibq import IBQ, IBQConfig
 from tokenizers_mm.quantizers.multi_codebook import MultiCodebook, MultiCodebookConfig
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer, ScalesConfig, SmoothingConfig

@@ -14,7 +14,7 @@ from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 from tokenizers_mm.models import ImageTokenizer
-from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
+from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
 
 from ..optim import Learner, OptimizerConfig
 from .base import Moment, Objective, Player, Terms

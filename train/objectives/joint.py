@@ -30,7 +30,7 @@ from tokenizers_mm.llm.joint import caption_batch, caption_loss, num_labels, rea
 from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.transformers_api import embeddings
 from tokenizers_mm.models.starting import saved_size
-from tokenizers_mm.quantizers.upkeep import RevivalConfig
+from tokenizers_mm.quantizers.revival import RevivalConfig
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
@@ -97,7 +97,7 @@ class Joint(TokenizerObjective):
     kind = "joint"
     Config = JointConfig
     FIXED = (*FIXED_DATA, "tokenizer", "language_model", "activation", "projector_from", "loss.discriminator",
-             "loss.captions", "loss.semantic")  # fmt: skip
+             "loss.text_encoder", "loss.semantic")  # fmt: skip
     config: JointConfig
 
     @classmethod

@@ -17,8 +17,8 @@ from tokenizers_mm.llm import (
     Batch,
     FeatureProjector,
     MultimodalProcessor,
-    OnlyNewRows,
     ProjectorConfig,
+    TrainableRows,
 )
 from tokenizers_mm.llm.batch import IGNORED, Row, pad_rows
 from tokenizers_mm.llm.building import (
@@ -161,7 +161,7 @@ class Language(Objective):
         if config.learns == "lora":
             model = add_lora(model, self.processor.vocabulary, config.lora_rank)
         elif config.learns == "new_rows":
-            OnlyNewRows(model, self.processor.vocabulary)
+            TrainableRows(model, self.processor.vocabulary)
         self.model = model.to(device)
         self.networks: dict[str, nn.Module] = {"model": self.model}
         self.projector: FeatureProjector | None = None

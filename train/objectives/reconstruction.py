@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig, Mixture
+from tokenizers_mm.eval.towers import save_contrast
 from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.losses.perceptual import load_lpips
 from tokenizers_mm.models.starting import ModelConfig, build_tokenizer, check_model, model_size, on_meta, parse_model
 from tokenizers_mm.models.warm_start import WarmStartConfig, check_warm_start, warm_start
-from tokenizers_mm.quantizers.upkeep import RevivalConfig
+from tokenizers_mm.quantizers.revival import RevivalConfig
 from tokenizers_mm.types import Disturbance
 
 from ..config import RunConfig
@@ -75,7 +76,7 @@ class Reconstruction(TokenizerObjective):
     Config = ReconstructionConfig
     AVERAGED = "tokenizer"
     MEASURES = {"psnr": 1, "ssim": 1, "usage": 1, "lpips": -1}
-    FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.captions", "loss.semantic", "trainable")
+    FIXED = (*FIXED_DATA, "model", "loss.discriminator", "loss.text_encoder", "loss.semantic", "trainable")
     config: ReconstructionConfig
 
     @classmethod
@@ -201,6 +202,8 @@ class Reconstruction(TokenizerObjective):
 
     def save(self, networks: Networks, folder: Path) -> None:
         networks["tokenizer"].save(folder / "tokenizer")
+        if "captions" in networks:
+            save_contrast(networks["captions"], folder / "captions")
 
 
 def _freeze(tokenizer: nn.Module, trainable: tuple[str, ...]) -> None:

@@ -62,7 +62,8 @@ class LossConfig:
     weights: weight of each term by its name: "pixel", "perceptual", "semantic", "generator" (the discriminator's loss
     has its weight too), losses that were registered, and every term of the tokenizer's quantizers ("codebook",
     "commitment", "entropy", ...). A term with weight 0 is not computed. pixel: "l1" or "l2". semantic: "none",
-    "teacher" (distillation), "target" (the same from the tokenizer's own frozen tower) or "captions" (contrast).
+    "teacher" (distillation), "target" (the same from the tokenizer's own frozen tower) or "contrastive" (CLIP's loss,
+    with the captions of the batch). text_encoder: sizes of the encoder of captions, which learns with the tokenizer.
     gan: the losses of generator and discriminator. gan_start: step of the stage from which both act. discriminator:
     {kind: patchgan | dino, ...}. adaptive: scale the generator's term by gradient norms. lecam, r1: weights of two
     regularisers of the discriminator. lpips_weights: file of VGG16 weights, or "" for torch.hub's cache.
@@ -70,9 +71,9 @@ class LossConfig:
 
     weights: dict[str, Weight] = field(default_factory=lambda: {"pixel": 1.0, "codebook": 1.0, "commitment": 0.25})
     pixel: Literal["l1", "l2"] = "l2"
-    semantic: Literal["none", "teacher", "target", "captions"] = "none"
+    semantic: Literal["none", "teacher", "target", "contrastive"] = "none"
     teacher: TeacherConfig | None = None
-    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    text_encoder: CaptionConfig = field(default_factory=CaptionConfig)
     gan: Literal["hinge", "non_saturating"] = "hinge"
     gan_start: Annotated[int, Range(0)] = 0
     adaptive: bool = False
@@ -108,8 +109,8 @@ def check_loss(loss: LossConfig, own_optimizer: bool) -> None:
         for key in keys:
             idle = not loss.weight(term) and getattr(loss, key) != getattr(plain, key)
             require(not idle, f"{where}.{key}", f"nothing where weights.{term} is 0", getattr(loss, key))
-    require(loss.semantic == "captions" or loss.captions == plain.captions, f"{where}.captions",
-            "nothing where semantic is not captions", "some values")  # fmt: skip
+    require(loss.semantic == "contrastive" or loss.text_encoder == plain.text_encoder, f"{where}.text_encoder",
+            "nothing where semantic is not contrastive", "some values")  # fmt: skip
     smooth = loss.discriminator.kind == "patchgan" or not loss.r1
     require(smooth, f"{where}.r1", "0 for a dino discriminator (attention has no second derivative)", loss.r1)
     require(any(loss.weights.values()), f"{where}.weights", "a weight above 0", "none")
@@ -156,11 +157,11 @@ class ImageTerms:
             self.perceptual = load_lpips(loss.lpips_weights or None).to(device)
         if loss.teacher is not None:
             self.teacher = _teacher(loss.teacher).to(device)
-        if loss.semantic == "captions":
+        if loss.semantic == "contrastive":
             with torch.no_grad():
                 semantic = tokenizer.reconstruct(torch.zeros(1, 3, *size, device=device)).semantic
             assert semantic is not None
-            self.captions = CaptionContrast(semantic.shape[-1], loss.captions).to(device)
+            self.captions = CaptionContrast(semantic.shape[-1], loss.text_encoder).to(device)
             self.learning["captions"] = self.captions
         self.adversary = Adversary(loss, device) if loss.weight("generator") else None
 

@@ -1,4 +1,4 @@
-"""Codebook upkeep: counts of codes and the revival of unused ones, explicit calls after the step."""
+"""Usage counts of codes and the revival of dead ones: explicit calls after the step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

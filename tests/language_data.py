@@ -13,7 +13,7 @@ from tokenizers_mm.models import ImageTokenizer
 from train.__main__ import main
 from train.config import RunConfig
 
-DEBUG = str(ROOT / "configs" / "bridge_debug.yaml")
+DEBUG = str(ROOT / "configs" / "language_debug.yaml")
 
 SHARED = {field.name for field in dataclasses.fields(RunConfig)}
 

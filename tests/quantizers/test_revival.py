@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tokenizers_mm.quantizers import VQConfig, upkeep
-from tokenizers_mm.quantizers.upkeep import CodebookHealth, RevivalConfig
+from tokenizers_mm.quantizers import VQConfig, revival
+from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
 from tokenizers_mm.quantizers.vq import VQ
 
 
@@ -44,14 +44,14 @@ def test_queries_of_all_ranks_are_drawn_as_of_one(monkeypatch: pytest.MonkeyPatc
     """Two micro-batches on each of two ranks, of different lengths: what the ranks hold adds up to one draw."""
     z = torch.randn(20, 8, generator=seeded(1))
     parts = z.split([3, 5, 4, 8])  # first of rank 0, first of rank 1, second of rank 0, second of rank 1
-    alone = upkeep._draw([z], 12, seeded(2))
+    alone = revival._draw([z], 12, seeded(2))
     assert len({tuple(row) for row in alone.tolist()}) == 12
     total: Any = torch.zeros(12, 8)
     for rank in (0, 1):
         sums = iter([lambda _: torch.tensor([[3, 5], [4, 8]]), lambda rows: total.add_(rows)])
-        monkeypatch.setattr(upkeep, "rank_and_world", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(upkeep, "sum_over_ranks", lambda value, sums=sums: next(sums)(value))
-        upkeep._draw(parts[rank::2], 12, seeded(2))
+        monkeypatch.setattr(revival, "rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(revival, "sum_over_ranks", lambda value, sums=sums: next(sums)(value))
+        revival._draw(parts[rank::2], 12, seeded(2))
     assert torch.equal(total, alone)
 
 
