@@ -57,7 +57,13 @@ ORIGINAL: dict[str, Any] = {
 
 
 def ours(warm: bool) -> dict[str, Any]:
-    """Our recipe for the same model; `warm` fits linear paths and codebook to images before the first step."""
+    """Our recipe for the same model; `warm` fits linear paths and codebook to images before the first step.
+
+    The fitted encoder then stays as it is. When it learns too, held-out PSNR falls in 160 steps from 26.6 dB to 24.9 dB
+    at a rate of 2e-3 and to 25.9 dB at 5e-4, because features grow faster than codes follow (in 60 steps at 2e-3 their
+    deviation from 0.98 to 1.34, the error of quantization from 4 % to 12 % of their variance). While it is frozen, PSNR
+    rises to 26.9 dB.
+    """
     data = copy.deepcopy(ORIGINAL)
     objective = data["objective"]
     data["ema"] = 0.98
@@ -68,6 +74,7 @@ def ours(warm: bool) -> dict[str, Any]:
     objective["revival"] = {"every": 20, "until": 0.7}
     if warm:
         objective["warm_start"] = {"images": 256, "iterations": 4}
+        objective["trainable"] = ["quantizer", "pixel_decoder"]
     return data
 
 

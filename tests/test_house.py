@@ -23,6 +23,7 @@ ALLOWED = {
     "_summary": {"_files"},
     "_ranks": set(),
     "config": {"_check", "_files"},
+    "config_reference": {"config"},
     "types": {"_check", "_display", "_images"},
     "_display": {"_images"},
     "_images": {"_check", "_files", "resolutions"},

@@ -9,6 +9,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sum over the ranks, in place."""
     if several():

@@ -157,18 +157,27 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = (), *, allow_env: boo
     where = f"config {path}"
     if not Path(path).is_file():
         fail("config", "the path of a YAML file", str(path))
-    for item in overrides:
-        if "=" not in item:
-            fail("override", "key=value", item)
     try:
         size = Path(path).stat().st_size
         require(size <= MAX_BYTES, where, f"at most {MAX_BYTES} bytes", f"{size}")
         text = Path(path).read_text(encoding="utf-8")
-        nodes = yaml.compose(text, yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        fail(where, "valid YAML", " ".join(str(error).split()))
+    except UnicodeDecodeError as error:
+        fail(where, "valid YAML", str(error))
     except OSError as error:
         fail(where, "a file that can be read", str(error))
+    return parse_yaml(text, overrides, where, allow_env=allow_env)
+
+
+def parse_yaml(text: str, overrides: Sequence[str], where: str, *, allow_env: bool = False) -> dict[str, Any]:
+    """The text of a YAML file as `read_yaml` reads it. where: how errors call it."""
+    for item in overrides:
+        if "=" not in item:
+            fail("override", "key=value", item)
+    require(len(text) <= MAX_BYTES, where, f"at most {MAX_BYTES} characters", f"{len(text)}")
+    try:
+        nodes = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        fail(where, "valid YAML", " ".join(str(error).split()))
     _check_nodes(nodes, where)
     try:
         loaded = OmegaConf.load(StringIO(text))

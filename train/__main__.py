@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tokenizers_mm._files import one_writer, write_text
 from tokenizers_mm.cli import configs, guarded
 from tokenizers_mm.cli.imports import run_imports, split_imports
 from tokenizers_mm.cli.train import SUMMARY, add_arguments
-from tokenizers_mm.config import to_mapping
+from tokenizers_mm.config import parse_yaml, to_mapping
 
 from .checkpoint import list_checkpoints
 from .config import RunConfig, objective_class, parse_config, read_config
@@ -97,13 +96,9 @@ def _config(options: argparse.Namespace, command: str) -> RunConfig:
     require(len(names) == 1, "CONFIG", "one file or name", names or "none")
     (name,) = names
     if name == "-":
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder) / "stdin.yaml"
-            place.write_text(sys.stdin.read(), encoding="utf-8")
-            return read_config(str(place), overrides)
-    return read_config(
-        name if Path(name).exists() or "/" in name or "." in name else str(configs.find(name)), overrides
-    )
+        return parse_config(parse_yaml(sys.stdin.read(), overrides, "config of the standard input"))
+    shipped = not Path(name).exists() and "/" not in name and "." not in name
+    return read_config(str(configs.find(name)) if shipped else name, overrides)
 
 
 def _written(config: RunConfig, text: str, overwrite: bool) -> RunConfig:

@@ -48,8 +48,10 @@ class RunConfig:
     out: folder of the run. objective: {kind: reconstruction | mar | language | joint, ...}, see `train.objectives`.
     steps: optimizer steps of all stages together; 0 for `joint`, whose stages say it. max_seconds: end the last stage,
     and finish its schedule, when it took this long; 0 for never.
-    batch_size: samples of a micro-batch of one process. accumulate: micro-batches per step. precision: of autocast;
-    fp16, with a gradient scaler, on CUDA alone. device: "auto" takes an accelerator where there is one.
+    batch_size: samples of a micro-batch of one process. accumulate: micro-batches per step; they train as one large
+    batch, but for what compares the samples of a micro-batch (entropy, contrast of captions, batch norm, the adaptive
+    weight) and for the draws of dropout. precision: of autocast; fp16, with a gradient scaler, on CUDA alone.
+    device: "auto" takes an accelerator where there is one.
     engine: of several processes: "ddp" keeps all weights on each, "fsdp" shards weights, gradients and moments.
     compile: backend of torch.compile for encoders, decoders and language models, "" for none.
     gradient_checkpointing: compute the activations of blocks again in the backward pass instead of keeping them.

@@ -1,7 +1,9 @@
 """Processes of a run: the device and settings of this one, and what all agree on after a step."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,3 +44,12 @@ def agree(seconds: float, signal: int, device: torch.device) -> tuple[float, int
     found = torch.tensor([seconds if dist.get_rank() == 0 else 0.0, signal], dtype=torch.float64, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return float(found[0]), int(found[1])
+
+
+def count_over_ranks(counts: Counter[str]) -> dict[str, float]:
+    """Counts of all ranks together, by name. Called on every rank."""
+    found: list[Any] = [counts]
+    if several():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, counts)
+    return {name: float(number) for name, number in sum(found, Counter()).items()}

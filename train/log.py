@@ -5,7 +5,7 @@ import math
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from tqdm import tqdm
 from tokenizers_mm._files import atomic_path
 from tokenizers_mm.config import to_mapping
 
+from .distributed import count_over_ranks
 from .signs import Signs
 from .state import State
 
-TOTALS = ("revived", "skipped")
-"""Beginnings of the names of values that are added up between two lines of the log; of all others the mean counts."""
+TOTALS = ("revived", "skipped_steps")
+"""Names of values that are added up between two lines of the log; of all others the mean counts."""
 
 SHOWN_SKIPS = 20
 """Inputs left out that are named on the screen; those after them are only counted, by cause."""
@@ -73,7 +74,8 @@ class Log:
         self._sums: dict[str, float] = {}
         self._counted: dict[str, int] = {}
         self._bar: Any = None
-        self._skips = 0
+        self._skipped: Counter[str] = Counter()
+        self._shown_skips = 0
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,15 +96,15 @@ class Log:
         """Take the report of a step; every `log_every` steps, and at the end of a stage, write the means."""
         due = state.step % state.config.log_every == 0 or state.stage_over or state.finished
         window = state.objective.window() if due else {}
+        for sentence in (sentence for batch in batches for sentence in state.objective.skipped(batch)):
+            self._skipped.update(["skipped", f"skipped_{_cause(sentence)}"])
+            self._shown_skips += 1
+            if self.active and self._shown_skips <= SHOWN_SKIPS:
+                self._bar.write(f"skipped: {sentence}", file=sys.stderr)
+        if due:
+            window, self._skipped = window | count_over_ranks(self._skipped), Counter()
         if not self.active:
             return
-        skipped = [name for batch in batches for name in state.objective.skipped(batch)]
-        for sentence in skipped:
-            self._skips += 1
-            if self._skips <= SHOWN_SKIPS:
-                self._bar.write(f"skipped: {sentence}", file=sys.stderr)
-            for name in ("skipped", f"skipped_{_cause(sentence)}"):
-                report[name] = report.get(name, 0.0) + 1.0
         for name, value in report.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counted[name] = self._counted.get(name, 0) + 1
@@ -115,7 +117,7 @@ class Log:
         line: dict[str, float] = {"step": state.step, "seconds": round(state.seconds, 3)}
         if len(state.objective.stages) > 1:
             line["stage"] = state.stage
-        line |= {n: v if n.startswith(TOTALS) else v / self._counted[n] for n, v in self._sums.items()} | window
+        line |= {n: v if n in TOTALS else v / self._counted[n] for n, v in self._sums.items()} | window
         self._sums, self._counted = {}, {}
         self._append(line)
         limit = state.config.max_seconds - state.stage_seconds if state.timed else None
@@ -163,26 +165,19 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _cause(sentence: str) -> str:
-    """Kind of error in a sentence about an input that was left out."""
-    return re.split(r"[:, ]", sentence.rpartition(" got ")[2])[0] or "unknown"
+    """Cause in a sentence about an input that was left out: the class of an error, what there is, or what there is not.
+
+    Numbers, such as sizes, and names of files are no part of it: a log has as many names as there are causes.
+    """
+    expected, _, got = sentence.rpartition(", got ")
+    found = re.match(r"[a-zA-Z ]+(?=: |$)", got)
+    return re.sub(r"\W+", "_", found[0] if found else "not " + expected.rpartition("expected ")[2])
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
     """Lines of a log; None stands for a value that was not finite."""
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
-
-
-def log_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) of all that a log tells, by name; those of an earlier stage have its number before their name."""
-    lines, curves = read_log(path), dict[str, list[tuple[float, float]]]()
-    last = max((line.get("stage", 0) for line in lines), default=0)
-    for line in lines:
-        before = f"stage {line['stage']} " if line.get("stage", last) < last else ""
-        for name, value in line.items():
-            if name not in ("step", "seconds", "stage") and isinstance(value, (int, float)):
-                curves.setdefault(before + name, []).append((line["step"], value))
-    return dict(sorted(curves.items()))
 
 
 def _forget_after(path: Path, step: int) -> None:

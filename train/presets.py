@@ -3,7 +3,6 @@
 A preset is a shipped configuration whose grids, scales, decoder sizes and data follow from the size of the images.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm.config import read_yaml, to_mapping
+from tokenizers_mm.config import parse_yaml, read_yaml, to_mapping
 
 from .config import parse_config
 
@@ -124,15 +123,7 @@ def make_preset(
     preset.fit(data, size, codebook)
     source = {"kind": "photographs"} if images is None else {"kind": "folder", "path": str(images)}
     data["objective"]["data"]["sources"] = [source]
-    config = parse_config(_overridden(data, overrides))
+    config = parse_config(parse_yaml(yaml.safe_dump(data), overrides, f"preset {name}"))
     lines = [preset.says, f"Made by: {command}" if command else "", f"After configs/{preset.file}.yaml."]
     header = "".join(f"# {line}\n" for line in lines if line)
     return header + yaml.safe_dump(to_mapping(config), sort_keys=False, width=120, allow_unicode=True)
-
-
-def _overridden(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Plain data with key=value applied, by the same reader as that of files."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "preset.yaml"
-        place.write_text(yaml.safe_dump(data), encoding="utf-8")
-        return read_yaml(place, overrides)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizers_mm._ranks import several
+from tokenizers_mm.functional.precision import at_least_float32
 
 from .config import RunConfig, objective_class
 from .distributed import make_accelerator
@@ -46,7 +47,7 @@ class Pass(nn.Module):
     def forward(self, batch: Any, moment: Moment) -> tuple[Terms, Terms]:
         with self._objective.accelerator.autocast():
             terms, values = self._objective.losses(self.player, batch, moment)
-        terms = {name: term.float() for name, term in terms.items()}
+        terms = {name: at_least_float32(term) for name, term in terms.items()}
         if idle := self._idle(any(term.requires_grad for term in terms.values())):
             first = next(iter(terms))
             terms[first] = terms[first] + 0.0 * torch.stack(idle).sum()

@@ -34,12 +34,17 @@ def last_lines(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def curves_of(lines: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Curves of (step, value) by name, of everything measured twice or more, the loss first."""
+    """Curves of (step, value) by name, of everything measured twice or more, the loss first.
+
+    Those of a stage before the last have its number before their name.
+    """
     found: dict[str, list[tuple[float, float]]] = {}
+    last = max((line.get("stage", 0) for line in lines), default=0)
     for line in lines:
+        before = f"stage {line['stage']} " if line.get("stage", last) < last else ""
         for name, value in line.items():
             if name not in COUNTS and isinstance(value, (int, float)) and "step" in line:
-                found.setdefault(name, []).append((line["step"], value))
+                found.setdefault(before + name, []).append((line["step"], value))
     order = sorted((name for name, points in found.items() if len(points) > 1), key=lambda name: name != "loss")
     return {name: found[name] for name in order[:MAX_PANELS]}
 

@@ -97,7 +97,6 @@ def without_dropout(kind: str) -> dict[str, Any]:
             "objective.loss.discriminator.norm": "none",
             "objective.loss.adaptive": False,
             "objective.optimizer.lr": 0.0003,
-            "objective.revival.every": 0,  # queries of one micro-batch of rank 0
         }
     if kind == "mar":
         return {"objective.model.encoder.dropout": 0.0, "objective.model.decoder.dropout": 0.0}

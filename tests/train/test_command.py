@@ -13,6 +13,7 @@ from PIL import Image
 import tokenizers_mm as tmm
 from tests.cases import ROOT
 from tests.tables import kept_tables
+from tokenizers_mm.config_reference import keys_of, meanings_of
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.losses import LOSSES
 from train.__main__ import main
@@ -22,7 +23,7 @@ from train.export import export_checkpoint
 from train.export import main as export_main
 from train.log import Pace, brief, read_log
 from train.presets import PRESETS, make_preset, scales
-from train.reference import keys_of, markdown, meanings_of, sections
+from train.reference import markdown, sections
 from train.summary import curves_of, last_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -257,5 +258,7 @@ def test_the_end_is_told_from_the_log() -> None:
         {"step": 3, "latent_scale": 2.0},
     ]
     assert curves_of(lines) == {"loss": [(1, 2.0), (2, 1.0), (3, 0.5)], "psnr": [(2, 20.0), (3, 21.0)]}
+    staged = [{"step": step, "stage": step // 3, "loss": 1.0} for step in range(1, 6)]
+    assert {name: len(points) for name, points in curves_of(staged).items()} == {"loss": 3, "stage 0 loss": 2}
     assert last_lines(lines) == [lines[3], lines[2]]
     assert last_lines([]) == []

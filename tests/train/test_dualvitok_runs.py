@@ -17,12 +17,12 @@ from tokenizers_mm.data.buckets import BucketConfig
 from tokenizers_mm.data.sources import DataConfig, SourceConfig
 from tokenizers_mm.losses.discriminators import PatchGANConfig
 from tokenizers_mm.models import DualViTokConfig
+from tokenizers_mm.models.starting import ModelConfig
 from train.config import RunConfig
 from train.config import read_config as read_run
 from train.log import read_log
 from train.loop import run
 from train.objectives.reconstruction import NoiseConfig, ReconstructionConfig
-from train.objectives.start import ModelConfig
 from train.objectives.terms import LossConfig
 from train.optim import OptimizerConfig
 

@@ -21,9 +21,9 @@ from tokenizers_mm.checkpoints.upstream import give
 from tokenizers_mm.data.sources import Batch, DataConfig
 from tokenizers_mm.losses.discriminators import PatchGAN, PatchGANConfig
 from tokenizers_mm.models import DualViTok
+from tokenizers_mm.models.starting import ModelConfig
 from train.config import RunConfig
 from train.objectives.reconstruction import NoiseConfig, ReconstructionConfig
-from train.objectives.start import ModelConfig
 from train.objectives.terms import LossConfig
 from train.optim import OptimizerConfig
 from train.state import State, build_state

@@ -213,7 +213,9 @@ def twenty(kind: str) -> dict[str, Any]:
             {**stage, "steps": steps} | ({"tokenizer": slow} if "tokenizer" in stage else {}) for stage, steps in stages
         ]
         return edits
-    return edits | {"steps": 20} | ({"objective.optimizer.lr": 0.00005} if kind == "reconstruction" else {})
+    if kind == "reconstruction":  # a code that float32 flips moves the loss by a jump, a revived one by more
+        edits |= {"objective.optimizer.lr": 0.00005, "objective.revival.every": 0}
+    return edits | {"steps": 20}
 
 
 @pytest.mark.parametrize("kind", KINDS)

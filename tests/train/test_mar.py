@@ -58,7 +58,7 @@ def configured(out: Path, *overrides: str) -> RunConfig:
 def test_a_short_run(tmp_path: Path, precision: str) -> None:
     sources = "objective.data.sources=[{kind: scenes, weight: 1.0}, {kind: photographs, weight: 1.0}]"
     options = ["steps=7", f"precision='{precision}'", "save_every=4", sources]
-    run(configured(tmp_path / "run", *options))
+    assert main([SCENES, *smaller(tmp_path / "run", *options)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["scenes"] == 4
     assert summary["right_colour_real"] == 1.0

@@ -144,15 +144,15 @@ class AnySize(Dataset[dict[str, Any]]):
         return self.sources[number].name(place)
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        rng, skipped = random.Random(draw.seed), []
+        rng, skipped = random.Random(draw.seed), list[str]()
         for offset in range(len(self)):
             number, index = self._places[(draw.index + offset) % len(self)].tolist()
             source = self.sources[number]
             try:
                 image, caption, also = source.sample(index, draw.size, rng)
             except ValueError as error:
-                skipped.append(str(error))
+                skipped = skipped or [str(error)]
                 continue
             image = random_flip(image, rng) if source.augmented else image
-            return {"image": image_to_tensor(image), "caption": caption, "skipped": [*skipped, *also]}
+            return {"image": image_to_tensor(image), "caption": caption, "skipped": skipped or list(also)}
         fail("data", "at least one readable image", skipped[0])

@@ -214,7 +214,10 @@ SOURCES |= {
 
 
 class Mixture(Dataset[dict[str, Any]]):
-    """Samples by position. What cannot be read is replaced by the next sample of its source, and reported."""
+    """Samples by position. What cannot be read is replaced by the next sample of its source, and reported.
+
+    A position reports its own sample alone and not what its replacement passed over, so that a pass reports each once.
+    """
 
     def __init__(self, config: DataConfig, image_size: tuple[int, int], seed: int) -> None:
         require(len(config.sources) > 0, "data.sources", "at least one source", "none")
@@ -228,7 +231,7 @@ class Mixture(Dataset[dict[str, Any]]):
         return number, self.sources[number].locate(place + offset, mix_seeds(self.seed, number) >> 1)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        skipped: list[str] = []
+        skipped: Sequence[str] = ()
         for offset in range(MAX_UNREADABLE):
             number, index = self.locate(position, offset)
             source, rng = self.sources[number], random.Random(mix_seeds(self.seed, position, offset))
@@ -237,10 +240,10 @@ class Mixture(Dataset[dict[str, Any]]):
             try:
                 image, caption, also = source.sample(index, self.image_size, rng)
             except ValueError as error:
-                skipped.append(str(error))
+                skipped = skipped or [str(error)]
                 continue
             image = _augmented(image, self.config.sources[number], rng) if source.augmented else image
-            return {"image": image_to_tensor(image), "caption": caption, "skipped": [*skipped, *also]}
+            return {"image": image_to_tensor(image), "caption": caption, "skipped": list(skipped or also)}
         fail("data.path", "a source with at least one readable image", skipped[0])
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenizers_mm.functional.precision import at_least_float32
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for a batch, or one for each of its rows, whose draws then do not depend on the rest of the batch."""
 
@@ -51,8 +53,9 @@ def masked_diffusion_loss(
     Mean over rows of (1 / r) * sum of -log p over hidden tokens / number of maskable tokens, r = hidden / maskable: so
     each row weighs the same however much of it is hidden. Rows with nothing maskable count as 0.
     """
-    terms = logits.new_zeros(tokens.shape, dtype=torch.float32)
-    terms[hidden] = F.cross_entropy(logits.float(), tokens[hidden], reduction="none")
+    logits = at_least_float32(logits)
+    terms = logits.new_zeros(tokens.shape)
+    terms[hidden] = F.cross_entropy(logits, tokens[hidden], reduction="none")
     ratio = hidden.sum(1) / maskable.sum(1).clamp_min(1)
     return (terms.sum(1) / (ratio * maskable.sum(1)).clamp_min(1)).mean()
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.llm.batch import IGNORED
 from tokenizers_mm.llm.transformers_api import decoder, forward, head, only_adapters, unwrap
 
@@ -26,7 +27,7 @@ def next_token_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     labels = F.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
     where = labels != IGNORED
     logits = logits_at(model, {name: value for name, value in inputs.items() if name != "labels"}, where)
-    return F.cross_entropy(logits.float(), labels[where], reduction="sum") / where.sum().clamp_min(1)
+    return F.cross_entropy(at_least_float32(logits), labels[where], reduction="sum") / where.sum().clamp_min(1)
 
 
 def num_predicted(labels: Tensor) -> int:

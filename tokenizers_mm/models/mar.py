@@ -18,6 +18,7 @@ from tokenizers_mm.decoders.mar import MARDecoder, MARDecoderConfig
 from tokenizers_mm.encoders.mar import MAREncoder, MAREncoderConfig
 from tokenizers_mm.functional.diffusion import TRAIN_STEPS, add_noise, diffusion_terms, schedule
 from tokenizers_mm.functional.masking import masked_mean, random_mask
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 from tokenizers_mm.quantizers.base import Quantizer
@@ -208,14 +209,14 @@ class MAR(ImageTokenizer[ImageLatents]):
         )
 
     def terms(self, z: Tensor, tokens: Tensor, draws: MARDraws) -> MARTerms:
-        """The terms of the denoiser for condition vectors z [B, L, C] (MAR, eq. 1), computed in float32."""
+        """The terms of the denoiser for condition vectors z [B, L, C] (MAR, eq. 1), computed in float32 or wider."""
         rows = tokens.shape[0] * tokens.shape[1]
         repeats = draws.steps.shape[0] // rows
         require(draws.steps.shape[0] == repeats * rows, "draws.steps", f"a multiple of {rows} rows", draws.steps)
-        start = tokens.detach().float().flatten(0, 1).repeat(repeats, 1)
+        start = at_least_float32(tokens.detach()).flatten(0, 1).repeat(repeats, 1)
         tables = schedule()
         noisy = add_noise(start, draws.steps, draws.noise, tables)
-        output = self.denoiser(noisy, draws.steps, z.flatten(0, 1).repeat(repeats, 1)).float()
+        output = at_least_float32(self.denoiser(noisy, draws.steps, z.flatten(0, 1).repeat(repeats, 1)))
         noise, bound = diffusion_terms(output, start, draws.steps, draws.noise, tables)
         hidden = draws.mask.flatten().repeat(repeats)
         return MARTerms(masked_mean(noise, hidden), masked_mean(bound, hidden))

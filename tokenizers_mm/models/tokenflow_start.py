@@ -10,9 +10,7 @@ from tokenizers_mm.models.tokenflow import TokenFlow
 
 
 @torch.no_grad()
-def start_from_images(
-    tokenizer: TokenFlow, images: Tensor, generator: torch.Generator, iterations: int, ridge: float
-) -> None:
+def start_from_images(tokenizer: TokenFlow, images: Tensor, seed: int, iterations: int, ridge: float) -> None:
     """Fit the linear paths and the codebook to images [N, 3, H, W] in [-1, 1].
 
     The encoder's linear path becomes the principal components of patches, scaled to mean variance 1; the codes become
@@ -22,7 +20,7 @@ def start_from_images(
     images = images.to(tokenizer.device)
     start_encoder(tokenizer, images)
     features = torch.cat([tokenizer.encode_features(part) for part in images.split(64)])
-    start_codebook(tokenizer, features, generator, iterations)
+    start_codebook(tokenizer, features, seed, iterations)
     vectors = torch.cat([tokenizer.quantizer.quantize(part).vectors for part in features.split(64)])
     start_decoder(tokenizer, vectors, images, ridge)
 
@@ -45,7 +43,7 @@ def start_encoder(tokenizer: TokenFlow, images: Tensor) -> None:
         head.bias.zero_()
 
 
-def start_codebook(tokenizer: TokenFlow, features: Tensor, generator: torch.Generator, iterations: int) -> None:
+def start_codebook(tokenizer: TokenFlow, features: Tensor, seed: int, iterations: int) -> None:
     """Codes: centres of the residuals of all scales. The residuals come from centres of each scale by itself."""
     quantizer, weights = tokenizer.quantizer, tokenizer.config.quantizer.weights
     roots = torch.cat([torch.full((dim,), weight**0.5) for dim, weight in zip(tokenizer.dims, weights, strict=True)])
@@ -53,25 +51,15 @@ def start_codebook(tokenizer: TokenFlow, features: Tensor, generator: torch.Gene
     residual, seen = features, []
     for grid in quantizer.grids:
         points = area_down(residual, grid).flatten(0, 2) * roots
-        centres = kmeans(points, min(quantizer.codebook_size, max(1, len(points) // 4)), generator, 2)
-        codes = (centres[kernels.nearest_code(points, centres)] / roots).view(len(features), *grid, -1)
+        count = min(quantizer.codebook_size, max(1, len(points) // 4))
+        found = kernels.kmeans(points, count, init="random", iterations=2, seed=seed)
+        codes = (found.codebook[found.ids] / roots).view(len(features), *grid, -1)
         residual = residual - bicubic_up(codes, quantizer.grids[-1])
         seen.append(points)
     points = torch.cat(seen)
     size = min(quantizer.codebook_size, len(points))
-    quantizer.set_codes(torch.arange(size, device=points.device), kmeans(points, size, generator, iterations) / roots)
-
-
-def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: int) -> Tensor:
-    """Centres [count, D] of points [N, D] by Lloyd's algorithm; a centre without points moves to a random point."""
-    centres = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)].clone()
-    for _ in range(iterations):
-        ids = kernels.nearest_code(points, centres)
-        counts = torch.bincount(ids, minlength=count)
-        sums = torch.zeros_like(centres).index_add_(0, ids, points)
-        fresh = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], fresh)
-    return centres
+    centres = kernels.kmeans(points, size, iterations=iterations, seed=seed).codebook
+    quantizer.set_codes(torch.arange(size, device=points.device), centres / roots)
 
 
 def start_decoder(tokenizer: TokenFlow, vectors: Tensor, images: Tensor, ridge: float) -> None:

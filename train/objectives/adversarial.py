@@ -16,6 +16,7 @@ from tokenizers_mm.functional.adversarial import (
     non_saturating_generator,
     r1_penalty,
 )
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.losses.discriminators import DISCRIMINATORS, DINODiscriminator
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Adversary:
         """
         self._pairs.append((x, image.detach()))
         self._let_learn(False)
-        term = self._generator(self.network(image).float())
+        term = self._generator(self._judged(image))
         self._let_learn(True)
         if not self.adaptive or not torch.is_grad_enabled():
             return term
@@ -65,6 +66,10 @@ class Adversary:
         for parameter in self._learning:
             parameter.requires_grad_(learns)
 
+    def _judged(self, image: Tensor) -> Tensor:
+        """Logits of the discriminator."""
+        return at_least_float32(self.network(image))
+
     def weights(self) -> dict[str, float]:
         """Weights of the terms of `terms`, by name."""
         found = {"discriminator": self.config.weight("generator"), "lecam": self.config.lecam, "r1": self.config.r1}
@@ -74,7 +79,7 @@ class Adversary:
         """Terms of the discriminator's loss on the oldest pair that it has not seen."""
         real, fake = self._pairs.pop(0)
         real = real.detach().requires_grad_(bool(self.config.r1))
-        real_logits, fake_logits = self.network(real).float(), self.network(fake).float()
+        real_logits, fake_logits = self._judged(real), self._judged(fake)
         found = {"discriminator": self._discriminator(real_logits, fake_logits)}
         if self.config.lecam:
             found["lecam"] = lecam(real_logits, fake_logits, self.means["real"], self.means["fake"])

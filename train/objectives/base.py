@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tokenizers_mm.data.sources import mix_seeds
+from tokenizers_mm.data.sources import Batch, mix_seeds
 
 from ..config import RunConfig
 from ..optim import Learner
@@ -161,7 +161,7 @@ class Objective(ABC):
 
     def skipped(self, batch: Any) -> Sequence[str]:
         """Inputs that a micro-batch left out, each with the reason."""
-        return ()
+        return batch.skipped if isinstance(batch, Batch) else ()
 
     def window(self) -> dict[str, float]:
         """Values gathered since the last call, for a line of the log."""

@@ -4,7 +4,7 @@ The loss of a joint stage is that of captions plus alpha times the tokenizer's o
 `tokenizers_mm/llm/joint.py` holds the formulas and says which parameters the caption's gradient reaches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,17 +29,17 @@ from tokenizers_mm.llm.building import (
 from tokenizers_mm.llm.joint import caption_batch, caption_loss, num_labels, read_codes
 from tokenizers_mm.llm.loss import num_predicted
 from tokenizers_mm.llm.transformers_api import embeddings
-from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
+from tokenizers_mm.models.starting import saved_size
+from tokenizers_mm.quantizers.revival import RevivalConfig
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from ..step import weighted_sum
-from .base import Moment, Networks, Objective, Player, Stage, Terms
+from .base import Moment, Networks, Player, Stage, Terms
 from .guard import Guard, GuardConfig
+from .images import FIXED_DATA, TokenizerObjective, image_batches, image_size
 from .language import LANGUAGE_MODEL, RecordConfig, record_batches
-from .reconstruction import FIXED_DATA, image_batches, image_size
-from .start import saved_size
-from .terms import ImageTerms, LossConfig, check_loss
+from .terms import LossConfig, check_loss
 
 PARTS = ("tokenizer", "projector", "language_model")
 
@@ -88,7 +88,7 @@ class JointConfig:
     discriminator_optimizer: OptimizerConfig | None = None
 
 
-class Joint(Objective):
+class Joint(TokenizerObjective):
     """Networks: the three parts, the tokenizer's text tower for captions, its discriminator.
 
     learnable: parameters of each part that may learn at all (a tokenizer's frozen tower never does).
@@ -114,10 +114,7 @@ class Joint(Objective):
         require(len(config.stages) > 0, "config.objective.stages", "at least one stage", "none")
         for index, stage in enumerate(config.stages):
             _check_stage(stage, f"config.objective.stages[{index}]")
-        check_loss(config.loss)
-        own = config.discriminator_optimizer
-        require(own is None or bool(config.loss.weight("generator")), "config.objective.discriminator_optimizer",
-                "nothing where loss.weights.generator is 0", "one")  # fmt: skip
+        check_loss(config.loss, config.discriminator_optimizer is not None)
         require(config.data.buckets is None, "config.objective.data.buckets", "nothing (one image size)", "buckets")
 
     @classmethod
@@ -137,15 +134,10 @@ class Joint(Objective):
         assert size is not None
         self.size = size
         require(len(tokenizer.streams(*size)) > 0, "config.objective.tokenizer", "one with codes", "a continuous one")
-        self.terms = ImageTerms(config.loss, tokenizer, size)
-        self.health = CodebookHealth(tokenizer.quantizers(), RevivalConfig())
         model, self.processor = build_language_model(config.language_model, tokenizer, LANGUAGE_MODEL)
         self.model, self.projector = model.to(device), self._projector(model).to(device)
-        self.networks: dict[str, nn.Module] = {
-            "tokenizer": tokenizer, "projector": self.projector, "language_model": self.model, **self.terms.learning,
-        }  # fmt: skip
-        if self.terms.adversary is not None:
-            self.networks["discriminator"] = self.terms.adversary.network
+        parts = {"tokenizer": tokenizer, "projector": self.projector, "language_model": self.model}
+        self.adopt(parts, size, RevivalConfig())
         self.guard = Guard(config.guard, held_out(config.guard.folder, config.guard.pictures, size))
         self.learnable = {part: [p for p in self.networks[part].parameters() if p.requires_grad] for part in PARTS}
         self.learnable["tokenizer"] += [p for module in self.terms.learning.values() for p in module.parameters()]
@@ -176,28 +168,19 @@ class Joint(Objective):
     def learners(self, stage: int) -> dict[str, Learner]:
         learning = self.config.stages[stage].learning()  # a tokenizer that the guard freezes keeps an idle optimizer
         found = {part: Learner(options, self.learnable[part]) for part, options in learning.items()}
-        if "discriminator" in self.networks and "tokenizer" in learning:
+        if "tokenizer" in learning:
             options = self.config.discriminator_optimizer or learning["tokenizer"]
-            parameters = list(self.networks["discriminator"].parameters())
-            found["discriminator"] = Learner(options, parameters, self.config.loss.gan_start)
+            found |= self.discriminator(options, self.config.loss.gan_start)
         return found
 
-    def adversarial(self, moment: Moment) -> bool:
-        """Whether the discriminator acts."""
-        tuned = "tokenizer" in self.learning(moment.stage)
-        return tuned and self.terms.adversary is not None and moment.step >= self.config.loss.gan_start
+    def tunes(self, stage: int) -> bool:
+        return "tokenizer" in self.learning(stage)
 
-    def players(self, moment: Moment) -> Sequence[Player]:
-        learning = self.learning(moment.stage)
-        first = Player("parts", (*PARTS, *self.terms.learning), tuple(learning))
-        second = Player("discriminator", ("discriminator",), ("discriminator",))
-        return (first, second) if self.adversarial(moment) else (first,)
+    def main_player(self, moment: Moment) -> Player:
+        return Player("parts", (*PARTS, *self.terms.learning), tuple(self.learning(moment.stage)))
 
-    def weights(self, player: str, moment: Moment) -> dict[str, float]:
-        if player == "discriminator":
-            assert self.terms.adversary is not None
-            return self.terms.adversary.weights()
-        if "tokenizer" not in self.learning(moment.stage):
+    def main_weights(self, moment: Moment) -> dict[str, float]:
+        if not self.tunes(moment.stage):
             return {"caption": 1.0}
         own = self.terms.weights(self.adversarial(moment))
         return {"caption": 1.0, **{name: self.config.alpha * weight for name, weight in own.items()}}
@@ -215,16 +198,13 @@ class Joint(Objective):
             return record_batches(self, records, self.processor, start)
         return image_batches(self, self.config.data, self.tokenizer, start)
 
-    def losses(self, player: str, batch: Batch | Rows, moment: Moment) -> tuple[Terms, Terms]:
+    def main_losses(self, batch: Batch | Rows, moment: Moment) -> tuple[Terms, Terms]:
         """The caption loss of a micro-batch, 0 without captions, and where the tokenizer learns its own terms."""
         device = self.accelerator.device
-        if player == "discriminator":
-            assert self.terms.adversary is not None
-            return self.terms.adversary.terms(), {}
         if isinstance(batch, Rows):
             return {"caption": caption_loss(self.model, self.projector, batch.to(device))}, {}
-        x, tuned = batch.images.to(device), "tokenizer" in self.learning(moment.stage)
-        output = self.tokenizer.reconstruct(x) if tuned else None
+        x = batch.images.to(device)
+        output = self.tokenizer.reconstruct(x) if self.tunes(moment.stage) else None
         rows = caption_batch(
             self.processor, read_codes(self.tokenizer, x, output), self.size, batch.captions, self.config.prompt
         )
@@ -244,12 +224,11 @@ class Joint(Objective):
         return [self.guard.measure(self._guarded(), start // max(1, self._step_size()))] if first else []
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        self.terms.after_step()
-        values = self.health.after_step(moment.step + 1, moment.progress, moment.once(3))
+        values, notes = super().after_step(moment, step)
         within, guard = moment.step + 1, self.guard
         due = within % self.config.guard.every == 0 or within == self.stages[moment.stage].steps
-        if "tokenizer" not in self.learning(moment.stage) or not due:
-            return values, []
+        if not due or not self.tunes(moment.stage):
+            return values, notes
         line = guard.measure(self._guarded(), step)
         if guard.crossed:
             line["message"] = guard.message(step)
@@ -266,23 +245,16 @@ class Joint(Objective):
     def stopped(self) -> bool:
         return self.guard.stopped
 
-    def window(self) -> dict[str, float]:
-        return self.health.window()
-
-    def skipped(self, batch: Batch | Rows) -> Sequence[str]:
-        return batch.skipped if isinstance(batch, Batch) else ()
-
     def save(self, networks: Networks, folder: Path) -> None:
         """The language model as `language` saves it, and the image tokenizer in `tokenizer` below it."""
         save_language_model(self.model, self.processor, self.projector, folder)
         self.tokenizer.eval().save(folder / "tokenizer")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"health": self.health.state_dict(), "terms": self.terms.state_dict(), "guard": self.guard.state_dict()}
+        return super().state_dict() | {"guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.health.load_state_dict(state["health"])
-        self.terms.load_state_dict(state["terms"])
+        super().load_state_dict(state)
         self.guard.load_state_dict(state["guard"])
 
 

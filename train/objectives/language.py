@@ -33,14 +33,12 @@ from tokenizers_mm.llm.model import add_lora
 from tokenizers_mm.llm.packing import pack_rows
 from tokenizers_mm.llm.projector import embed
 from tokenizers_mm.llm.records import RecordMixture, Records
-from tokenizers_mm.llm.transformers_api import (
-    embeddings,
-)
+from tokenizers_mm.llm.transformers_api import embeddings
+from tokenizers_mm.models.starting import saved_size
 
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from .base import Moment, Networks, Objective, Player, Terms
-from .start import saved_size
 
 LANGUAGE_MODEL = "config.objective.language_model"
 """Place of its configuration, as errors call it."""

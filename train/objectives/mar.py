@@ -27,13 +27,12 @@ from tokenizers_mm.encoders.captions import CaptionEmbedding, CaptionEmbeddingCo
 from tokenizers_mm.models.mar import MAR, MARConfig, decay_groups
 from tokenizers_mm.models.mar_sampling import SamplingConfig
 from tokenizers_mm.models.saving import save_tensors
+from tokenizers_mm.models.starting import saved_size
 
 from ..config import RunConfig
-from ..log import log_curves
 from ..optim import Learner, OptimizerConfig
 from .base import Moment, Networks, Objective, Player, Stage, Terms
-from .reconstruction import FIXED_DATA, image_batches, show_reconstructions
-from .start import saved_size
+from .images import FIXED_DATA, image_batches, show_reconstructions
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,6 @@ class MARTraining(Objective):
     def averages(self, stage: int) -> bool:
         return self.learns_latents(stage)
 
-    def skipped(self, batch: Batch) -> Sequence[str]:
-        return batch.skipped
-
     def state_dict(self) -> dict[str, Any]:
         return {"latent_scale": self.model.tokenizer.config.latent_scale}
 
@@ -221,18 +217,15 @@ class MARTraining(Objective):
             show_reconstructions(networks["generator"].tokenizer, self._shown, path)
 
     def save(self, networks: Networks, folder: Path) -> None:
-        """The tokenizer in our format, the captions' embedding beside it, curves, and drawn scenes."""
-        from tokenizers_mm.eval.drawings import Drawer, draw_scenes  # matplotlib
-        from tokenizers_mm.eval.pictures import plot_curves
-
+        """The tokenizer in our format, the captions' embedding beside it, and drawn scenes."""
         averaged = networks["generator"]
         self._set_scale(averaged, self.model.tokenizer.config.latent_scale)
         averaged.eval().tokenizer.save(folder / "tokenizer")
         save_tensors(averaged.captions.state_dict(), folder / "captions.safetensors")
-        if (folder / "log.jsonl").exists():
-            plot_curves(log_curves(folder / "log.jsonl"), folder / "curves.png")
         config, summary = self.config, {}
         if config.scenes:
+            from tokenizers_mm.eval.drawings import Drawer, draw_scenes  # matplotlib
+
             assert config.data.image_size is not None
             drawer = Drawer(averaged.tokenizer, averaged.condition, config.sampling, config.data.image_size[0])
             zooms = [source.zoom for source in config.data.sources if source.kind == "photographs"]

@@ -14,6 +14,7 @@ from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.alignment import cosine_distance
+from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.layers.towers import ChannelDeviations, ChannelMeans, TowerName, TowerOptions
 from tokenizers_mm.losses import LOSSES
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
@@ -86,9 +87,14 @@ class LossConfig:
         return self.weights.get(name, 0.0)
 
 
-def check_loss(loss: LossConfig) -> None:
-    """Refuse a weight without a term, a term without a weight, and options of a term that is off."""
+def check_loss(loss: LossConfig, own_optimizer: bool) -> None:
+    """Refuse a weight without a term, a term without a weight, and options of a term that is off.
+
+    own_optimizer: whether the discriminator has one.
+    """
     where = "config.objective.loss"
+    require(not own_optimizer or bool(loss.weight("generator")), "config.objective.discriminator_optimizer",
+            "nothing where loss.weights.generator is 0", "one")  # fmt: skip
     require((loss.semantic == "teacher") == (loss.teacher is not None), f"{where}.teacher",
             "a teacher for semantic: teacher only", "nothing" if loss.teacher is None else loss.semantic)  # fmt: skip
     weight = loss.weight("semantic")
@@ -182,7 +188,7 @@ class ImageTerms:
         self, x: Tensor, output: Reconstruction, batch: Batch, last_layer: nn.Parameter, adversarial: bool
     ) -> tuple[Terms, Terms]:
         """Terms, each a scalar in float32, and PSNR where there is an image."""
-        weight, image = self.config.weight, None if output.image is None else output.image.float()
+        weight, image = self.config.weight, None if output.image is None else at_least_float32(output.image)
         terms: Terms = {}
         if image is not None and weight("pixel"):
             terms["pixel"] = F.l1_loss(image, x) if self.config.pixel == "l1" else F.mse_loss(image, x)
@@ -204,18 +210,18 @@ class ImageTerms:
 
     def _semantic(self, x: Tensor, output: Reconstruction, batch: Batch) -> Tensor:
         assert output.semantic is not None
-        semantic = output.semantic.float()
+        semantic = at_least_float32(output.semantic)
         if self.captions is not None:
             return self.captions(semantic, batch.captions)
         if self.teacher is None:
             assert output.target is not None
-            return cosine_distance(semantic, output.target.float())
+            return cosine_distance(semantic, at_least_float32(output.target))
         assert self.config.teacher is not None
         size = self.config.teacher.image_size
         with torch.no_grad():
             seen = x if size is None else F.interpolate(x, size, mode="bilinear")
             target = self.teacher(seen).flatten(1, 2)
-        return cosine_distance(semantic, target.float())
+        return cosine_distance(semantic, at_least_float32(target))
 
 
 def _teacher(config: TeacherConfig) -> SemanticEncoder:

@@ -1,20 +1,17 @@
-"""A tokenizer's start from statistics of its images: principal components, k-means, regression."""
+"""A tokenizer's start from statistics of images: principal components, k-means, regression."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Range
-from tokenizers_mm.data.sources import DataConfig, Mixture
 from tokenizers_mm.models.from_encoder import cluster_codes
 from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.models.tokenflow import TokenFlow, TokenFlowConfig
 from tokenizers_mm.models.tokenflow_start import start_from_images
-
-FIRST = 1 << 40
-"""Position of the first image of the start in the run's mixture, far behind all that a run trains on."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +36,15 @@ def check_warm_start(config: Any, where: str) -> None:
 
 
 @torch.no_grad()
-def warm_start(tokenizer: TokenFlow | SemanticTokenizer, data: DataConfig, seed: int, config: WarmStartConfig) -> None:
-    """Fit a tokenizer to images of the mixture: TokenFlow's linear paths and codebook (see `start_from_images`), or the
-    codes of a semantic tokenizer, which become the centres of k-means over the features of its tower.
+def warm_start(tokenizer: Any, images: Tensor, config: WarmStartConfig, seed: int) -> None:
+    """Fit a tokenizer to images [N, 3, H, W] in [-1, 1]: TokenFlow's linear paths and codebook (`start_from_images`),
+    or the codes of a semantic tokenizer, which become the centres of k-means over the features of its tower.
+
+    tokenizer: one whose configuration `check_warm_start` takes.
     """
-    size = tokenizer.image_size or data.image_size
-    assert size is not None  # checked when the run begins
-    mixture = Mixture(data, size, seed)
-    images = torch.stack([mixture[FIRST + index]["image"] for index in range(config.images)])
     if isinstance(tokenizer, SemanticTokenizer):
         features = [tokenizer.tower_features(part.to(tokenizer.device)).flatten(0, 2) for part in images.split(64)]
         cluster_codes(tokenizer, torch.cat(features), config.iterations, seed)
     else:
-        start_from_images(tokenizer, images, torch.Generator().manual_seed(seed), config.iterations, config.ridge)
+        assert isinstance(tokenizer, TokenFlow)
+        start_from_images(tokenizer, images, seed, config.iterations, config.ridge)
