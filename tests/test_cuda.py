@@ -78,7 +78,7 @@ def test_a_start_from_images() -> None:
     for device in ("cpu", "cuda"):
         tokenizer = copy.deepcopy(TOKENIZERS["demo-64"]()).to(device)
         x = images(tokenizer.image_size, 48)
-        start_from_images(tokenizer.image_size, x, torch.Generator().manual_seed(0), 3, 1e-3)
+        start_from_images(tokenizer, x, torch.Generator().manual_seed(0), 3, 1e-3)
         again = tokenizer(x.to(device)).image.detach().cpu()
         made.append(float((again - x).square().mean()))
     assert made[1] == pytest.approx(made[0], rel=0.1)
