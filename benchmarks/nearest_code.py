@@ -5,7 +5,7 @@
 
 --isa caps the instruction set of ours and of the peers, so that one machine measures what weaker ones would see.
 Ratios are times of a method over ours, all in one process and interleaved. "ours" packs the codebook inside the timed
-call; "ours, packed" finds it in the cache.
+call; "ours, packed" finds it in the cache; "ours, margin" does too and returns the margins.
 """
 
 import argparse
@@ -163,10 +163,11 @@ def _add_vector_quantize(methods: dict[str, Callable[[], Any]], notes: list[str]
     methods["ours as a layer"] = torch.no_grad()(lambda: ours_layer(z, c))
 
 
-def mismatches(z: Tensor, c: Tensor, rows: int = 128) -> int:
-    """Rows of a sample whose index is not that of the float64 difference form."""
+def mismatches(z: Tensor, c: Tensor) -> int:
+    """Rows of a sample whose index is not that of the float64 difference form: 128, fewer for large codebooks."""
     ids, wide, wrong = ours(z, c), c.double(), 0
-    for row in torch.linspace(0, len(z) - 1, min(rows, len(z))).long().tolist():
+    rows = min(len(z), 128, 1 + (1 << 30) // c.numel())
+    for row in torch.linspace(0, len(z) - 1, rows).long().tolist():
         table = (z[row].double() - wide).square().sum(1)
         wrong += int(table[ids[row]] > table.min() * (1 + 1e-12))
     return wrong
@@ -180,6 +181,7 @@ def measure(case: str, kind: str, rows: int | None, threads: int, options: argpa
     methods: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(z, c),
         "ours, packed": lambda: kernels.nearest_code(z, c),
+        "ours, margin": lambda: kernels.nearest_code(z, c, return_margin=True),
     }
     if options.device == "cpu" and _native.cpu_or_none() is not None:
         methods["ours float32"] = lambda: ours_float32(z, c)

@@ -91,11 +91,10 @@ struct Rows {
     dtype == TMM_F64 ? isa.score_f64(z.f64(i), f64(first), last - first, d, first, best)
                      : isa.score_f32(z.f32(i), f32(first), last - first, d, first, best);
   }
-  // Squared distances from row i of `z` to `count` rows.
-  void distances(const Isa& isa, const Rows& z, int64_t i, int64_t first, int64_t count, double* out) const {
-    const RowKernels& kernels = *row_kernels(isa.lanes);
-    dtype == TMM_F64 ? kernels.distances_f64(z.f64(i), f64(first), count, d, out)
-                     : kernels.distances_f32(z.f32(i), f32(first), count, d, out);
+  // Squared distances from row i of `z` to `count` rows, at most 4; false: all are above the limit and out is not written.
+  bool distances(const Isa& isa, const Rows& z, int64_t i, int64_t first, int64_t count, double limit, double* out) const {
+    return dtype == TMM_F64 ? isa.distances_f64(z.f64(i), f64(first), count, d, limit, out)
+                            : isa.distances_f32(z.f32(i), f32(first), count, d, limit, out);
   }
   void to_double(int64_t i, double* out) const {
     for (int64_t j = 0; j < d; ++j) out[j] = dtype == TMM_F64 ? f64(i)[j] : static_cast<double>(f32(i)[j]);

@@ -126,13 +126,17 @@ struct Isa {
   RowStats (*centre_f64)(const double* row, const float* mean, float scale, int64_t d, float* out);
   // q = round(x / scale), int8 or int16, for `padded` values (a multiple of 16).
   QuantStats (*quantise[2])(const float* x, int64_t padded, float scale, void* out);
-  int32_t (*largest)(const int32_t* values, int64_t n);
+  // The largest value or, with `two`, one that at least two of them reach: the second largest maximum over a lane.
+  int32_t (*largest)(const int32_t* values, int64_t n, bool two);
   // Positions of values >= threshold, at most `capacity` of them; returns how many there are in all.
   int64_t (*collect)(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity);
   // Lowers `best` to the lexicographic minimum of itself and (|z - codes[i]|^2, first + i) for the n rows of codes (n <= 4 is
   // fast). Eight partial sums in double precision, so that every instruction set gives the same bits; NaN never wins.
   void (*score_f32)(const float* z, const float* codes, int64_t n, int64_t d, int64_t first, Best* best);
   void (*score_f64)(const double* z, const double* codes, int64_t n, int64_t d, int64_t first, Best* best);
+  // The same distances of n <= 4 rows of codes, infinity for NaN; false: all are above `limit` and out[0 .. 3] is not written.
+  bool (*distances_f32)(const float* z, const float* codes, int64_t n, int64_t d, double limit, double* out);
+  bool (*distances_f64)(const double* z, const double* codes, int64_t n, int64_t d, double limit, double* out);
   const TreeLoops* tree;
   Choice choice;
 };

@@ -177,7 +177,13 @@ float run_scale(const float* x, int64_t padded) {
   return largest_lane(run) / kRunLevels;
 }
 
-int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 8, as everywhere here
+inline int32_t largest_lane(__m256i v) {
+  __m128i top = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1)));
+}
+
+int32_t largest(const int32_t* values, int64_t n, bool two) {  // n is a multiple of 8, as everywhere here
   __m256i a = load(values), b = a;
   int64_t i = 8;
   for (; i + 16 <= n; i += 16) {
@@ -186,9 +192,11 @@ int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 8, as
   }
   if (i < n) a = _mm256_max_epi32(a, load(values + i));
   a = _mm256_max_epi32(a, b);
-  __m128i top = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1)));
+  const int32_t first = largest_lane(a);
+  if (!two) return first;
+  const __m256i hit = _mm256_cmpeq_epi32(a, _mm256_set1_epi32(first));
+  const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(hit));
+  return mask & (mask - 1) ? first : largest_lane(_mm256_blendv_epi8(a, _mm256_set1_epi32(INT32_MIN), hit));
 }
 
 int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity) {
@@ -254,9 +262,9 @@ inline __m256d four_distances(const T* z, const T* codes, const int64_t* offset,
   return _mm256_add_pd(_mm256_add_pd(zero, two), _mm256_add_pd(one, three));
 }
 
-// Whether all four codes are farther than `best`, by float32 distances. Those err by (d + 3) 2^-24, relative, and by the smallest
+// Whether all four codes are farther than `limit`, by float32 distances. Those err by (d + 3) 2^-24, relative, and by the smallest
 // float32 where they underflow; an overflow says farther than any float32, and NaN says nothing.
-inline bool all_farther(const float* z, const float* codes, const int64_t* offset, int64_t d, double best) {
+inline bool all_farther(const float* z, const float* codes, const int64_t* offset, int64_t d, double limit) {
   __m256 sum[4];
   for (int c = 0; c < 4; ++c) sum[c] = _mm256_setzero_ps();
   for (int64_t i = 0; i < d; i += 8) {
@@ -269,20 +277,25 @@ inline bool all_farther(const float* z, const float* codes, const int64_t* offse
   }
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sum[0], sum[1]), _mm256_hadd_ps(sum[2], sum[3]));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-  const double count = static_cast<double>(d), limit = best * (1 + (count + 8) * 0x1p-23) + count * 1e-44;
-  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_cvtps_pd(four), _mm256_set1_pd(limit), _CMP_GT_OQ)) == 15;
+  const double count = static_cast<double>(d), wide = limit * (1 + (count + 8) * 0x1p-23) + count * 1e-44;
+  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_cvtps_pd(four), _mm256_set1_pd(wide), _CMP_GT_OQ)) == 15;
 }
 inline bool all_farther(const double*, const double*, const int64_t*, int64_t, double) { return false; }
 
-constexpr int64_t kFilterFrom = 48;  // dimensions from which the filter pays
+constexpr int64_t kFilterFrom = 16;  // dimensions from which the filter pays
+
+// Where four codes begin: a short group repeats its last code, which changes no minimum.
+struct Offsets {
+  int64_t of[4];
+  Offsets(int64_t n, int64_t d) : of{0, (n < 2 ? n - 1 : 1) * d, (n < 3 ? n - 1 : 2) * d, (n < 4 ? n - 1 : 3) * d} {}
+};
 
 template <class T>
 void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
   for (int64_t i = 0; i < n; i += 4) {
-    const int64_t last = n - 1 - i;  // a short group repeats its last code, which changes no minimum
-    const int64_t offset[4] = {0, (last < 1 ? last : 1) * d, (last < 2 ? last : 2) * d, (last < 3 ? last : 3) * d};
-    if (d >= kFilterFrom && all_farther(z, codes + i * d, offset, d, best->distance)) continue;
-    __m256d distance = four_distances(z, codes + i * d, offset, d);
+    const Offsets offset(n - i, d);
+    if (d >= kFilterFrom && all_farther(z, codes + i * d, offset.of, d, best->distance)) continue;
+    __m256d distance = four_distances(z, codes + i * d, offset.of, d);
     distance = _mm256_min_pd(distance, _mm256_set1_pd(__builtin_inf()));  // NaN becomes infinity
     __m256d least = _mm256_min_pd(distance, _mm256_permute4x64_pd(distance, 0x4e));
     least = _mm256_min_pd(least, _mm256_permute_pd(least, 5));
@@ -291,6 +304,14 @@ void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best
     const int64_t index = first + i + lane;
     if (d2 < best->distance || (d2 == best->distance && index < best->index)) *best = {d2, index};
   }
+}
+
+template <class T>
+bool distances(const T* z, const T* codes, int64_t n, int64_t d, double limit, double* out) {
+  const Offsets offset(n, d);
+  if (d >= kFilterFrom && all_farther(z, codes, offset.of, d, limit)) return false;
+  _mm256_storeu_pd(out, _mm256_min_pd(four_distances(z, codes, offset.of, d), _mm256_set1_pd(__builtin_inf())));
+  return true;
 }
 
 const Isa kIsa = {"avx2",
@@ -310,6 +331,8 @@ const Isa kIsa = {"avx2",
                   collect,
                   score<float>,
                   score<double>,
+                  distances<float>,
+                  distances<double>,
                   &kTreeAvx2,
                   {{0.024f, 0.034f, 0.049f, 0.07f}, {12, 512, 640}}};
 

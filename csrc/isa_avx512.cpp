@@ -168,7 +168,7 @@ QuantStats quantise(const float* x, int64_t padded, float scale, void* out) {
   return {_mm512_reduce_add_ps(residual2), kBytes ? _mm512_reduce_add_epi32(sum) : 0};
 }
 
-int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 16, as everywhere here
+int32_t largest(const int32_t* values, int64_t n, bool two) {  // n is a multiple of 16, as everywhere here
   __m512i a = _mm512_loadu_si512(values), b = a;
   int64_t i = 16;
   for (; i + 32 <= n; i += 32) {
@@ -176,7 +176,11 @@ int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 16, a
     b = _mm512_max_epi32(b, _mm512_loadu_si512(values + i + 16));
   }
   if (i < n) a = _mm512_max_epi32(a, _mm512_loadu_si512(values + i));
-  return _mm512_reduce_max_epi32(_mm512_max_epi32(a, b));
+  const __m512i top = _mm512_max_epi32(a, b);
+  const int32_t first = _mm512_reduce_max_epi32(top);
+  if (!two) return first;
+  const unsigned mask = _mm512_cmpeq_epi32_mask(top, _mm512_set1_epi32(first));
+  return mask & (mask - 1) ? first : _mm512_mask_reduce_max_epi32(static_cast<__mmask16>(~mask), top);
 }
 
 int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity) {
@@ -205,9 +209,11 @@ inline __m512d load8(const double* p, __mmask8 mask) { return _mm512_maskz_loadu
 
 inline __m256d halves(__m512d sum) { return _mm256_add_pd(_mm512_castpd512_pd256(sum), _mm512_extractf64x4_pd(sum, 1)); }
 
-template <class T>
-inline __m512d squared_gap(__m512d sum, __m512d z, const T* code, __mmask8 mask) {
-  const __m512d gap = _mm512_sub_pd(z, load8(code, mask));
+inline __m512d load8(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline __m512d load8(const double* p) { return _mm512_loadu_pd(p); }
+
+inline __m512d squared_gap(__m512d sum, __m512d z, __m512d code) {
+  const __m512d gap = _mm512_sub_pd(z, code);
   return _mm512_add_pd(sum, _mm512_mul_pd(gap, gap));  // not fused: the same bits without FMA
 }
 
@@ -215,13 +221,21 @@ inline __m512d squared_gap(__m512d sum, __m512d z, const T* code, __mmask8 mask)
 template <class T>
 inline __m256d four_distances(const T* z, const T* codes, const int64_t* offset, int64_t d) {
   __m512d a = _mm512_setzero_pd(), b = a, c = a, e = a;
-  for (int64_t i = 0; i < d; i += 8) {
+  int64_t i = 0;
+  for (; i + 8 <= d; i += 8) {
+    const __m512d x = load8(z + i);
+    a = squared_gap(a, x, load8(codes + offset[0] + i));
+    b = squared_gap(b, x, load8(codes + offset[1] + i));
+    c = squared_gap(c, x, load8(codes + offset[2] + i));
+    e = squared_gap(e, x, load8(codes + offset[3] + i));
+  }
+  if (i < d) {
     const __mmask8 mask = first8(d - i);
     const __m512d x = load8(z + i, mask);
-    a = squared_gap(a, x, codes + offset[0] + i, mask);
-    b = squared_gap(b, x, codes + offset[1] + i, mask);
-    c = squared_gap(c, x, codes + offset[2] + i, mask);
-    e = squared_gap(e, x, codes + offset[3] + i, mask);
+    a = squared_gap(a, x, load8(codes + offset[0] + i, mask));
+    b = squared_gap(b, x, load8(codes + offset[1] + i, mask));
+    c = squared_gap(c, x, load8(codes + offset[2] + i, mask));
+    e = squared_gap(e, x, load8(codes + offset[3] + i, mask));
   }
   const __m256d ha = halves(a), hb = halves(b), hc = halves(c), he = halves(e);
   const __m256d even_ab = _mm256_unpacklo_pd(ha, hb), odd_ab = _mm256_unpackhi_pd(ha, hb);
@@ -231,12 +245,43 @@ inline __m256d four_distances(const T* z, const T* codes, const int64_t* offset,
   return _mm256_add_pd(_mm256_add_pd(zero, two), _mm256_add_pd(one, three));
 }
 
+// Whether all four codes are farther than `limit`, by float32 distances. Those err by (d + 3) 2^-24, relative, and by the smallest
+// float32 where they underflow; an overflow says farther than any float32, and NaN says nothing.
+inline bool all_farther(const float* z, const float* codes, const int64_t* offset, int64_t d, double limit) {
+  __m512 sum[4];
+  for (int c = 0; c < 4; ++c) sum[c] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < d; i += 16) {
+    const __mmask16 mask = first16(d - i);
+    const __m512 x = _mm512_maskz_loadu_ps(mask, z + i);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const __m512 gap = _mm512_sub_ps(x, _mm512_maskz_loadu_ps(mask, codes + offset[c] + i));
+      sum[c] = _mm512_fmadd_ps(gap, gap, sum[c]);
+    }
+  }
+  __m256 half[4];
+  for (int c = 0; c < 4; ++c) half[c] = _mm256_add_ps(_mm512_castps512_ps256(sum[c]), _mm512_extractf32x8_ps(sum[c], 1));
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  const double count = static_cast<double>(d), wide = limit * (1 + (count + 8) * 0x1p-23) + count * 1e-44;
+  return _mm256_cmp_pd_mask(_mm256_cvtps_pd(four), _mm256_set1_pd(wide), _CMP_GT_OQ) == 15;
+}
+inline bool all_farther(const double*, const double*, const int64_t*, int64_t, double) { return false; }
+
+constexpr int64_t kFilterFrom = 128;  // dimensions from which the filter pays
+
+// Where four codes begin: a short group repeats its last code, which changes no minimum.
+struct Offsets {
+  int64_t of[4];
+  Offsets(int64_t n, int64_t d) : of{0, (n < 2 ? n - 1 : 1) * d, (n < 3 ? n - 1 : 2) * d, (n < 4 ? n - 1 : 3) * d} {}
+};
+
 template <class T>
 void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
   for (int64_t i = 0; i < n; i += 4) {
-    const int64_t last = n - 1 - i;  // a short group repeats its last code, which changes no minimum
-    const int64_t offset[4] = {0, (last < 1 ? last : 1) * d, (last < 2 ? last : 2) * d, (last < 3 ? last : 3) * d};
-    __m256d distance = four_distances(z, codes + i * d, offset, d);
+    const Offsets offset(n - i, d);
+    if (d >= kFilterFrom && all_farther(z, codes + i * d, offset.of, d, best->distance)) continue;
+    __m256d distance = four_distances(z, codes + i * d, offset.of, d);
     distance = _mm256_min_pd(distance, _mm256_set1_pd(__builtin_inf()));  // NaN becomes infinity
     __m256d least = _mm256_min_pd(distance, _mm256_permute4x64_pd(distance, 0x4e));
     least = _mm256_min_pd(least, _mm256_permute_pd(least, 5));
@@ -245,6 +290,14 @@ void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best
     const int64_t index = first + i + lane;
     if (d2 < best->distance || (d2 == best->distance && index < best->index)) *best = {d2, index};
   }
+}
+
+template <class T>
+bool distances(const T* z, const T* codes, int64_t n, int64_t d, double limit, double* out) {
+  const Offsets offset(n, d);
+  if (d >= kFilterFrom && all_farther(z, codes, offset.of, d, limit)) return false;
+  _mm256_storeu_pd(out, _mm256_min_pd(four_distances(z, codes, offset.of, d), _mm256_set1_pd(__builtin_inf())));
+  return true;
 }
 
 const Isa kIsa = {"avx512_vnni",
@@ -264,8 +317,10 @@ const Isa kIsa = {"avx512_vnni",
                   collect,
                   score<float>,
                   score<double>,
+                  distances<float>,
+                  distances<double>,
                   &kTreeAvx512,
-                  {{0.011f, 0.02f, 0.042f, 0.08f}, {10, 512, 2400}}};
+                  {{0.0125f, 0.0197f, 0.042f, 0.08f}, {10, 512, 2400}}};
 
 }  // namespace
 

@@ -126,12 +126,16 @@ QuantStats quantise(const float* x, int64_t padded, float scale, void* out) {
   return {total, sum};
 }
 
-int32_t largest(const int32_t* values, int64_t n) {
+int32_t largest(const int32_t* values, int64_t n, bool two) {
   Ints top = load<Ints>(values);
   for (int64_t i = kLanes; i < n; i += kLanes) top = larger(top, load<Ints>(values + i));
-  int32_t best = top[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = top[lane] > best ? top[lane] : best;
-  return best;
+  int32_t first = top[0], second = INT32_MIN;
+  for (int lane = 1; lane < kLanes; ++lane) {
+    const int32_t value = top[lane], less = value < first ? value : first;
+    second = less > second ? less : second;
+    first = value > first ? value : first;
+  }
+  return two ? second : first;
 }
 
 int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity) {
@@ -151,7 +155,7 @@ int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* ou
 }
 
 template <class T>
-void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
+bool distances(const T* z, const T* codes, int64_t n, int64_t d, double, double* out) {
   for (int64_t c = 0; c < n; ++c, codes += d) {
     double sum[8] = {};
     int64_t i = 0;
@@ -165,6 +169,16 @@ void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best
       sum[lane] += gap * gap;
     }
     const double d2 = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+    out[c] = d2 < __builtin_inf() ? d2 : __builtin_inf();
+  }
+  return true;
+}
+
+template <class T>
+void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
+  for (int64_t c = 0; c < n; ++c) {
+    double d2;
+    distances(z, codes + c * d, 1, d, 0, &d2);
     if (d2 < best->distance || (d2 == best->distance && first + c < best->index)) *best = {d2, first + c};
   }
 }

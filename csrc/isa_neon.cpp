@@ -8,7 +8,7 @@
 namespace tmm {
 namespace {
 
-int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 4, as everywhere here
+int32_t largest(const int32_t* values, int64_t n, bool two) {  // n is a multiple of 4, as everywhere here
   int32x4_t a = vld1q_s32(values), b = a;
   int64_t i = 4;
   for (; i + 8 <= n; i += 8) {
@@ -16,7 +16,11 @@ int32_t largest(const int32_t* values, int64_t n) {  // n is a multiple of 4, as
     b = vmaxq_s32(b, vld1q_s32(values + i + 4));
   }
   if (i < n) a = vmaxq_s32(a, vld1q_s32(values + i));
-  return vmaxvq_s32(vmaxq_s32(a, b));
+  const int32x4_t top = vmaxq_s32(a, b);
+  const int32_t first = vmaxvq_s32(top);
+  if (!two) return first;
+  const uint32x4_t hit = vceqq_s32(top, vdupq_n_s32(first));
+  return vaddvq_u32(vshrq_n_u32(hit, 31)) > 1 ? first : vmaxvq_s32(vbslq_s32(hit, vdupq_n_s32(INT32_MIN), top));
 }
 
 int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity) {

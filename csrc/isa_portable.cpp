@@ -24,6 +24,8 @@ const Isa* portable_isa() {
                           collect,
                           score<float>,
                           score<double>,
+                          distances<float>,
+                          distances<double>,
                           &kTree,
                           {{0, 0, 0.19f, 0.3f}, {8, 16384, 640}}};
   return &isa;

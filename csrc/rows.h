@@ -14,9 +14,6 @@ struct RowKernels {
   // distances up in *total, which is finite unless a distance is not. Each is within (d + 3) roundings of 2^-24, relative, of
   // the true one. out: room for n rounded up to kRowLanes.
   int64_t (*near)(const float* z, const float* codes, int64_t n, int64_t d, float limit, int32_t* out, float* total);
-  // Squared distances in double precision, the same bits as the `score_` functions of isa.h.
-  void (*distances_f32)(const float* z, const float* codes, int64_t n, int64_t d, double* out);
-  void (*distances_f64)(const double* z, const double* codes, int64_t n, int64_t d, double* out);
 };
 
 // Those for registers of this many 32-bit lanes.

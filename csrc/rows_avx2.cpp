@@ -23,13 +23,6 @@ Floats reduce(const Floats* s) {
   return (Floats)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
-void reduce_four(const Doubles* sums, double* out) {
-  for (int j = 0; j < 4; ++j) {
-    const Doubles& s = sums[j];
-    out[j] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-  }
-}
-
 uint32_t not_above(Floats v, float limit) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_NGT_UQ)));
 }

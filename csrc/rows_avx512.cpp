@@ -33,19 +33,6 @@ Floats reduce(const Floats* s) {
   return (Floats)_mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
 }
 
-inline __m256d halves(Doubles sum) {
-  return _mm256_add_pd(_mm512_castpd512_pd256((__m512d)sum), _mm512_extractf64x4_pd((__m512d)sum, 1));
-}
-
-void reduce_four(const Doubles* s, double* out) {
-  const __m256d a = halves(s[0]), b = halves(s[1]), c = halves(s[2]), e = halves(s[3]);
-  const __m256d even_ab = _mm256_unpacklo_pd(a, b), odd_ab = _mm256_unpackhi_pd(a, b);
-  const __m256d even_ce = _mm256_unpacklo_pd(c, e), odd_ce = _mm256_unpackhi_pd(c, e);
-  const __m256d even = _mm256_add_pd(_mm256_permute2f128_pd(even_ab, even_ce, 0x20), _mm256_permute2f128_pd(even_ab, even_ce, 0x31));
-  const __m256d odd = _mm256_add_pd(_mm256_permute2f128_pd(odd_ab, odd_ce, 0x20), _mm256_permute2f128_pd(odd_ab, odd_ce, 0x31));
-  _mm256_storeu_pd(out, _mm256_add_pd(even, odd));
-}
-
 uint32_t not_above(Floats v, float limit) { return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NGT_UQ); }
 
 Floats load_first(const float* p, int64_t count) {

@@ -8,7 +8,6 @@ namespace {
 constexpr int kLanes = TMM_LANES, kWords = TMM_LANES / 2;
 
 typedef float Floats __attribute__((vector_size(4 * TMM_LANES)));
-typedef double Doubles __attribute__((vector_size(64)));
 typedef uint64_t Words __attribute__((vector_size(4 * TMM_LANES)));
 
 template <class V>
@@ -20,7 +19,6 @@ inline __attribute__((always_inline)) V load(const void* p) {
 
 inline Words multiply_halves(Words v);              // low 32 bits times high 32 bits of every word
 inline Floats reduce(const Floats* sums);           // lane i: the sum of the lanes of sums[i], for kLanes vectors
-inline void reduce_four(const Doubles* sums, double* out);
 inline uint32_t not_above(Floats v, float limit);   // bit i: lane i is not above the limit (NaN is not)
 inline Floats load_first(const float* p, int64_t count);  // the first `count` < kLanes lanes, and zeros
 
@@ -47,7 +45,7 @@ void digest(const char* data, int64_t bytes, uint64_t stripe, uint64_t* sums) {
     }
   };
   for (; bytes >= 64; bytes -= 64, data += 64) {
-    __builtin_prefetch(data + 1024);
+    __builtin_prefetch(data + 2048);
     add(data);
   }
   if (bytes > 0) {
@@ -102,44 +100,7 @@ int64_t near(const float* z, const float* codes, int64_t n, int64_t d, float lim
   return count;
 }
 
-// Four codes at a time, each with eight partial sums, added ((0+4)+(2+6)) + ((1+5)+(3+7)), as everywhere. Past the end the last
-// code again.
-template <class T>
-void distances(const T* z, const T* codes, int64_t n, int64_t d, double* out) {
-  typedef T Values __attribute__((vector_size(8 * sizeof(T))));
-  for (int64_t first = 0; first < n; first += 4) {
-    const T* code[4];
-    for (int j = 0; j < 4; ++j) code[j] = codes + (first + j < n ? first + j : n - 1) * d;
-    Doubles sums[4] = {};
-    const auto add = [&](const T* a, const T* const* b, int64_t at) __attribute__((always_inline)) {
-      Values x, y;
-      __builtin_memcpy(&x, a, sizeof x);
-      const Doubles wide = __builtin_convertvector(x, Doubles);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        __builtin_memcpy(&y, b[j] + at, sizeof y);
-        const Doubles gap = wide - __builtin_convertvector(y, Doubles);
-        sums[j] += gap * gap;
-      }
-    };
-    int64_t i = 0;
-    for (; i + 8 <= d; i += 8) add(z + i, code, i);
-    if (i < d) {
-      T a[8] = {}, b[4][8] = {};
-      const T* rest[4] = {b[0], b[1], b[2], b[3]};
-      for (int64_t lane = 0; i + lane < d; ++lane) {
-        a[lane] = z[i + lane];
-        for (int j = 0; j < 4; ++j) b[j][lane] = code[j][i + lane];
-      }
-      add(a, rest, 0);
-    }
-    double found[4];
-    reduce_four(sums, found);
-    for (int64_t j = 0; j < 4 && first + j < n; ++j) out[first + j] = found[j];
-  }
-}
-
-constexpr RowKernels kKernels = {digest, near, distances<float>, distances<double>};
+constexpr RowKernels kKernels = {digest, near};
 
 }  // namespace
 }  // namespace tmm

@@ -14,13 +14,6 @@ Floats reduce(const Floats* sums) {
   return out;
 }
 
-void reduce_four(const Doubles* sums, double* out) {
-  for (int j = 0; j < 4; ++j) {
-    const Doubles& s = sums[j];
-    out[j] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-  }
-}
-
 uint32_t not_above(Floats v, float limit) {
   uint32_t mask = 0;
   for (int lane = 0; lane < kLanes; ++lane) mask |= static_cast<uint32_t>(!(v[lane] > limit)) << lane;

@@ -178,18 +178,6 @@ class BlockSearch {
     }
   }
 
-  // A value that two groups reach: the second largest of the maxima of a few parts.
-  int32_t second_largest(const int32_t* groups) const {
-    const int64_t part = (groups_per_row_ / isa_.lanes + kParts - 1) / kParts * isa_.lanes;
-    int32_t first = std::numeric_limits<int32_t>::min(), second = first;
-    for (int64_t start = 0; start < groups_per_row_; start += part) {
-      const int32_t top = isa_.largest(groups + start, std::min(part, groups_per_row_ - start));
-      second = std::max(second, std::min(first, top));
-      first = std::max(first, top);
-    }
-    return second;
-  }
-
   // Moves the place of the largest of the groups listed at `from` and later to `from`.
   void bring_largest(const int32_t* groups, int64_t from, int64_t found) {
     int64_t best = from;
@@ -207,7 +195,7 @@ class BlockSearch {
     const RowState& state = state_[r];
     if (!state.usable) return false;
     const int32_t* groups = groups_.get() + r * groups_per_row_;
-    const double bar = score_of(query_.margin ? second_largest(groups) : isa_.largest(groups, groups_per_row_), state);
+    const double bar = score_of(isa_.largest(groups, groups_per_row_, query_.margin), state);
     if (rung_ == kDifference && !(bar > -1e37)) return false;  // overflow
     double least = bar - 2 * bound(bar, state);
     int64_t found = list_groups(groups, least, state);
@@ -248,7 +236,6 @@ class BlockSearch {
     certain ? leader.store(stats) : search_in_full(query_, known_.only, row, stats);
   }
 
-  static constexpr int64_t kParts = 4;
   static constexpr int kScales = 2049;  // exponent and three bits of mantissa of a positive float32
   const Query& query_;
   const Codebook& book_;
@@ -314,7 +301,7 @@ int next_rung(const Isa& isa, int rung) {
 int better_rung(const Codebook& book, int rung, const Stats& stats) {
   const double products = static_cast<double>(book.k) * static_cast<double>(book.d);
   const double scored = stats.rows ? static_cast<double>(stats.codes) / static_cast<double>(stats.rows) : 0;
-  const double excess = (scored - 2.0 * book.isa->vectors) * (0.5 * static_cast<double>(book.d) + 16);
+  const double excess = (scored - 2.0 * book.isa->vectors) * (0.5 * static_cast<double>(book.d) + 48);
   const int next = next_rung(*book.isa, rung);
   if (next == kRungs || (next == kDifference && book.dtype != TMM_F32)) return rung;  // it needs the values themselves
   return excess > products * static_cast<double>(book.isa->choice.cycles[next] - book.isa->choice.cycles[rung]) ? next : rung;

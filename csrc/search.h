@@ -51,7 +51,8 @@ class Leader {
     double distance[kScored];
     for (; first < last; first += kScored) {
       const int64_t count = std::min(kScored, last - first);
-      query_->codes.distances(*query_->isa, query_->z, row_, first, count, distance);
+      if (!query_->codes.distances(*query_->isa, query_->z, row_, first, count, second_, distance)) continue;
+      if (count == kScored && offer_four(distance, first)) continue;
       for (int64_t i = 0; i < count; ++i) offer({distance[i], first + i});
     }
   }
@@ -79,24 +80,36 @@ class Leader {
   }
 
  private:
-  static constexpr int64_t kScored = 64;
+  static constexpr int64_t kScored = 4;  // at a time
+
+  // The same as offering each, without branches that nobody could guess; false: some are equal, and none was offered.
+  bool offer_four(const double* distance, int64_t first) {
+    const double low = std::min(distance[0], distance[1]), high = std::max(distance[0], distance[1]);
+    const double other_low = std::min(distance[2], distance[3]), other_high = std::max(distance[2], distance[3]);
+    const double least = std::min(low, other_low);
+    const double second = std::min(std::max(low, other_low), std::min(high, other_high));
+    if (least == second || least == best_.distance) return false;
+    const int at = low < other_low ? distance[1] < distance[0] : 2 + (distance[3] < distance[2]);
+    second_ = std::min(second_, second);
+    offer({least, first + at});
+    return true;
+  }
 
   void offer(const Best& code) {
-    if (!(code.distance <= second_)) return;
-    if (code.distance > best_.distance) {
-      second_ = code.distance;
-    } else if (code.distance < best_.distance) {
-      if (found()) second_ = best_.distance;
-      best_ = code;
+    if (code.distance == best_.distance) return tie(code.index);
+    const bool nearer = code.distance < best_.distance;
+    second_ = std::min(second_, nearer ? best_.distance : code.distance);
+    best_ = {nearer ? code.distance : best_.distance, nearer ? code.index : best_.index};
+  }
+
+  void tie(int64_t index) {
+    if (!found()) return;
+    if (query_->codes.equal(index, best_.index)) {
+      repeated_ = true;
     } else {
-      if (!found()) return;
-      if (query_->codes.equal(code.index, best_.index)) {
-        repeated_ = true;
-      } else {
-        second_ = best_.distance;
-      }
-      best_.index = std::min(best_.index, code.index);
+      second_ = best_.distance;
     }
+    best_.index = std::min(best_.index, index);
   }
 
   double margin() const {

@@ -13,6 +13,7 @@ Every image becomes upright 8-bit RGB in sRGB by one rule, which never looks at 
     frames        the first of an animation; a PIL image gives the frame it stands at
 """
 
+import math
 import os
 import sys
 import threading
@@ -259,9 +260,20 @@ def levels_to_tensor(levels: Sequence[np.ndarray]) -> Tensor:
 def tensor_to_images(x: Tensor) -> list[Image.Image]:
     """Float [B, 3, H, W] in [-1, 1] as PIL images; values outside are clamped, non-finite ones refused."""
     require(x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point(), "x", "float [B, 3, H, W]", x)
-    require(bool(torch.isfinite(x).all()), "x", "finite values", "NaN or infinity")
-    array = x.detach().float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(item) for item in array]
+    finite_extremes(x, "x")
+    return [Image.merge("RGB", [Image.fromarray(part) for part in item]) for item in to_bytes(x.detach()).cpu().numpy()]
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Values in [-1, 1] as uint8, rounded; those outside are clamped."""
+    return x.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
+
+
+def finite_extremes(x: Tensor, name: str) -> tuple[float, float]:
+    """The least and the greatest value, (0, 0) of none; NaN and infinity are refused, which these two tell."""
+    low, high = map(float, x.detach().aminmax()) if x.numel() else (0.0, 0.0)
+    require(math.isfinite(low) and math.isfinite(high), name, "finite values", "NaN or infinity")
+    return low, high
 
 
 def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Image:

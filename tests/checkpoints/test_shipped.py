@@ -14,7 +14,7 @@ from tokenizers_mm.checkpoints.store import SHIPPED, shipped
 from tokenizers_mm.cli import main
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.eval.image import psnr
-from tokenizers_mm.eval.report import reconstruct
+from tokenizers_mm.eval.validation import reconstruct
 
 NAME = "tokenizers_mm/demo-64"
 

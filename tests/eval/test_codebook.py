@@ -21,6 +21,21 @@ def test_usage_and_perplexity_equal_counting() -> None:
     assert abs(report["a"]["perplexity"] - float(torch.exp(-(p * p.log()).sum()))) < 1e-6
 
 
+def test_usage_of_a_large_codebook_is_counted_over_all_images() -> None:
+    """All of 262,144 codes, a few in each image: no window of the last ids, in which only a part of them has room."""
+    size = 1 << 18
+    stream = Stream("a", size, ((32, 32),))
+    counts, ids = CodebookCounts(), torch.randperm(size, generator=torch.Generator().manual_seed(0)).view(-1, 1024)
+    for part in ids.split(100):
+        counts.add(ImageCodes(part, 32, 32, (stream,)))
+    report = counts.report()["a"]
+    assert (report["usage"], report["dead"], report["ids"]) == (1.0, 0, size)
+    assert abs(report["perplexity"] / size - 1) < 1e-9
+    random = torch.randint(0, size, (100, 1024), generator=torch.Generator().manual_seed(1))
+    found = codebook_health(ImageCodes(part, 32, 32, (stream,)) for part in random.split(7))["a"]
+    assert found["usage"] == float((torch.bincount(random.flatten(), minlength=size) > 0).double().mean())
+
+
 def test_linear_probe_reads_what_is_linear_and_nothing_else() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 2, generator=generator)

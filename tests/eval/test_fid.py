@@ -8,13 +8,18 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from tokenizers_mm.eval.fid import frechet, rfid
+from tokenizers_mm.eval.base import Batch, Setup
+from tokenizers_mm.eval.networks import RFID
+from tokenizers_mm.eval.protocols import PROTOCOLS
+
+
+def rfid(weights: Path) -> RFID:
+    return RFID(Setup(PROTOCOLS["default"], {"inception": str(weights)}))
 
 
 def test_missing_weights_are_one_sentence(tmp_path: Path) -> None:
-    images = [torch.zeros(3, 8, 8)] * 2
     with pytest.raises(ValueError, match="rfid weights: expected the Inception weights"):
-        rfid(images, images, tmp_path / "no.pth")
+        rfid(tmp_path / "no.pth")
 
 
 class Harm:
@@ -26,13 +31,13 @@ class Harm:
 
 
 def test_weights_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    images, file = [torch.zeros(3, 8, 8)] * 2, tmp_path / "inception.pth"
+    file = tmp_path / "inception.pth"
     torch.save({"weight": Harm(tmp_path / "harm")}, file)
     with pytest.raises(ValueError, match=r"rfid weights: expected a file of torch\.save with nothing but weights"):
-        rfid(images, images, file)
+        rfid(file)
     file.write_text("text")
     with pytest.raises(ValueError, match="rfid weights: expected a file"):
-        rfid(images, images, file)
+        rfid(file)
     assert not (tmp_path / "harm").exists()
 
 
@@ -69,7 +74,10 @@ def test_frechet_distance_equals_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     a = [torch.rand(3, 8, 8, generator=generator) * 2 - 1 for _ in range(40)]
     b = [torch.rand(3, 8, 8, generator=generator) * 1.5 - 1 for _ in range(40)]
-    value = frechet(a, b, feature_extractor="mean-of-colours", feature_layer_fid="4")
+    metric = RFID(Setup(PROTOCOLS["default"], extractor="mean-of-colours"))
+    for start in range(0, 40, 8):
+        metric.update(Batch(torch.stack(a[start : start + 8]), torch.stack(b[start : start + 8])))
+    value = metric.result()["mean"]
 
     def moments(images):
         x = torch.stack(images).mul(127.5).add(128).clamp(0, 255).to(torch.uint8).float()

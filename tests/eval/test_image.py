@@ -47,6 +47,41 @@ def test_psnr_and_ssim_equal_scikit_image(size: tuple[int, int]) -> None:
             assert ours == pytest.approx(float(theirs), abs=1e-6)  # type: ignore[arg-type]
 
 
+def hard_pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Pairs of images, 8 bits [64, 64, 3], for which the rounding of float32 would matter most."""
+    rng = np.random.default_rng(0)
+    bright = np.full((64, 64, 3), 245, dtype=np.uint8)
+    page = bright.copy()
+    page[:, :30] = 6
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, bright.shape)
+    noise = rng.integers(0, 256, bright.shape, dtype=np.uint8)
+    return {
+        "one step": (bright, bright - 1),
+        "white to black": (bright, 255 - bright),
+        "half of it": (page, np.where(page == 6, page + 30, page).astype(np.uint8)),
+        "half swapped": (page, np.ascontiguousarray(page[:, ::-1])),
+        "weak noise": (page, (page + rng.integers(0, 5, page.shape)).astype(np.uint8)),
+        "bands": (np.ascontiguousarray(ramp), ramp // 16 * 16),
+        "noise": (noise, rng.integers(0, 256, bright.shape, dtype=np.uint8)),
+        "specks": (bright, np.where(noise > 240, noise, bright)),
+    }
+
+
+def test_float32_costs_no_digit_that_counts() -> None:
+    """Flat, bright and badly wrong images still equal scikit-image, which computes in float64, to 1e-6."""
+    for name, (x, y) in hard_pairs().items():
+        a, b = (image_to_tensor(Image.fromarray(image))[None] for image in (x, y))
+        x, y = x / 255, y / 255
+        psnr = float(peak_signal_noise_ratio(x, y, data_range=1))
+        assert float(metric.psnr(a, b)) == pytest.approx(psnr, abs=2e-5 if name == "one step" else 1e-6), name
+        for window, options in (("gaussian", GAUSSIAN), ("uniform7", {})):
+            ours = float(metric.ssim(a, b, window))  # type: ignore[arg-type]
+            theirs = structural_similarity(x, y, channel_axis=2, data_range=1, **options)  # type: ignore[arg-type]
+            assert ours == pytest.approx(float(theirs), abs=1e-6), (name, window)  # type: ignore[arg-type]
+            precise = float(metric.ssim(a.double(), b.double(), window))  # type: ignore[arg-type]
+            assert ours == pytest.approx(precise, abs=1e-6), (name, window)
+
+
 def test_metrics_are_per_image_and_do_not_depend_on_the_batch() -> None:
     a, b = pair(0.1)
     for measure in (metric.psnr, metric.ssim):

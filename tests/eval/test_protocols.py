@@ -107,4 +107,4 @@ def test_images_of_tar_files(tmp_path: Path) -> None:
             tar.add(tmp_path / f"{index}.png", f"x/{index}.png")
     found = ImageSource.at(str(tmp_path), limit=2)
     assert found.names == ["a/x/0.png", "a/x/1.png"]
-    assert [found.open(index).size for index in range(2)] == [(8, 8), (9, 8)]
+    assert [found.read(index).image.size for index in range(2)] == [(8, 8), (9, 8)]

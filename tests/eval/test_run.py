@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.eval.towers import ColourTower
 from tokenizers_mm.eval import METRICS
 from tokenizers_mm.eval import run as running
 from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
@@ -182,7 +183,7 @@ def outcome(metric: Metric) -> Any:
 def test_the_table_of_metrics() -> None:
     """Every metric has what the report reads of it, and its state restores it; one test for all lines of the table."""
     assert METRICS is TABLE
-    setup = Setup(PROTOCOLS["native"])
+    setup = Setup(PROTOCOLS["native"], tower=ColourTower(), classes=("red", "blue"))
     generator = torch.Generator().manual_seed(0)
     missing: dict[str, str] = {}
     for name, cls in TABLE.items():
@@ -200,7 +201,7 @@ def test_the_table_of_metrics() -> None:
             ids = torch.randint(0, 8, (2, 6), generator=generator)
             codes = ImageCodes(ids, 48, 48, streams)
             features = torch.randn(2, 5, generator=generator)
-            metric.update(Batch(a, b, codes, [18.0] * 2, features, [0, 1]))
+            metric.update(Batch(a, b, codes, [18.0] * 2, features, [0, 1], ["a red one", "a blue one"]))
             again = cls(setup)
             again.restore(metric.state())
         before, after = metric.state(), again.state()

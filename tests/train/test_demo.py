@@ -13,7 +13,7 @@ from tests.cases import ROOT
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.eval.image import psnr
-from tokenizers_mm.eval.report import reconstruct
+from tokenizers_mm.eval.validation import reconstruct
 from train.config import read_config
 from train.demo import __main__ as program
 from train.demo import judgement, language_model, shipped, tokenizer

@@ -19,8 +19,7 @@ from tests.train.kinds import assert_same, final
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import Batch
 from tokenizers_mm.eval.image import psnr
-from tokenizers_mm.eval.report import reconstruct
-from tokenizers_mm.eval.validation import held_out
+from tokenizers_mm.eval.validation import held_out, reconstruct
 from tokenizers_mm.llm import FeatureProjector, MultimodalProcessor, Segment, VisualVocabulary
 from tokenizers_mm.models import TokenFlow
 from train.__main__ import main

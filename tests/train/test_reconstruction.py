@@ -19,6 +19,7 @@ from tests.mar_cases import tiny_config as mar_config
 from tests.train.kinds import edited, plain
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.data.sources import Batch
+from tokenizers_mm.eval.towers import OwnTower, open_tower
 from train.__main__ import main
 from train.checkpoint import list_checkpoints
 from train.config import parse_config, read_config
@@ -68,6 +69,10 @@ def test_the_average_is_saved_and_is_not_the_last_weights(tmp_path: Path) -> Non
     assert all(torch.equal(tensor, saved[name]) for name, tensor in state.averaged.state_dict().items())
     last = state.objective.networks["tokenizer"].state_dict()
     assert any(not torch.equal(tensor, saved[name]) for name, tensor in last.items())
+    tower = open_tower(str(tmp_path / "captions"))
+    assert isinstance(tower, OwnTower)
+    for name, tensor in state.objective.networks["captions"].state_dict().items():
+        assert torch.equal(tensor, tower.contrast.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from tokenizers_mm.cli.options import SHIPPED
 
 SUMMARY = "Metrics of any number of tokenizers over images: a report as JSON and as one page."
 
-WEIGHTS = ("inception", "vgg16", "dists")
-"""Files of weights that metrics take."""
+WEIGHTS = ("inception", "vgg16", "dists", "tower")
+"""Files of weights that metrics take; `tower` is a directory."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -40,7 +40,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run_options(command: argparse.ArgumentParser) -> None:
     """Add what a run over images needs, of `eval` and of `compare`."""
     command.add_argument(
-        "--images", help="folder of images or of tar files, or `photographs` (crops that packages carry)"
+        "--images",
+        help="folder of images or of tar files, `photographs` (crops that packages carry) or `scenes` (rendered, with "
+        "captions)",
     )
     command.add_argument("--limit", type=int, help="take the first N images only")
     command.add_argument("--protocol", default="default", help="how images are prepared (default: %(default)s)")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.eval.protocols import Protocol
+from tokenizers_mm.eval.towers import Tower
 from tokenizers_mm.types import ImageCodes
 
 Made = TypeVar("Made")
@@ -27,7 +28,8 @@ class Batch:
     originals, reconstructions: [B, 3, H, W] in [-1, 1] on the CPU, the latter finished by the protocol.
     codes: ids on the CPU, None for a continuous tokenizer or a codec. bits: of each image, nominal.
     features: of the originals by the tokenizer, [B, C], None where nothing asks for them.
-    labels: class of each image, -1 for none.
+    labels: class of each image, -1 for none. captions: text of each image, "" for none.
+    semantic: features [B, T, C] that the tokenizer decodes from its codes, None where nothing asks for them.
     shared: what metrics computed from the originals, by name: of use to the next tokenizer. own: the same from the
         reconstructions, of use to the next metric.
     """
@@ -38,6 +40,8 @@ class Batch:
     bits: Sequence[float] = ()
     features: Tensor | None = None
     labels: Sequence[int] = ()
+    captions: Sequence[str] = ()
+    semantic: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
 
@@ -53,8 +57,10 @@ class Batch:
 class Setup:
     """Choices of a run that metrics read.
 
-    weights: files by name ("inception", "vgg16", "dists"). extractor: name of a feature extractor registered with
-    torch-fidelity that stands in for Inception. device: where networks of metrics run. seed: of random splits.
+    weights: files by name ("inception", "vgg16", "dists"; "tower": a directory, see `towers`). extractor: name of a
+    feature extractor registered with torch-fidelity that stands in for Inception. tower: of images and texts, in place
+    of that directory. device: where networks of metrics run. seed: of random splits. classes: names of the images'
+    classes, which `begin` takes from their source.
     """
 
     protocol: Protocol
@@ -62,6 +68,8 @@ class Setup:
     extractor: str = ""
     device: str = "cpu"
     seed: int = 0
+    tower: Tower | None = None
+    classes: Sequence[str] = ()
 
 
 class Metric(ABC):
@@ -78,7 +86,8 @@ class Metric(ABC):
     better: ClassVar[Literal["higher", "lower", ""]] = ""
     needs: ClassVar[str] = ""
     default: ClassVar[bool] = True
-    reads_features: ClassVar[bool] = False
+    reads_features: bool = False
+    reads_semantic: bool = False
     least: ClassVar[int] = 1
     """Pixels that both sides of an image need."""
 
@@ -92,6 +101,13 @@ class Metric(ABC):
     @abstractmethod
     def result(self) -> Any:
         """A number, a mapping, or None where there is nothing to say; ValueError, one sentence, says why."""
+
+    def per_image(self) -> Sequence[float] | None:
+        """One number per image that was taken, NaN for those left out; their mean is the result. None: there are none.
+
+        For confidence intervals and paired tests; ValueError as `result`.
+        """
+        return None
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -129,7 +145,10 @@ class PerImage(Metric):
         require(not bool((bad & ~allowed).any()), self.name, "finite values", f"{scores[bad].tolist()[:3]}")
         self.values += scores.tolist()
 
-    def result(self) -> float | None:
+    def per_image(self) -> Sequence[float]:
+        return self.values
+
+    def result(self) -> float | dict[str, float] | None:
         finite = [value for value in self.values if math.isfinite(value)]
         if not finite and all(math.isnan(value) for value in self.values):
             if self.least > 1:

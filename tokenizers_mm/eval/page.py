@@ -112,7 +112,7 @@ def choose_examples(report: Mapping[str, Any], run: Run) -> list[Example]:
 def _example(run: Run, kind: str, index: int) -> Example:
     """One image through all candidates. index: among those that were used."""
     place = run.used[index]
-    original = run.prepare(run.source.open(place), run.source.names[place])
+    original = run.prepare(run.source.read(place).image, run.source.names[place])
     made, maps = [], []
     for measured, (x, encoded, *_) in zip(
         run.measured, reconstructions(run, image_to_tensor(original)[None]), strict=True
@@ -238,6 +238,9 @@ def _results(report: Mapping[str, Any]) -> str:
             text = f"<strong>{text}</strong>" if first else text
             if entry is not None and "low" in entry and entry["low"] != entry["high"]:
                 text += f"<br><small>{shown({'mean': entry['low']})} to {shown({'mean': entry['high']})}</small>"
+            for key in ("originals", "chance"):
+                if entry is not None and key in entry:
+                    text += f"<br><small>{key} {shown({'mean': entry[key]})}</small>"
             cells.append(text)
         if speed:
             cells += [
@@ -245,6 +248,8 @@ def _results(report: Mapping[str, Any]) -> str:
             ]
         body[row not in rows].append(cells)
     notes = ["Small numbers are 95 % bootstrap intervals of the mean. Bold: the best of a column."]
+    if any("chance" in entry for row in rows for entry in row["metrics"].values()):
+        notes.append("Originals: the same for the images themselves. Chance: what a guess without the image reaches.")
     stand_ins = {e["stands_in"] for row in rows for e in row["metrics"].values() if "stands_in" in e}
     notes += [f"rFID, KID and inception score: {text}." for text in sorted(stand_ins)]
     peaks = {row["speed"]["device"]: row["speed"]["peak_memory"] for row in rows if "speed" in row}

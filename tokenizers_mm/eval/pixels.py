@@ -18,7 +18,7 @@ class PSNR(PerImage):
     infinite = True
 
     def scores(self, batch: Batch) -> Tensor:
-        return image.psnr_of(*batch.once("unit", image.to_unit))
+        return image.psnr(batch.originals, batch.reconstructions)
 
 
 class SSIM(PerImage):
@@ -28,7 +28,7 @@ class SSIM(PerImage):
 
     def scores(self, batch: Batch) -> Tensor:
         protocol = self.setup.protocol
-        return image.ssim_of(*batch.once("unit", image.to_unit), protocol.ssim, protocol.ssim_range)
+        return image.ssim(batch.originals, batch.reconstructions, protocol.ssim, protocol.ssim_range)
 
 
 class UniformSSIM(PerImage):
@@ -37,7 +37,7 @@ class UniformSSIM(PerImage):
     name, label, better, least = "ssim_uniform", "SSIM (uniform 7 x 7)", "higher", 7
 
     def scores(self, batch: Batch) -> Tensor:
-        return image.ssim_of(*batch.once("unit", image.to_unit), "uniform7")
+        return image.ssim(batch.originals, batch.reconstructions, "uniform7")
 
 
 class MultiScaleSSIM(PerImage):
@@ -46,7 +46,7 @@ class MultiScaleSSIM(PerImage):
     name, label, better, least = "ms_ssim", "MS-SSIM", "higher", image.MS_SSIM_SIDE
 
     def scores(self, batch: Batch) -> Tensor:
-        return image.ms_ssim_of(*batch.once("unit", image.to_unit))
+        return image.ms_ssim(batch.originals, batch.reconstructions)
 
 
 class Bits(PerImage):

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit, fit_image, fit_multiple
+from tokenizers_mm._images import Fit, finite_extremes, fit_image, fit_multiple, to_bytes
 from tokenizers_mm.data.transforms import center_crop
-from tokenizers_mm.eval.image import Window, require_finite_image
+from tokenizers_mm.eval.image import Window
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ class Protocol:
 
     def finish(self, x: Tensor, name: str = "reconstruction") -> Tensor:
         """A reconstruction in [-1, 1] as metrics see it; refused, by its name, where it is not finite."""
-        require_finite_image(x, name)
-        x = x.float().clamp(-1, 1)
-        return round_to_bytes(x) if self.rounding == "nearest" else x
+        finite_extremes(x, name)
+        return round_to_bytes(x) if self.rounding == "nearest" else x.float().clamp(-1, 1)
 
     def reference_of_sets(self, x: Tensor) -> Tensor:
         """Originals in [-1, 1] as distances between sets see them."""
@@ -73,8 +72,8 @@ class Protocol:
 
 
 def round_to_bytes(x: Tensor) -> Tensor:
-    """Values in [-1, 1] rounded as `tensor_to_images` does for a file."""
-    return x.mul(127.5).add(128).clamp(0, 255).to(torch.uint8).float().div(127.5).sub(1)
+    """Values in [-1, 1] rounded as `tensor_to_images` does for a file; those outside are clamped."""
+    return to_bytes(x).float().div_(127.5).sub_(1)
 
 
 def truncate_to_bytes(x: Tensor) -> Tensor:

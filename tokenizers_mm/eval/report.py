@@ -1,28 +1,20 @@
 """The report of a run: everything needed to repeat it, as JSON, and tables of several reports of one protocol."""
 
 import importlib.metadata
+import itertools
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from tokenizers_mm import __version__
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._images import Fit
-from tokenizers_mm.eval.base import Metric, PerImage, Setup
-from tokenizers_mm.eval.candidates import Ours
-from tokenizers_mm.eval.images import ImageSource
+from tokenizers_mm.eval.base import Metric
 from tokenizers_mm.eval.metrics import METRICS
-from tokenizers_mm.eval.protocols import Protocol, differences, protocol_by_name
-from tokenizers_mm.eval.run import Measured, Run, begin, carry_out, peak_memory
+from tokenizers_mm.eval.protocols import Protocol, differences
+from tokenizers_mm.eval.run import Measured, Run, peak_memory
 from tokenizers_mm.eval.statistics import interval, paired
-from tokenizers_mm.models.base import ImageTokenizer
-from tokenizers_mm.types import ImageCodes
 
 FORMAT = "tokenizers_mm.eval/1"
 
@@ -30,32 +22,9 @@ PACKAGES = ("torch", "pillow", "numpy", "timm", "torch-fidelity", "lpips", "diff
 """Packages whose versions a report names, where they are installed."""
 
 
-def reconstruct(
-    tokenizer: ImageTokenizer[Any], images: Tensor, batch_size: int = 16
-) -> tuple[Tensor, list[ImageCodes]]:
-    """Reconstructions [B, 3, H, W], clamped to [-1, 1], from the ids alone, and the codes (none if continuous)."""
-    decoded, codes = [], []
-    with torch.no_grad():
-        for part in images.split(batch_size):
-            code = tokenizer.encode(part)
-            decoded.append(tokenizer.decode(code).float().clamp(-1, 1).cpu())
-            codes += [code.to("cpu")] if isinstance(code, ImageCodes) else []
-    return torch.cat(decoded), codes
-
-
-def evaluate(
-    tokenizer: ImageTokenizer[Any], images: str | Path, fit: Fit = "crop", inception: str | None = None
-) -> dict[str, Any]:
-    """The report of one tokenizer over a folder of images under the protocol `default`."""
-    weights = {"inception": inception} if inception else {}
-    setup = Setup(protocol_by_name("default", fit=fit), weights, device=str(tokenizer.device))
-    name = type(tokenizer).__name__
-    return make_report(carry_out(begin([Ours(name, tokenizer)], ImageSource.at(str(images)), setup)))
-
-
 def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
     """The report of a finished run; all values are such as JSON has. command: the arguments that repeat it."""
-    rows = [_row(measured, run) for measured in run.measured]
+    outcomes = [_outcome(measured) for measured in run.measured]
     return {
         "format": FORMAT,
         "command": list(command),
@@ -70,11 +39,11 @@ def make_report(run: Run, command: Sequence[str] = ()) -> dict[str, Any]:
         },
         "setup": {"weights": dict(run.setup.weights), "extractor": run.setup.extractor, "seed": run.setup.seed},
         "seconds": run.seconds,
-        "tokenizers": rows,
-        "pairs": _pairs(run),
+        "tokenizers": [_row(outcome, run.setup.seed) for outcome in outcomes],
+        "pairs": _pairs(outcomes, run.setup.seed),
         "per_image": {
             "names": [run.source.names[index] for index in run.used],
-            "values": {m.candidate.name: _values(m) for m in run.measured},
+            "values": {outcome.measured.candidate.name: _shown_values(outcome) for outcome in outcomes},
         },
     }
 
@@ -90,20 +59,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _row(measured: Measured, run: Run) -> dict[str, Any]:
-    """What is reported of one candidate."""
-    candidate, metrics, missing = measured.candidate, {}, dict(measured.missing)
-    codebook = None
+@dataclass(frozen=True)
+class _Outcome:
+    """What the metrics of a candidate found: results and values per image by metric, and why others are missing."""
+
+    measured: Measured
+    results: dict[str, Any]
+    values: dict[str, Sequence[float]]
+    missing: dict[str, str]
+
+
+def _outcome(measured: Measured) -> _Outcome:
+    """Results of all metrics, each computed once."""
+    results, values, missing = {}, {}, dict(measured.missing)
     for name, metric in measured.metrics.items():
         try:
-            value = metric.result()
+            results[name], each = metric.result(), metric.per_image()
         except ValueError as error:
             missing[name] = str(error)
             continue
-        if name == "codebook":
-            codebook = value
-        elif value is not None or isinstance(metric, PerImage):
-            metrics[name] = _metric(metric, value, run.setup.seed)
+        if each is not None:
+            values[name] = each
+    return _Outcome(measured, results, values, missing)
+
+
+def _row(outcome: _Outcome, seed: int) -> dict[str, Any]:
+    """What is reported of one candidate."""
+    measured, results = outcome.measured, dict(outcome.results)
+    candidate, codebook = measured.candidate, results.pop("codebook", None)
+    metrics = {
+        name: _entry(measured.metrics[name], value, outcome.values.get(name), seed)
+        for name, value in results.items()
+        if value is not None or name in outcome.values
+    }
     row: dict[str, Any] = {
         "name": candidate.name,
         "kind": candidate.kind,
@@ -111,7 +99,7 @@ def _row(measured: Measured, run: Run) -> dict[str, Any]:
         "on_curve": candidate.on_curve,
         "image_size": list(candidate.image_size) if candidate.image_size else None,
         "metrics": metrics,
-        "missing": missing,
+        "missing": outcome.missing,
     }
     if codebook is not None:
         row["codebook"] = codebook
@@ -127,42 +115,38 @@ def _row(measured: Measured, run: Run) -> dict[str, Any]:
     return row
 
 
-def _metric(metric: Metric, value: Any, seed: int) -> dict[str, Any]:
-    """The entry of a metric: its mean, and for one per image the interval and the images that it leaves out."""
+def _entry(metric: Metric, value: Any, each: Sequence[float] | None, seed: int) -> dict[str, Any]:
+    """The entry of a metric: its mean, and where there is a value per image, the interval and the images left out."""
     entry: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"mean": value}
-    if isinstance(metric, PerImage):
-        finite = [v for v in metric.values if math.isfinite(v)]
-        low, high = interval(finite, seed)
+    if each is not None:
+        finite = [v for v in each if math.isfinite(v)]
         if finite:
-            entry |= {"low": low, "high": high}
-        entry |= {"images": len(finite), "infinite": sum(map(math.isinf, metric.values))}
-        entry["left_out"] = sum(map(math.isnan, metric.values))
+            entry["low"], entry["high"] = interval(finite, seed)
+        entry |= {"images": len(finite), "infinite": sum(map(math.isinf, each))}
+        entry["left_out"] = sum(map(math.isnan, each))
     stands_in = getattr(metric, "stands_in", "")
     return entry | ({"stands_in": f"extractor {stands_in} in place of Inception"} if stands_in else {})
 
 
-def _values(measured: Measured) -> dict[str, list[float | None]]:
+def _shown_values(outcome: _Outcome) -> dict[str, list[float | None]]:
     """Per-image values of all metrics that have them; None for what is not finite."""
     return {
-        name: [value if math.isfinite(value) else None for value in metric.values]
-        for name, metric in measured.metrics.items()
-        if isinstance(metric, PerImage)
+        name: [value if math.isfinite(value) else None for value in values] for name, values in outcome.values.items()
     }
 
 
-def _pairs(run: Run) -> list[dict[str, Any]]:
+def _pairs(outcomes: Sequence[_Outcome], seed: int) -> list[dict[str, Any]]:
     """Paired differences of every two candidates, by metric; points of a codec's curve are left out."""
     found = []
-    compared = [measured for measured in run.measured if not measured.candidate.on_curve]
-    for index, first in enumerate(compared):
-        for second in compared[index + 1 :]:
-            for name, metric in first.metrics.items():
-                other = second.metrics.get(name)
-                if not isinstance(metric, PerImage) or not isinstance(other, PerImage) or not metric.better:
-                    continue
-                result = paired(metric.values, other.values, run.setup.seed)
-                if result is not None:
-                    found.append({"a": first.candidate.name, "b": second.candidate.name, "metric": name, **result})
+    compared = [outcome for outcome in outcomes if not outcome.measured.candidate.on_curve]
+    for first, second in itertools.combinations(compared, 2):
+        a, b = (outcome.measured.candidate.name for outcome in (first, second))
+        for name, values in first.values.items():
+            if not METRICS[name].better or name not in second.values:
+                continue
+            result = paired(values, second.values[name], seed)
+            if result is not None:
+                found.append({"a": a, "b": b, "metric": name, **result})
     return found
 
 

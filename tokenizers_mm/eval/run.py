@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
+from tokenizers_mm._images import to_bytes
 from tokenizers_mm.eval.base import Batch, Metric, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
-from tokenizers_mm.eval.images import ImageSource, ahead, batches
+from tokenizers_mm.eval.images import ImageSource, Loaded, ahead, batches
 from tokenizers_mm.eval.metrics import METRICS
 from tokenizers_mm.eval.protocols import Protocol
 from tokenizers_mm.models.base import BATCH_PIXELS
@@ -35,7 +36,7 @@ PARTIAL = "partial.safetensors"
 SAVE_EVERY = 20.0
 """Seconds between two saves of the state, times the seconds that one takes where these are more than one."""
 
-VERSION = 1
+VERSION = 2
 """Raised when a metric changes its values: states of other versions are not continued."""
 
 
@@ -84,6 +85,7 @@ class Run:
             "images": [self.source.place, self.source.names],
             "candidates": [[m.candidate.name, m.candidate.identity, sorted(m.metrics)] for m in self.measured],
             "weights": dict(self.setup.weights),
+            "classes": list(self.setup.classes),
             "extractor": self.setup.extractor,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -134,6 +136,7 @@ def begin(
     for name in names or ():
         require(name in METRICS, "metrics", f"one of {', '.join(METRICS)}", name)
     size, multiple = common_size(candidates, setup.protocol)
+    setup = replace(setup, classes=tuple(source.classes))
     wanted = list(names) if names is not None else [name for name, cls in METRICS.items() if cls.default]
     measured = []
     for candidate in candidates:
@@ -145,11 +148,16 @@ def begin(
                 missing[name] = f"{name}: expected {METRICS[name].needs}, got {candidate.name}"
                 continue
             try:
-                found[name] = METRICS[name](setup)
+                metric = METRICS[name](setup)
             except (ValueError, ImportError) as error:
                 if names is not None and strict:
                     raise
                 missing[name] = str(error)
+                continue
+            if metric.reads_semantic and not candidate.has_semantic:
+                missing[name] = f"{name}: expected a tokenizer with a semantic decoder, got {candidate.name}"
+                continue
+            found[name] = metric
         measured.append(Measured(candidate, found, missing))
     return Run(source, setup, measured, size, multiple)
 
@@ -171,8 +179,8 @@ def carry_out(
     pixels = min(BATCH_PIXELS.get(m.candidate.device.type, BATCH_PIXELS["cuda"]) for m in run.measured)
     for loaded in ahead(batches(run.source, run.prepare, pixels, run.next)):
         if loaded.indices:
-            _measure(run, loaded.indices, loaded.images)
-        for image in loaded.images.mul(127.5).add(127.5).round().to(torch.uint8).numpy():
+            _measure(run, loaded)
+        for image in to_bytes(loaded.images).numpy():
             run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
         run.next = loaded.following
         run.used += loaded.indices
@@ -190,20 +198,21 @@ def carry_out(
     return run
 
 
-def _measure(run: Run, indices: list[int], x: Tensor) -> None:
+def _measure(run: Run, loaded: Loaded) -> None:
     """One batch through all candidates and their metrics."""
     shared: dict[str, Any] = {}
-    labels = [run.source.labels[index] for index in indices]
+    x, labels = loaded.images, [run.source.labels[index] for index in loaded.indices]
     for measured, (made, encoded, seconds, over) in zip(run.measured, reconstructions(run, x), strict=True):
         measured.over += over
         if run.used:  # the first batch warms up
             measured.seconds = [a + b for a, b in zip(measured.seconds, seconds, strict=True)]
             measured.timed += len(x)
         candidate = measured.candidate
-        reads = any(metric.reads_features for metric in measured.metrics.values())
-        features = candidate.features(_resized(x, candidate.image_size)) if reads else None
-        batch = Batch(x, made, encoded.ids, encoded.bits, features, labels, shared)
-        for metric in measured.metrics.values():
+        metrics, taken = measured.metrics.values(), _resized(x, candidate.image_size)
+        features = candidate.features(taken) if any(metric.reads_features for metric in metrics) else None
+        semantic = candidate.semantic(taken) if any(metric.reads_semantic for metric in metrics) else None
+        batch = Batch(x, made, encoded.ids, encoded.bits, features, labels, loaded.captions, semantic, shared)
+        for metric in metrics:
             metric.update(batch)
 
 

@@ -43,6 +43,7 @@ class CaptionContrast(nn.Module):
     def __init__(self, semantic_dim: int, config: CaptionConfig) -> None:
         super().__init__()
         self.config = config = checked(config)
+        self.semantic_dim = semantic_dim
         self.embed = nn.Embedding(config.buckets, config.width)
         self.positions = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
@@ -59,12 +60,15 @@ class CaptionContrast(nn.Module):
         keep = mask[..., None].to(x.dtype)
         return self.norm((x * keep).sum(1) / keep.sum(1))
 
+    def encode_images(self, semantic: Tensor) -> Tensor:
+        """Semantic features [B, T, C] to [B, width]."""
+        return self.image_head(torch.cat([semantic.mean(1), semantic.amax(1)], dim=-1))
+
     def forward(self, semantic: Tensor, captions: list[str]) -> Tensor:
         present = [index for index, caption in enumerate(captions) if caption]
         if len(present) < 2:
             return semantic.sum() * 0.0
-        seen = semantic[present]
-        images = self.image_head(torch.cat([seen.mean(1), seen.amax(1)], dim=-1))
+        images = self.encode_images(semantic[present])
         texts = [captions[i] for i in present]
         altered = [self._altered(text) for text in texts for _ in range(self.config.hard_negatives)]
         return contrastive(images, self.encode_text(texts + altered), self.log_scale)

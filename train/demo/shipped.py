@@ -23,7 +23,7 @@ from tokenizers_mm.data.text_images import text_image
 from tokenizers_mm.data.transforms import random_patch
 from tokenizers_mm.encoders.semantic import efficientnet_lite0_weights
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
-from tokenizers_mm.eval.report import reconstruct
+from tokenizers_mm.eval.validation import reconstruct
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.models.base import Provenance
 

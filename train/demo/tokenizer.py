@@ -15,8 +15,8 @@ from tokenizers_mm.data.scenes import COLOURS, SHAPES, Scene, make_scene, scene_
 from tokenizers_mm.eval.codebook import codebook_health
 from tokenizers_mm.eval.image import psnr, ssim
 from tokenizers_mm.eval.pictures import comparison_grid, plot_curves, save_picture
-from tokenizers_mm.eval.report import reconstruct
 from tokenizers_mm.eval.semantics import linear_probe
+from tokenizers_mm.eval.validation import reconstruct
 from tokenizers_mm.models import ImageTokenizer
 
 from ..config import RunConfig

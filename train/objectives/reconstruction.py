@@ -14,6 +14,7 @@ from tokenizers_mm.config import Range
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
+from tokenizers_mm.eval.towers import save_contrast
 from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.losses.perceptual import load_lpips
@@ -234,6 +235,8 @@ class Reconstruction(Objective):
 
     def save(self, networks: Networks, folder: Path) -> None:
         networks["tokenizer"].save(folder / "tokenizer")
+        if "captions" in networks:
+            save_contrast(networks["captions"], folder / "captions")
 
     def state_dict(self) -> dict[str, Any]:
         return {"health": self.health.state_dict(), "terms": self.terms.state_dict()}
