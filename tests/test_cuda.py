@@ -36,7 +36,7 @@ def test_tokenizers(name: str) -> None:
     """Most ids of the float32 passes, all stable ids, and pixels."""
     here = TOKENIZERS[name]()
     there = copy.deepcopy(here).cuda()
-    x = images(here, 6)
+    x = images(here.image_size, 6)
     codes, found = here.encode(x), there.encode(x.cuda())
     assert float((codes.ids == found.ids.cpu()).double().mean()) >= 0.98
     stable, stable_there = here.encode(x, stable=True), there.encode(x.cuda(), stable=True)
