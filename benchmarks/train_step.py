@@ -102,9 +102,9 @@ def build(original: bool, options: argparse.Namespace) -> Any:
     if original:
         tokenizer: Any = state.objective.networks["tokenizer"]
         tokenizer.quantizer.quantizer.__class__ = OriginalQuantizer
-        options = state.learners["tokenizer"].options
+        learner = state.learners["tokenizer"].options
         parameters: Any = state.learners["tokenizer"].parameters
-        state.optimizers["tokenizer"] = torch.optim.Adam(parameters, options.lr, options.betas, foreach=False)
+        state.optimizers["tokenizer"] = torch.optim.Adam(parameters, learner.lr, learner.betas, foreach=False)
     return state
 
 

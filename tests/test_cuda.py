@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_start_from_images() -> None:
     """Signs and order of principal components are free where variances are equal: only the images count."""
     made = []
     for device in ("cpu", "cuda"):
-        tokenizer = copy.deepcopy(TOKENIZERS["demo-64"]()).to(device)
+        tokenizer: Any = copy.deepcopy(TOKENIZERS["demo-64"]()).to(device)
         x = images(tokenizer.image_size, 48)
         start_from_images(tokenizer, x, 0, 3, 1e-3)
         again = tokenizer(x.to(device)).image.detach().cpu()

@@ -27,8 +27,9 @@ from tokenizers_mm.cli.decode import Names
 from tokenizers_mm.cli.progress import Progress, duration
 from tokenizers_mm.data.codes import CodesOfImage, read_codes
 from tokenizers_mm.data.order import BlockOrder
+from tokenizers_mm.data.shard_engines import ShardBatch
 from tokenizers_mm.data.token_shards import TokenShards, read_shards
-from tokenizers_mm.data.tokenizing import EncodeBatch, Encoding, ShardBatch
+from tokenizers_mm.data.tokenizing import EncodeBatch, Encoding
 from tokenizers_mm.models import DualViTok, TokenFlow
 
 needs_arrow = pytest.mark.skipif(find_spec("pyarrow") is None, reason="pyarrow is not installed")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_pictures_and_paths(tokenizer: TokenFlow, images: torch.Tensor, tmp_path
         ("no/such/file.png", "no such file"),
     ],
 )
-def test_bad_images_get_one_sentence(tokenizer: TokenFlow, bad: object, message: str) -> None:
+def test_bad_images_get_one_sentence(tokenizer: TokenFlow, bad: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenizer.encode(bad)
 

@@ -13,8 +13,8 @@ from tests.cases import ROOT
 from tokenizers_mm.config import from_mapping
 from tokenizers_mm.encoders.vision_model import MODELS, VisionModel, VisionModelConfig
 from tokenizers_mm.models import SemanticConfig, SemanticTokenizer, tokenizer_from
+from tokenizers_mm.models.starting import build_tokenizer
 from train.config import read_config
-from train.objectives.start import build_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,7 +116,7 @@ def test_a_run_starts_from_published_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="options: expected the sizes of the published model"):
         build_tokenizer(read_config(recipe, overrides).objective.model)
     overrides.append(f"{model_config}tower.options.mlp_ratio=2")
-    tokenizer = build_tokenizer(read_config(recipe, overrides).objective.model)
+    tokenizer: Any = build_tokenizer(read_config(recipe, overrides).objective.model)
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in tokenizer.tower.tower.state_dict().items())
 
@@ -150,6 +150,6 @@ def test_names_that_cannot_be_used(tmp_path: Path) -> None:
         (object(), "name: expected one of the models"),
         (original("dinov2"), "options and pretrained: expected nothing with such a model"),
     ]:
-        options = {"options": {"depth": 1}} if "such" in message else {}
+        options: dict[str, Any] = {"options": {"depth": 1}} if "such" in message else {}
         with pytest.raises(ValueError, match=message):
             tokenizer_from(name, images(), codebook_size=8, **options)

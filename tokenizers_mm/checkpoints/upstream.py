@@ -144,6 +144,7 @@ def _check_pickle(stream: Any) -> None:
     mark = -1
     stack: list[int] = []
     memo: dict[int, int] = {}
+    argument: Any
     for code, argument, _ in pickletools.genops(stream):
         name, before = code.name, [item.name for item in code.stack_before]
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):

@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
     from tokenizers_mm.data.token_shards import read_shards
 
     check_output(options.out)
-    from tokenizers_mm.data.tokenizing import Encoding, Job, forget, run_here
+    from tokenizers_mm.data.shard_engines import run_here
+    from tokenizers_mm.data.tokenizing import Encoding, Job, forget
 
     open_input = partial(open_images, options.images)
     rows, tokenizer = open_input(), load_tokenizer(options)

@@ -48,7 +48,8 @@ def run_with(
     """Make shards of a format. processes: 0 for this process alone; `options.workers` are then reading threads."""
     from tokenizers_mm._check import require
     from tokenizers_mm.data.codes import import_arrow
-    from tokenizers_mm.data.tokenizing import Encoding, Job, run_here, run_processes, run_ray
+    from tokenizers_mm.data.shard_engines import run_here, run_processes, run_ray
+    from tokenizers_mm.data.tokenizing import Encoding, Job
 
     records = any(path.suffix == ".jsonl" for path in options.images)
     require(not records or len(options.images) == 1, "records", "one .jsonl file by itself", options.images)

@@ -244,7 +244,7 @@ class Mixture(Dataset[dict[str, Any]]):
                 continue
             image = _augmented(image, self.config.sources[number], rng) if source.augmented else image
             return {"image": image_to_tensor(image), "caption": caption, "skipped": list(skipped or also)}
-        fail("data.path", "a source with at least one readable image", skipped[0])
+        fail("data.path", "a source with at least one readable image", next(iter(skipped)))
 
 
 def _augmented(image: Image.Image, source: SourceConfig, rng: random.Random) -> Image.Image:

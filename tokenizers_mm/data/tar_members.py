@@ -24,7 +24,7 @@ def read_members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
             for member in archive:
                 require(member.offset_data > end, name, "headers one after the other", f"one at {member.offset_data}")
                 end = member.offset_data
-                archive.members = []  # or the archive keeps all headers
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # or it keeps all headers
                 if not member.isreg() or member.issparse():
                     continue
                 inside = 0 <= member.size <= size - member.offset_data

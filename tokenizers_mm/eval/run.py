@@ -333,7 +333,7 @@ def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(facts.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
