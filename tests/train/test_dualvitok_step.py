@@ -53,7 +53,7 @@ def state_of(
         gan_start=gan_start,
         discriminator=PatchGANConfig(channels=8),
     )
-    monkeypatch.setattr("train.objectives.reconstruction.build_tokenizer", lambda _: model)
+    monkeypatch.setattr("train.objectives.reconstruction.build_tokenizer", lambda *_: model)
     monkeypatch.setattr("train.objectives.terms.load_lpips", lambda _: PooledDifference())
     data = DataConfig(
         image_size=(4 * model.size_multiple, 4 * model.size_multiple)

@@ -64,7 +64,8 @@ def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, An
     if model["family"] == "semantic":
         return small_semantic(objective)
     if objective["loss"].get("teacher", {}).get("package"):  # published weights of an optional package
-        tower = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
+        (side, _), (rows, _) = model["config"]["image_size"], model["config"]["semantic_decoder"]["grid"]
+        tower = {"img_size": side, "patch_size": side // rows, "embed_dim": 48, "depth": 1, "num_heads": 2}
         model["config"]["semantic_decoder"]["out_dim"] = 48
         objective["warm_start"]["images"] = 8
         objective["loss"]["teacher"] = {"name": "vit_tiny_patch16_224", "options": tower, "pretrained": False}

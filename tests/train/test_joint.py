@@ -244,7 +244,18 @@ def test_a_run_goes_on_after_its_tokenizer_was_frozen(
 
 def test_rfid_crosses_the_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([2.0, 2.9, 3.1])
-    monkeypatch.setattr("tokenizers_mm.eval.validation.rfid", lambda a, b, weights: next(values))
+
+    class Distance:
+        def __init__(self, setup: Any) -> None:
+            assert setup.weights == {"inception": "weights.pth"}
+
+        def update(self, batch: Any) -> None:
+            assert batch.originals.shape == batch.reconstructions.shape
+
+        def result(self) -> dict[str, float]:
+            return {"mean": next(values)}
+
+    monkeypatch.setattr("tokenizers_mm.eval.validation.RFID", Distance)
     config = GuardConfig(inception="weights.pth", max_fid_ratio=1.5, action="freeze", pictures=8)
     guard = Guard(config, held_out("", 8, (32, 32)))
     parts = {"tokenizer": tmm.load(folder / "tokenizer")}

@@ -64,7 +64,7 @@ def test_a_short_run(tmp_path: Path, precision: str) -> None:
     assert summary["right_colour_real"] == 1.0
     names = {path.name for path in (tmp_path / "run").iterdir()}
     pictures = {"curves.png", "samples.png", "lower_halves.png", "autoencoder.png"}
-    files = {"log.jsonl", "summary.json", "tokenizer", "captions.safetensors", "checkpoints", ".lock"}
+    files = {"log.jsonl", "summary.json", "tokenizer", "captions.safetensors", "checkpoints"}
     assert pictures | files == names
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]

@@ -11,6 +11,7 @@ from tokenizers_mm._check import require
 from tokenizers_mm.config import Range, Width, checked
 from tokenizers_mm.functional.deblocking import deblock, smooth_plain
 from tokenizers_mm.layers.conv import (
+    ATTENTION_LEVELS,
     AttentionLevels,
     Level,
     Middle,
@@ -49,7 +50,7 @@ class PixelDecoderConfig:
     channels: Width = 128
     multipliers: Multipliers = (1, 1, 2, 2, 4)
     num_blocks: MoreBlocks = 2
-    attention_levels: AttentionLevels = (4,)
+    attention_levels: AttentionLevels = ATTENTION_LEVELS
     middle: bool = True
     head_patch: Patch = 1
     resampling: Resampling = "conv"

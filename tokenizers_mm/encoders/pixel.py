@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Width, checked
 from tokenizers_mm.layers.conv import (
+    ATTENTION_LEVELS,
     AttentionLevels,
     Downsample,
     Level,
@@ -48,7 +49,7 @@ class PixelEncoderConfig:
     channels: Width = 128
     multipliers: Multipliers = (1, 1, 2, 2, 4)
     num_blocks: NumBlocks = 2
-    attention_levels: AttentionLevels = (4,)
+    attention_levels: AttentionLevels = ATTENTION_LEVELS
     middle: bool = True
     stem_patch: Patch = 1
     resampling: Resampling = "conv"

@@ -158,11 +158,14 @@ def published(source: str) -> tuple[Any, tuple[ChannelMeans, ChannelDeviations] 
     """
     transformers = _transformers()
     with _one_sentence("pretrained", f"a vision model of transformers in {source!r}, with weights in safetensors"):
-        whole = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        facts, _ = transformers.PretrainedConfig.get_config_dict(source)
+        kind = facts.get("model_type")
+        require(kind in transformers.CONFIG_MAPPING, "pretrained", f"one of the models {sorted(MODELS)}", kind)
+        whole = transformers.CONFIG_MAPPING[kind].from_dict(facts)
         config = getattr(whole, "vision_config", whole)
         require(config.model_type in MODELS, "pretrained", f"one of the models {sorted(MODELS)}", config.model_type)
         model, found = transformers.MODEL_MAPPING[type(config)].from_pretrained(
-            source, config=config, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            source, config=config, use_safetensors=True, output_loading_info=True
         )
     missing = sorted(name.removeprefix("vision_model.") for name in found["missing_keys"])
     missing = [name for name in missing if not name.startswith(MODELS[config.model_type].unused)]

@@ -31,6 +31,9 @@ MiddleBlocks = Annotated[int, Range(2, 64)]
 StillBlocks = Annotated[int, Range(0, 64)]
 """Limits of the fields that convolutional encoders and decoders share."""
 
+ATTENTION_LEVELS = (4,)
+"""Default of `attention_levels`, for the five levels of the default multipliers."""
+
 
 def blocks_per_level(num_blocks: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
     """One number of residual blocks per level, from one for all or from one for each."""
@@ -40,9 +43,12 @@ def blocks_per_level(num_blocks: int | tuple[int, ...], levels: int) -> tuple[in
 
 
 def check_levels(num_blocks: int | tuple[int, ...], attention_levels: Sequence[int], levels: int) -> None:
-    """Refuse numbers of blocks for another number of levels, and attention at a level that there is not."""
+    """Refuse numbers of blocks for another number of levels, and attention at a level that there is not.
+
+    The default, the fifth level, stands for none where there are fewer: so it is in saved files.
+    """
     blocks_per_level(num_blocks, levels)
-    known = all(level < levels for level in attention_levels)
+    known = tuple(attention_levels) == ATTENTION_LEVELS or all(level < levels for level in attention_levels)
     require(known, "attention_levels", f"levels from 0 to {levels - 1}", attention_levels)
 
 

@@ -34,7 +34,7 @@ def train_tokenizer(config: RunConfig, out: Path) -> tuple[ImageTokenizer[Any], 
     tokenizer = tmm.load(out / "tokenizer")
     _curves(out / "training" / "log.jsonl", out / "curves.png")
     report = {
-        "roundtrip_max_abs": _roundtrip(trained, tokenizer, _crops(tokenizer)),
+        "roundtrip_max_abs": _roundtrip(trained, tokenizer, _crops(tokenizer, NUM_CROPS)),
         "train_seconds": state.seconds,
         "train_steps": state.step,
     }
@@ -44,14 +44,15 @@ def train_tokenizer(config: RunConfig, out: Path) -> tuple[ImageTokenizer[Any], 
 def measure_tokenizer(
     tokenizer: ImageTokenizer[Any],
     out: Path,
-    num_crops: int = NUM_CROPS,
-    probes: tuple[int, int] = (NUM_PROBE_TRAIN, NUM_PROBE_TEST),
+    num_crops: int | None = None,
+    probes: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Reconstruction of held-out crops, use of the codes and linear probes; leaves reconstructions.png in `out`.
 
-    probes: numbers of scenes to fit the probes and to test them.
+    num_crops, probes: numbers of crops, and of scenes to fit the probes and to test them; None for the usual ones.
     """
-    crops = _crops(tokenizer, num_crops)
+    crops = _crops(tokenizer, num_crops or NUM_CROPS)
+    probes = probes or (NUM_PROBE_TRAIN, NUM_PROBE_TEST)
     side = crops.shape[-1]
     decoded, codes = reconstruct(tokenizer, crops)
     train_scenes, test_scenes = _balanced(probes[0]), _balanced(probes[1], start=1 << 30)
@@ -70,7 +71,7 @@ def measure_tokenizer(
     }
 
 
-def _crops(tokenizer: ImageTokenizer[Any], count: int = NUM_CROPS) -> Tensor:
+def _crops(tokenizer: ImageTokenizer[Any], count: int) -> Tensor:
     side = image_size(tokenizer)[0]
     return torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", count, side)])
 
