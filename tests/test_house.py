@@ -13,7 +13,18 @@ import pytest
 from tests.cases import ROOT
 
 PACKAGE = ROOT / "tokenizers_mm"
-LEAVES = {"types", "_check", "config", "_files", "_images", "_display", "_summary", "_ranks", "resolutions"}
+LEAVES = {
+    "types",
+    "_check",
+    "config",
+    "_files",
+    "_images",
+    "_display",
+    "_summary",
+    "_ranks",
+    "_transformers",
+    "resolutions",
+}
 PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
@@ -22,6 +33,7 @@ ALLOWED = {
     "_files": {"_check"},
     "_summary": {"_files"},
     "_ranks": set(),
+    "_transformers": set(),
     "_interpolation": {"_check"},
     "config": {"_check", "_files", "_interpolation"},
     "config_reference": {"config"},

@@ -1,5 +1,6 @@
 """A tokenizer goes to a stand-in of the hub and comes back; the card says bits, protocol and licence."""
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path

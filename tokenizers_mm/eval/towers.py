@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, write_json
+from tokenizers_mm._transformers import read_dual_encoder
 from tokenizers_mm.config import from_mapping, to_mapping
 from tokenizers_mm.losses.captions import CaptionConfig, CaptionContrast
 from tokenizers_mm.models.loading import fill, read_json, read_safetensors
@@ -130,14 +131,10 @@ def open_tower(directory: str, device: str = "cpu") -> Tower:
         contrast = CaptionContrast(width, from_mapping(CaptionConfig, config, f"{path}: config"))
         fill(contrast, read_safetensors(path.parent / "model.safetensors"), str(path.parent))
         return OwnTower(contrast.to(device))
-    import transformers  # an extra: loaded when asked for
-
-    options = {"use_safetensors": True, "local_files_only": True}
-    model: Any = transformers.AutoModel.from_pretrained(directory, **options)
+    model, tokenizer = read_dual_encoder(directory)
     for name in ("get_image_features", "get_text_features"):
         if not hasattr(model, name):
             fail(f"{path}: model_type", "a model of images and texts, such as clip or siglip", data.get("model_type"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     facts = path.parent / "preprocessor_config.json"
     found = read_json(facts) if facts.is_file() else {}
     colours = (found.get(key) or [0.5] * 3 for key in ("image_mean", "image_std"))
