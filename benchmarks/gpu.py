@@ -225,7 +225,7 @@ STAGES: dict[str, tuple[Callable[[Run, float], str], float]] = {
     "tests": (tests, 180),
     "sanitizer": (sanitizer, 75),
     "benchmark": (benchmark, 200),
-    "training": (training, 60),
+    "training": (training, 180),
 }
 RESERVED = {"tests": 200, "sanitizer": 150, "benchmark": 45}
 """Seconds that a stage leaves to those after it."""
