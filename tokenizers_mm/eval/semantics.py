@@ -68,6 +68,26 @@ def nearest_neighbours(features: Tensor, labels: Tensor, neighbours: int = 10) -
     return torch.cat(hits)
 
 
+class _Rows:
+    """Rows of a tensor that come batch by batch and are joined when they are read, not copied for every batch."""
+
+    def __init__(self, empty: Tensor) -> None:
+        """empty: [0, ...], what no rows are."""
+        self._parts = [empty]
+
+    def add(self, rows: Tensor) -> None:
+        self._parts += [rows] if len(rows) else []
+
+    def joined(self) -> Tensor:
+        parts = [part for part in self._parts if len(part)] or self._parts[:1]
+        self._parts = [torch.cat(parts)]
+        return self._parts[0]
+
+
+def _no_features() -> _Rows:
+    return _Rows(torch.zeros(0, 0))
+
+
 class _Features(Metric):
     """A metric of vectors of all images, and of what is known of each image, kept until the end."""
 
@@ -76,24 +96,35 @@ class _Features(Metric):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.features = torch.zeros(0, 0)
+        self._features, self._labels = _no_features(), _Rows(torch.zeros(0, dtype=torch.int64))
         self._found: tuple[int, dict[str, float], list[float]] = 0, {}, []
 
     @abstractmethod
     def measure(self) -> tuple[dict[str, float], Tensor]:
         """Entries beside the mean, "chance" among them, and one number per image, NaN for those left out."""
 
-    def take(self, features: Tensor) -> None:
-        """Keep vectors [B, C]."""
-        features = features.float().cpu()
-        self.features = torch.cat([self.features, features]) if len(self.features) else features
+    @property
+    def features(self) -> Tensor:
+        """Vectors of all images, [N, C]."""
+        return self._features.joined()
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, [N]."""
+        return self._labels.joined()
+
+    def take(self, features: Tensor, batch: Batch) -> None:
+        """Keep vectors [B, C], and the classes of their images."""
+        self._features.add(features.float().cpu())
+        self._labels.add(torch.tensor(list(batch.labels), dtype=torch.int64))
 
     def _measured(self) -> tuple[dict[str, float], list[float]]:
         """`measure`, once for the same images."""
-        if self._found[0] != len(self.features) or not len(self.features):
+        count = len(self.features)
+        if self._found[0] != count or not count:
             entries, values = self.measure()
             mean = float(values[values.isfinite()].double().mean())
-            self._found = len(self.features), {"mean": mean, **entries}, values.double().tolist()
+            self._found = count, {"mean": mean, **entries}, values.double().tolist()
         return self._found[1:]
 
     def result(self) -> dict[str, float]:
@@ -103,10 +134,11 @@ class _Features(Metric):
         return self._measured()[1]
 
     def state(self) -> dict[str, Tensor]:
-        return {"features": self.features}
+        return {"features": self.features, "labels": self.labels}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.features = state["features"]
+        self._features = _Rows(stored(state, "features", torch.float32, 2))
+        self._labels = _Rows(stored(state, "labels", torch.int64, 1))
 
 
 class _Labelled(_Features):
@@ -115,15 +147,10 @@ class _Labelled(_Features):
     reads_features = True
     needs = "a tokenizer with features, and images with classes (folders, or `scenes`)"
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.labels = torch.zeros(0, dtype=torch.int64)
-
     def update(self, batch: Batch) -> None:
         require(batch.features is not None, self.name, "a tokenizer with features", "none")
         assert batch.features is not None
-        self.take(batch.features)
-        self.labels = torch.cat([self.labels, torch.tensor(list(batch.labels), dtype=torch.int64)])
+        self.take(batch.features, batch)
 
     def measure(self) -> tuple[dict[str, float], Tensor]:
         counts = torch.bincount(self.labels.clamp_min(0))
@@ -135,13 +162,6 @@ class _Labelled(_Features):
     @abstractmethod
     def hits(self) -> Tensor:
         """1 or 0 per image, NaN for those left out."""
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"labels": self.labels}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        super().restore(state)
-        self.labels = stored(state, "labels", torch.int64, 1)
 
 
 class NearestNeighbours(_Labelled):
@@ -182,30 +202,30 @@ class _Told(_Features):
         require(setup.tower is not None or "tower" in setup.weights, self.name, "a tower of images and texts", "none")
         self.tower = setup.tower or open_tower(setup.weights["tower"], setup.device)
         self.reads_semantic = self.tower.reads_semantic
-        self.truth = torch.zeros(0, 0)
+        self._truth = _no_features()
 
     def update(self, batch: Batch) -> None:
         if self.reads_semantic:
             require(batch.semantic is not None, self.name, "a tokenizer with a semantic decoder", "none")
             assert batch.semantic is not None
-            self.take(self.tower.images(batch.semantic))
+            self.take(self.tower.images(batch.semantic), batch)
             return
         truth, made = batch.once("tower", self.tower.images)
-        self.take(made)
-        self.truth = torch.cat([self.truth, truth]) if len(self.truth) else truth
+        self.take(made, batch)
+        self._truth.add(truth)
 
     def sides(self) -> Iterator[tuple[str, Tensor]]:
         """Normalised embeddings [N, D] by the name of their side."""
         yield "", F.normalize(self.features, dim=1)
-        if len(self.truth):
-            yield "originals", F.normalize(self.truth, dim=1)
+        if len(truth := self._truth.joined()):
+            yield "originals", F.normalize(truth, dim=1)
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {"truth": self.truth}
+        return super().state() | {"truth": self._truth.joined()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         super().restore(state)
-        self.truth = state["truth"]
+        self._truth = _Rows(stored(state, "truth", torch.float32, 2))
 
 
 class ZeroShot(_Told):
@@ -219,11 +239,6 @@ class ZeroShot(_Told):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         require(len(setup.classes) > 1, self.name, "images with classes (folders, or `scenes`)", "none")
-        self.labels = torch.zeros(0, dtype=torch.int64)
-
-    def update(self, batch: Batch) -> None:
-        super().update(batch)
-        self.labels = torch.cat([self.labels, torch.tensor(list(batch.labels), dtype=torch.int64)])
 
     def measure(self) -> tuple[dict[str, float], Tensor]:
         require(len(self.labels) > 0, self.name, "at least one image", "none")
@@ -233,13 +248,6 @@ class ZeroShot(_Told):
         hits = {side: ((seen @ classes.T).argmax(1) == self.labels).double() for side, seen in self.sides()}
         entries = {side: float(values.mean()) for side, values in hits.items() if side}
         return {"chance": most_frequent(self.labels), **entries}, hits[""]
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"labels": self.labels}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        super().restore(state)
-        self.labels = state["labels"]
 
 
 class Retrieval(_Told):
@@ -287,7 +295,10 @@ class Retrieval(_Told):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         super().restore(state)
-        self.captions = json.loads(state["captions"].numpy().tobytes())
+        found = json.loads(stored(state, "captions", torch.uint8, 1).numpy().tobytes())
+        texts = isinstance(found, list) and all(isinstance(text, str) for text in found)
+        require(texts and len(found) == len(self.features), "state.captions", "a text for each image", "others")
+        self.captions = found
 
 
 def recall_at(similar: Tensor, right: Tensor, first: int) -> Tensor:
