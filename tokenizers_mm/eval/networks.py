@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tokenizers_mm._check import require
 from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, efficientnet_lite0_weights
-from tokenizers_mm.encoders.semantic import load_pretrained as fill_tower
 from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup, stored
 from tokenizers_mm.eval.fid import FeatureExtractor, distance_of_moments, shared_extractor
 from tokenizers_mm.functional.frechet import Moments, inception_score, kernel_distance
@@ -218,7 +217,7 @@ class Classifier(torch.nn.Module):
         super().__init__()
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         self.encoder = SemanticEncoder(SemanticEncoderConfig("efficientnet_lite0", mean=mean, std=std))
-        fill_tower(self.encoder, CLASSIFIER)
+        self.encoder.load_pretrained(CLASSIFIER)
         carried = efficientnet_lite0_weights(CLASSIFIER)
         classes, width = carried["classifier.weight"].shape
         self.head = torch.nn.Linear(width, classes)

@@ -20,7 +20,7 @@ from tokenizers_mm import kernels
 from tokenizers_mm._check import require
 from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
-from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
+from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 from tokenizers_mm.encoders.vision_model import VisionModel, copy_tokens, describe_model, published
 from tokenizers_mm.models.semantic import SemanticConfig, SemanticTokenizer
 from tokenizers_mm.quantizers import PerDimensionConfig, VQConfig
@@ -63,7 +63,7 @@ def tokenizer_from(
     else:
         tower = SemanticEncoder(_tower_config(name, size, dict(options or {}), pretrained)).eval()
         if pretrained:
-            load_pretrained(tower)
+            tower.load_pretrained()
     vectors, cell = _collect(tower, batches, size)
     if codebook_size is None:
         mean, spread = float(vectors.mean()), 3 * float(vectors.std())

@@ -8,7 +8,7 @@ import torch
 
 from tokenizers_mm._check import require
 from tokenizers_mm.config import from_mapping
-from tokenizers_mm.encoders.semantic import SemanticEncoder, load_pretrained
+from tokenizers_mm.encoders.semantic import SemanticEncoder
 from tokenizers_mm.encoders.vision_model import VisionModel
 from tokenizers_mm.models import MODELS, ImageTokenizer
 from tokenizers_mm.models.loading import load
@@ -74,8 +74,6 @@ def build_tokenizer(model: ModelConfig, where: str = "model") -> ImageTokenizer[
     if model.start_from:
         copy_weights(load(model.start_from), tokenizer, model.reinit, f"{where}.start_from")
     for module in tokenizer.modules():
-        if isinstance(module, SemanticEncoder) and module.config.pretrained and not model.start_from:
-            load_pretrained(module)
-        if isinstance(module, VisionModel) and module.config.pretrained and not model.start_from:
+        if isinstance(module, (SemanticEncoder, VisionModel)) and module.config.pretrained and not model.start_from:
             module.load_pretrained()
     return tokenizer

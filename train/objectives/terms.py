@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenizers_mm._check import require
 from tokenizers_mm.config import Choice, Keys, Pixels, Range
 from tokenizers_mm.data.sources import Batch
-from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig, load_pretrained
+from tokenizers_mm.encoders.semantic import SemanticEncoder, SemanticEncoderConfig
 from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.alignment import cosine_distance
 from tokenizers_mm.functional.precision import at_least_float32
@@ -228,5 +228,5 @@ def _teacher(config: TeacherConfig) -> SemanticEncoder:
     options = {"name": config.name, "options": config.options, "mean": config.mean, "std": config.std}
     teacher = SemanticEncoder(SemanticEncoderConfig(**options, features=config.features, pretrained=config.pretrained))  # type: ignore[arg-type]
     if config.pretrained:
-        load_pretrained(teacher, config.package)
+        teacher.load_pretrained(config.package)
     return teacher.requires_grad_(False).eval()
