@@ -141,6 +141,21 @@ struct Isa {
   Choice choice;
 };
 
+// A code whose float32 distance is above this one is farther than `limit`: float32 distances err by (d + 3) 2^-24, relative, and
+// by the smallest float32 where they underflow. An overflow says farther than any float32, and NaN says nothing.
+static inline double beyond(double limit, int64_t d) {
+  const double count = static_cast<double>(d);
+  return limit * (1 + (count + 8) * 0x1p-23) + count * 1e-44;
+}
+
+namespace {
+// Where four codes begin: a short group repeats its last code, which changes no minimum.
+struct Offsets {
+  int64_t of[4];
+  Offsets(int64_t n, int64_t d) : of{0, (n < 2 ? n - 1 : 1) * d, (n < 3 ? n - 1 : 2) * d, (n < 4 ? n - 1 : 3) * d} {}
+};
+}  // namespace
+
 static inline int64_t grid_scratch(int64_t supers) {
   const int64_t blocks = (supers + kLeaf - 1) / kLeaf;
   return (kTreeBatch * blocks + 1) * kLeaf + (kTreeLeaves + 2 * kLeaf) * (kLeaf + 2);

@@ -262,8 +262,7 @@ inline __m256d four_distances(const T* z, const T* codes, const int64_t* offset,
   return _mm256_add_pd(_mm256_add_pd(zero, two), _mm256_add_pd(one, three));
 }
 
-// Whether all four codes are farther than `limit`, by float32 distances. Those err by (d + 3) 2^-24, relative, and by the smallest
-// float32 where they underflow; an overflow says farther than any float32, and NaN says nothing.
+// True if all four codes are farther than `limit` by float32 distances (`beyond`).
 inline bool all_farther(const float* z, const float* codes, const int64_t* offset, int64_t d, double limit) {
   __m256 sum[4];
   for (int c = 0; c < 4; ++c) sum[c] = _mm256_setzero_ps();
@@ -277,18 +276,11 @@ inline bool all_farther(const float* z, const float* codes, const int64_t* offse
   }
   const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sum[0], sum[1]), _mm256_hadd_ps(sum[2], sum[3]));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-  const double count = static_cast<double>(d), wide = limit * (1 + (count + 8) * 0x1p-23) + count * 1e-44;
-  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_cvtps_pd(four), _mm256_set1_pd(wide), _CMP_GT_OQ)) == 15;
+  return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_cvtps_pd(four), _mm256_set1_pd(beyond(limit, d)), _CMP_GT_OQ)) == 15;
 }
 inline bool all_farther(const double*, const double*, const int64_t*, int64_t, double) { return false; }
 
 constexpr int64_t kFilterFrom = 16;  // dimensions from which the filter pays
-
-// Where four codes begin: a short group repeats its last code, which changes no minimum.
-struct Offsets {
-  int64_t of[4];
-  Offsets(int64_t n, int64_t d) : of{0, (n < 2 ? n - 1 : 1) * d, (n < 3 ? n - 1 : 2) * d, (n < 4 ? n - 1 : 3) * d} {}
-};
 
 template <class T>
 void score(const T* z, const T* codes, int64_t n, int64_t d, int64_t first, Best* best) {
