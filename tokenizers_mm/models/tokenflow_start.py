@@ -58,7 +58,8 @@ def start_codebook(tokenizer: TokenFlow, features: Tensor, seed: int, iterations
         seen.append(points)
     points = torch.cat(seen)
     size = min(quantizer.codebook_size, len(points))
-    centres = kernels.kmeans(points, size, iterations=iterations, seed=seed).codebook
+    # From random rows: k-means++ puts many centres on rare patches, and images that were not seen use fewer of them.
+    centres = kernels.kmeans(points, size, init="random", iterations=iterations, seed=seed).codebook
     quantizer.set_codes(torch.arange(size, device=points.device), centres / roots)
 
 
