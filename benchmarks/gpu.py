@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu"
 TOTAL_SECONDS = 470
 DRY_SLACK = 5
-"""How many times longer the stages may take in a dry run."""
+"""Factor by which the stages may take longer in a dry run."""
 NEEDED = {
     "torch": "torch",
     "numpy": "numpy",

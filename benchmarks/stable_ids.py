@@ -147,7 +147,7 @@ def machine(name: str, options: argparse.Namespace) -> None:
 
 
 def tokenizers(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """What is measured, by name."""
+    """Tokenizers that are measured, by name."""
     known = FULL if options.full else TOKENIZERS
     return {name: known[name] for name in options.tokenizers or known}
 

@@ -58,7 +58,7 @@ def _assign(
 
 @dataclass(frozen=True)
 class Shape:
-    """How a program is cut."""
+    """Shape of the blocks of a program."""
 
     block_n: int
     block_k: int

@@ -129,8 +129,8 @@ struct Tree {
   Buffer<int32_t> index;  // slot -> code
 };
 
-// What is known of the rows before any packing. Everything is relative to `mean` and multiplied by `scale`, a power of two that
-// makes the largest component about 1.
+// Facts about the rows before any packing. Everything is relative to `mean` and multiplied by `scale`, a power of two
+// that makes the largest component about 1.
 struct Summary {
   std::vector<float> mean;
   std::vector<float> zero;

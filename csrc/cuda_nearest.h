@@ -29,9 +29,9 @@ typedef struct {
   int32_t dtype;
 } tmm_cuda_matrix;
 
-// What kernels noticed, for the host to read whenever it likes: pinned host memory that kernels write 1 to. The caller
-// zeroes it. `stale`: the packed codebook is not the one that was given (the answers are right all the same, in double
-// precision throughout). `bad_ids`: an id is no code of the codebook.
+// Faults that kernels noticed, for the host to read whenever it likes: pinned host memory that kernels write 1 to.
+// The caller zeroes it. `stale`: the packed codebook is not the one that was given (the answers are right all the
+// same, in double precision throughout). `bad_ids`: an id is no code of the codebook.
 typedef struct {
   int32_t stale, bad_ids;
 } tmm_cuda_faults;

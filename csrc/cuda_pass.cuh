@@ -1,4 +1,4 @@
-// What the two kernels of the pass share: the work list and the reduction of a fragment to candidate records.
+// Common parts of the two kernels of the pass: the work list and the reduction of a fragment to candidate records.
 #pragma once
 
 #include "cuda_machine.cuh"

@@ -248,7 +248,7 @@ TMM_HD void best_merge(Best& best, const Points& codes, const Best& other) {
   if (margin && other.second < best.second) best.second = other.second;
 }
 
-// How much farther the second is, in roots of distances.
+// Margin by which the second is farther, in roots of distances.
 TMM_HD double best_margin(const Best& best) {
   if (!(best.second > best.distance)) return 0.0;
   return best.second < INFINITY ? (best.second - best.distance) / (sqrt(best.second) + sqrt(best.distance)) : INFINITY;
@@ -270,7 +270,7 @@ TMM_HD int span_column(int code) { return 8 * ((code % 16) / 2) + 2 * (code / 16
 
 TMM_HD int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// How one call is cut. Rows go in chunks that bound the scratch memory; codes in segments that spread over the
+// Division of one call. Rows go in chunks that bound the scratch memory; codes in segments that spread over the
 // device. A (row, segment, lane) is a stream: it keeps its best group and the value of its second best.
 struct Plan {
   int width;             // columns of the packed matrices

@@ -86,7 +86,7 @@ struct GridTree {
   const int32_t* leaf_codes;
 };
 
-// What a search costs, measured: it decides between methods that give the same answer.
+// Measured costs of a search: they decide between methods that give the same answer.
 struct TreeChoice {
   int most_dims;   // dimensions up to which the box tree is faster than a rung
   int64_t codes;   // codes from which it is,
@@ -149,7 +149,7 @@ static inline double beyond(double limit, int64_t d) {
 }
 
 namespace {
-// Where four codes begin: a short group repeats its last code, which changes no minimum.
+// Starts of four codes: a short group repeats its last code, which changes no minimum.
 struct Offsets {
   int64_t of[4];
   Offsets(int64_t n, int64_t d) : of{0, (n < 2 ? n - 1 : 1) * d, (n < 3 ? n - 1 : 2) * d, (n < 4 ? n - 1 : 3) * d} {}

@@ -37,8 +37,8 @@ struct FloatTop {
 
 inline __attribute__((always_inline)) void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Where a register tile is: its words of the codes and of the tokens, and the steps to add. `ahead` is the distance in words to
-// the next rows, whose words are fetched meanwhile: the tokens of a block do not fit the first-level cache.
+// Place of a register tile: its words of the codes and of the tokens, and the steps to add. `ahead` is the distance in
+// words to the next rows, whose words are fetched meanwhile: the tokens of a block do not fit the first-level cache.
 struct Place {
   const int32_t* code;
   const int32_t* token;

@@ -33,7 +33,7 @@ constexpr int64_t kAllGroups = 6 << 20;    // and of all threads together
 constexpr int64_t kMaxInt8Dim = 8192;
 constexpr double kFarthest = 1e15;        // rows farther out than this many codebook radii are searched in full
 
-// What is known of a row after packing it: score = unit * (integer - offset), or the float32 itself.
+// State of a row after packing it: score = unit * (integer - offset), or the float32 itself.
 struct RowState {
   double norm2, bound, unit;
   int64_t offset;
@@ -114,7 +114,7 @@ class BlockSearch {
       const double residual = std::sqrt(static_cast<double>(quantised.residual2)) * 1.001;
       state.bound = 1.0001 * (residual * known_.radius + (norm + residual) * pack_.residual) + 0.51 * state.unit + 0x1p-22 * rounding;
     }
-    // What double precision itself loses in s* = (|x|^2 - d^2) / 2.
+    // Error of double precision itself in s* = (|x|^2 - d^2) / 2.
     state.bound += 0x1p-51 * (static_cast<double>(book_.d) + 8) * (state.norm2 + known_.max_bias);
     for (int64_t step = 0; step < pack_.steps; ++step)
       std::memcpy(out + step * kTileRows, static_cast<const char*>(source) + 4 * step, 4);
@@ -297,7 +297,7 @@ int next_rung(const Isa& isa, int rung) {
   return rung;
 }
 
-// Whether the next rung's slower pass costs less than what this rung leaves to score in double precision.
+// The next rung if its slower pass costs less than what this rung leaves to score in double precision, else this rung.
 int better_rung(const Codebook& book, int rung, const Stats& stats) {
   const double products = static_cast<double>(book.k) * static_cast<double>(book.d);
   const double scored = stats.rows ? static_cast<double>(stats.codes) / static_cast<double>(stats.rows) : 0;

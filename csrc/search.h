@@ -1,5 +1,5 @@
-// What the ways of searching share: the query, the codes that lead, how a row's answer is stored, how blocks of rows are handed
-// to threads.
+// Common parts of the ways of searching: the query, the codes that lead, how a row's answer is stored, how blocks of
+// rows are handed to threads.
 #pragma once
 
 #include <algorithm>
@@ -64,7 +64,7 @@ class Leader {
   }
 
   bool found() const { return best_.distance < kInfinity; }
-  // Whether the best value was met twice, or nothing but it.
+  // True if the best value was met twice, or nothing but it.
   bool repeated() const { return repeated_ || !(second_ < kInfinity); }
   // No code farther away than this can change the answer.
   double limit() const { return query_->margin ? second_ : best_.distance; }

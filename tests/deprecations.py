@@ -40,7 +40,7 @@ def refuse_our_deprecated_calls() -> Iterator[None]:
 
 
 def _caller_is_ours(filename: str, lineno: int) -> bool:
-    """Whether a warning is about a call of this project.
+    """True if a warning is about a call of this project.
 
     A place that was chosen (stacklevel 2 or more) is believed, but for the files that stand between; a function that
     names itself means whoever called it.

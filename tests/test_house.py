@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,33 @@ def test_no_file_is_unfinished() -> None:
                 text = path.read_text()
                 assert not [mark for mark in marks if mark in text], path
                 assert not forgiving.search(text), path
+
+
+EXPLAINED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.Assign, ast.AnnAssign)
+"""Nodes that a string literal explains as their first statement or as the next one."""
+
+
+def explanations(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines and texts of the docstrings of a file: of the module, its classes and functions, and below assignments."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        body = getattr(node, "body", None)
+        for before, each in pairwise([node, *body]) if isinstance(body, list) else ():
+            match each:
+                case ast.Expr(ast.Constant(str(text))) if isinstance(before, EXPLAINED):
+                    yield each.lineno, text
+
+
+@pytest.mark.parametrize("folder", ["tokenizers_mm", "train", "tests", "benchmarks"])
+def test_no_docstring_opens_with_a_fragment(folder: str) -> None:
+    """Refuse the words that make a question or a fragment of the first line."""
+    opening = re.compile(r"\s*(What|Whether|Of|All that|How|Which|Where|When|Why)\s")
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text.strip().splitlines()[0]}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, text in explanations(path)
+        if opening.match(text)
+    ]
+    assert not found, "docstrings that open with a fragment; begin them with a noun or a verb:\n" + "\n".join(found)
 
 
 def test_any_error_ends_in_two_places_only() -> None:

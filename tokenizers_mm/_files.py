@@ -159,7 +159,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def file_place(path: str | os.PathLike[str]) -> Path:
-    """Where a file of this name is written, links resolved; ValueError for what is no regular file or a new name."""
+    """Path to write a file of this name to, links resolved; ValueError for neither a regular file nor a new name."""
     try:
         found = Path(path).stat()
     except FileNotFoundError:

@@ -50,7 +50,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 Fit = Literal["refuse", "crop", "pad", "resize"]
-"""What to do with an image of a size that the tokenizer does not take."""
+"""Treatment of an image of a size that the tokenizer does not take."""
 
 ORIENTATION, TIFF_WIDTH, TIFF_HEIGHT = 0x0112, 0x0100, 0x0101
 """Tags of EXIF and TIFF."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def several() -> bool:
-    """Whether there is more than one process."""
+    """True with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

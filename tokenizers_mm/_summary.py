@@ -1,4 +1,4 @@
-"""What config.json says of a saved tokenizer beside its configuration, read without torch.
+"""Facts about a saved tokenizer that config.json holds beside its configuration, read without torch.
 
 `save_id` is a hash of all else in config.json. It stands in the metadata of model.safetensors too, which binds the two
 files. `summary` answers `tokenizers-mm info`, and is believed only where both files are whole and of one save.
@@ -72,7 +72,7 @@ def describe(family: str, summary: Mapping[str, Any], provenance: Mapping[str, s
 
 
 def _is_sound(family: Any, summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
-    """Whether all that `describe` prints has the right types, in printable text: anybody may have written it."""
+    """True if all that `describe` prints has the right types, in printable text: anybody may have written it."""
     streams, size = summary["streams"], summary["image_size"]
     sides = [side for stream in streams for grid in stream["grids"] for side in _pair(grid)]
     numbers = [summary["parameters"], summary["size_multiple"], *_pair(size or [1, 1]), *sides]

@@ -342,7 +342,7 @@ def _convert(hint: Any, value: Any, where: str, marks: tuple[Any, ...] = ()) -> 
 
 
 def _name(schema: Any) -> str:
-    """How an error calls a type."""
+    """Name of a type in errors."""
     schema = typing.get_args(schema)[0] if typing.get_origin(schema) is Annotated else schema
     return getattr(schema, "__name__", str(schema))
 

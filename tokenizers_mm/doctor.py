@@ -1,4 +1,4 @@
-"""What is installed, which device and kernels are live, what is missing and how to get it."""
+"""Report of what is installed, which device and kernels are live, what is missing and how to get it."""
 
 import importlib.metadata
 import importlib.util

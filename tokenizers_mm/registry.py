@@ -37,7 +37,7 @@ KINDS = {
     "metric": Kind("eval.metrics", "METRICS", ("eval.base", "Metric"), says="name"),
     "objective": Kind("registry", "OBJECTIVES", config=True, says="kind"),
 }
-"""What can be registered, and the table that holds it."""
+"""Kinds of values that can be registered, and the table that holds each."""
 
 _added: dict[tuple[str, str], tuple[str, str]] = {}
 

@@ -81,7 +81,7 @@ class Resolutions:
             )
 
     def tower_size(self, height: int, width: int) -> Size:
-        """What the semantic tower sees of an image: the table's size, else each side rounded down to the cell."""
+        """Size at which the semantic tower sees an image: the table's size, else each side rounded down to the cell."""
         for (rows, columns), tower in self.tower_sizes:
             if (height, width) == (rows, columns):
                 return tower
@@ -135,7 +135,7 @@ class Resolutions:
         return min(range(len(self.anchors)), key=distance)
 
     def cover(self, height: int, width: int) -> Cover:
-        """How a picture meets its nearest anchor by scaling and cutting; training leaves out `cropped` > 0.2."""
+        """Fit of a picture to its nearest anchor by scaling and cutting; training leaves out `cropped` > 0.2."""
         rows, columns = anchor = self.anchors[self.nearest_anchor(height, width)]
         covering = covering_size((height, width), anchor)
         return Cover(anchor, covering, 1 - rows * columns / (covering[0] * covering[1]))

@@ -195,7 +195,7 @@ class ImageLatents(_Batch):
 
 
 Codes = TypeVar("Codes", ImageCodes, ImageLatents)
-"""What a family encodes to: ids in grids, or continuous latents."""
+"""Result of a family's encoding: ids in grids, or continuous latents."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Signs:
 
 
 def _sign(name: str, series: list[float]) -> str:
-    """What a series shows at its end, "" for nothing."""
+    """Sign that a series shows at its end, "" for none."""
     if len(series) < 2 * SPAN:
         return ""
     now, before = fmean(series[-SPAN:]), fmean(series[-2 * SPAN : -SPAN])

@@ -122,18 +122,18 @@ class State:
 
     @property
     def timed(self) -> bool:
-        """Whether the present stage ends by time."""
+        """True if the present stage ends by time."""
         return bool(self.config.max_seconds) and self.stage == len(self.objective.stages) - 1
 
     @property
     def stage_over(self) -> bool:
-        """Whether the present stage has no step left."""
+        """True if the present stage has no step left."""
         late = self.timed and self.stage_seconds >= self.config.max_seconds
         return self.stage_step >= self.current.steps or late
 
     @property
     def finished(self) -> bool:
-        """Whether the run has no step left."""
+        """True if the run has no step left."""
         return self.objective.stopped or (self.stage == len(self.objective.stages) - 1 and self.stage_over)
 
     def moment(self) -> Moment:

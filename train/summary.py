@@ -1,4 +1,4 @@
-"""What a finished run says at its end: where everything is, the last measurements, curves."""
+"""Summary of a finished run, shown at its end: where everything is, the last measurements, curves."""
 
 import importlib.util
 from collections.abc import Sequence

@@ -65,7 +65,7 @@ def test_their_cards_are_true(side: int, least: float, one_thread: None) -> None
 
 
 def test_plain_areas_show_no_grid(one_thread: None) -> None:
-    """What repeats from patch to patch in plain areas: with the key `smooth` less than 0.3 of what it is without."""
+    """Pattern repeated in plain areas, patch by patch: with the key `smooth` less than 0.3 of what it is without."""
     tokenizer: Any = tmm.load(NAME)
     config, patch = tokenizer.pixel_decoder.config, tokenizer.pixel_decoder.config.factor
     crops = torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", 96, 64)])

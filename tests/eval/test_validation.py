@@ -1,4 +1,4 @@
-"""What training measures on held-out images: the same values as the metrics, and nothing hidden."""
+"""Measurements of training on held-out images: the same values as the metrics, and nothing hidden."""
 
 import pytest
 import torch

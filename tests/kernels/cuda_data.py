@@ -147,8 +147,9 @@ def float64_distances(zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], wei
 def float64_margins(
     ids: Tensor, zs: tuple[Tensor, ...], codebooks: tuple[Tensor, ...], weights: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """How much farther, not squared, the nearest code is that differs from code ids[i] in some value, and its squared
-    distance. Infinity where no other code can be chosen, zero where nothing is at a finite distance, NaN at ids of -1.
+    """Margin by which the nearest code that differs from code ids[i] in some value is farther, not squared, and its
+    squared distance. Infinity where no other code can be chosen, zero where nothing is at a finite distance, NaN at
+    ids of -1.
     """
     table = float64_distances(zs, codebooks, weights)
     same = torch.ones(len(ids), table.shape[1], dtype=torch.bool, device=ids.device)

@@ -33,7 +33,7 @@ def find_disassembler() -> str | None:
 
 
 def instructions(cubin: Path, kernel: str) -> Counter[str]:
-    """How often each instruction occurs in the kernels whose mangled name contains `kernel`."""
+    """Number of times each instruction occurs in the kernels whose mangled name contains `kernel`."""
     tool = find_disassembler()
     if tool is None:
         pytest.skip("cuobjdump is not installed")

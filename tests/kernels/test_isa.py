@@ -27,7 +27,7 @@ def fresh_library() -> Iterator[None]:
 
 
 def has(name: str) -> bool:
-    """Whether this CPU has the instruction set."""
+    """True if this CPU has the instruction set."""
     library = _native.cpu()
     before = library.isa
     try:

@@ -1,4 +1,4 @@
-"""How language models are called: each name of the cache, wrappers, positions that do not arrive, files with code."""
+"""Calls of language models: each name of the cache, wrappers, positions that do not arrive, files with code."""
 
 import ast
 import json

@@ -24,7 +24,7 @@ EVERYTHING = {
     "objective.loss.r1": 1.0,
     "objective.loss.gan": "non_saturating",
 }
-"""What acts per sample, or once per step, beside the parts that are on already: revival and the discriminator."""
+"""Parts that act per sample, or once per step, beside those that are on already: revival and the discriminator."""
 
 MASKED = {"objective.method": "masked_diffusion", "objective.mask_token": "<mask>", "objective.projector": "none"}
 

@@ -26,7 +26,7 @@ SOURCE = Provenance(
     notice="The publisher of Apertus asks for agreement to its Acceptable Use Policy before the download.",
 )
 PREFIXES = ("model.vision_tokenizer.", "vision_tokenizer.")
-"""Where a file of the whole language model holds the tokenizer."""
+"""Prefixes of the tokenizer's tensors in a file of the whole language model."""
 
 
 def rules_of(levels: int) -> list[Rule]:

@@ -85,7 +85,7 @@ class _Probe:
         return shape
 
     def count(self, ours: str) -> int:
-        """How many names of ours with `{}` for 0, 1, 2... the file has."""
+        """Number of names of ours with `{}` for 0, 1, 2... that the file has."""
         return next(i for i in range(1000) if self.find(ours.format(i)) is None)
 
     def widths(self, ours: str) -> Iterator[int]:

@@ -27,7 +27,7 @@ from tokenizers_mm.resolutions import Resolutions
 SOURCE = Provenance(source="ILLUME-MLLM/dualvitok on the Hugging Face hub", license="Apache-2.0")
 
 HEADS = 16
-"""Of the semantic head and decoder, at every width."""
+"""Attention heads of the semantic head and decoder, at every width."""
 
 _CONVOLUTIONS = {
     "ch_mult": [1, 1, 2, 2, 4],

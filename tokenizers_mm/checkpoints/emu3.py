@@ -22,7 +22,7 @@ from tokenizers_mm.quantizers import VQConfig
 SOURCE = Provenance(source="BAAI/Emu3-VisionTokenizer on the Hugging Face hub", license="Apache-2.0")
 CODES = "quantize.embedding.weight"
 PREFIX = "model.vqmodel."
-"""Where a file of the whole model in transformers holds the tokenizer."""
+"""Prefix of the tokenizer's tensors in a file of the whole model in transformers."""
 
 _TIME: list[Rule] = [
     (r"^encoder\.still\.first\.", "encoder.time_conv.0.conv.conv."),

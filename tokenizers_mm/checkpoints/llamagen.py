@@ -23,7 +23,7 @@ USAGE_WINDOW = 65536
 """Length of the published buffer of recent ids, which is statistics only and is not kept."""
 
 JANUS_PREFIXES = ("gen_vision_model.", "model.vqmodel.")
-"""Where a file of the whole language model holds the tokenizer: as published, and as transformers has it."""
+"""Prefixes of the tokenizer's tensors in a file of the language model: as published, and as transformers has it."""
 
 
 def rules_of(levels: int) -> list[Rule]:

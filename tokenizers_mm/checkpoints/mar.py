@@ -37,7 +37,7 @@ HEADS = {768: 12, 1024: 16, 1280: 16}
 """Attention heads of the published widths (MAR-B, L and H)."""
 
 LANGUAGE_PREFIXES = ("llm.", "proj_in.", "proj_out.")
-"""What a Harmon file holds beside MAR: the language model and the two projectors."""
+"""Prefixes of what a Harmon file holds beside MAR: the language model and the two projectors."""
 
 _UNUSED_PREFIXES = ("loss.",)
 """Training-only parts that an autoencoder's file may hold."""

@@ -172,7 +172,7 @@ def _check_scaling(tensors: Mapping[str, Tensor], schema: TokenFlowConfig, where
 
 
 def _notice(description: Description) -> str:
-    """What the file leaves open, and how it was read."""
+    """Notice of what the file leaves open, and how it was read."""
     sizes, size = variant_of(description).scales, get(description, "dims.image_size")
     if len(sizes) == 1:
         return ""

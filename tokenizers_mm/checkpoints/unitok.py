@@ -134,7 +134,7 @@ def read_config(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, 
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many parts `prefix.0`, `prefix.1`... a file has."""
+    """Number of the parts `prefix.0`, `prefix.1`... that a file has."""
     found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in tensors)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 

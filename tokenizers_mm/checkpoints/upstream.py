@@ -201,7 +201,7 @@ def _mappable(file: Path) -> Iterator[tuple[Path, list[int] | None]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a dense tensor with numbers of its own."""
+    """True if a value is a dense tensor with numbers of its own."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     return dense and not value.is_quantized and type(value) in (Tensor, torch.nn.Parameter)
 

@@ -100,7 +100,7 @@ def open_images(paths: list[Path]) -> Any:
 
 
 def fit_of(options: argparse.Namespace) -> Any:
-    """What to do with images of another size."""
+    """Treatment of images of another size."""
     return options.fit or ("crop" if options.tokenizer == SHIPPED else "refuse")
 
 

@@ -79,7 +79,7 @@ class CodesOfImage:
         return [cls(row, codes.height, codes.width, grid) for row in values.cpu().unbind()]
 
     def is_like(self, other: "CodesOfImage") -> bool:
-        """Whether the codes of both can be one batch."""
+        """True if the codes of both can be one batch."""
         places = [(item.height, item.width, item.grid, item.values.shape) for item in (self, other)]
         return places[0] == places[1]
 
@@ -109,7 +109,7 @@ def import_arrow() -> Any:
 
 
 class _Columns:
-    """What is known of all images after a first pass: kinds, sizes and names, but no ids."""
+    """Facts about all images from a first pass: kinds, sizes and names, but no ids."""
 
     def __init__(self, items: Iterable[CodesOfImage]) -> None:
         self.names, self.captions = [], []

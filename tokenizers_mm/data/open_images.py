@@ -34,7 +34,7 @@ def open_image_set(paths: Sequence[Path]) -> ImageSet:
 
 
 def _open_packed(path: Path) -> tuple[str, ImageSet]:
-    """What the names of a folder or a file with many images begin with among others, and the images."""
+    """Prefix of the names of images from a folder or a file of many, for use among others, and the images."""
     if path.is_dir():
         return f"{path.name}/", _open_folder(path)
     require(path.is_file(), f"images {path}", "a file", kind_of(path))

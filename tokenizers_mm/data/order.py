@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers_mm._check import require
 
 ROUNDS = 4
-"""Of the Feistel network; an even number, so that both halves end where they began."""
+"""Rounds of the Feistel network; an even number, so that both halves end where they began."""
 
 SHARES = 1 << 20
 """Weights of a mixture are rounded to this many equal shares."""

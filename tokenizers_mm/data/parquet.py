@@ -103,7 +103,7 @@ class ParquetImages:
         return digest(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
     def _image(self, index: int) -> tuple[str, bytes | Path]:
-        """What errors call an image, and its bytes or its path."""
+        """Name of an image in errors, and its bytes or its path."""
         number, row = self._row(index)
         path = self.files[number]
         name, value = f"image {path} row {index}", row["image"]

@@ -85,7 +85,7 @@ class Shards:
             return Sample(image, "", [f"caption of {name}: expected UTF-8, got {byte}"])
 
     def _bytes(self, index: int) -> tuple[str, bytes, bytes]:
-        """What errors call the image, its bytes, and those of its caption."""
+        """Name of the image in errors, its bytes, and those of its caption."""
         number, start, size, text_start, text_size = self.places[index].tolist()
         path = self.files[number]
         name = f"image {path} at byte {start}"

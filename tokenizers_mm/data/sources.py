@@ -102,7 +102,7 @@ class Batch:
 
 
 class Endless:
-    """What all sources without end have in common: images of any shape, as they are asked for."""
+    """Common base of all sources without end: images of any shape, as they are asked for."""
 
     size, augmented = None, True
 

@@ -48,7 +48,7 @@ MAX_ROWS = 1 << 31
 """Rows of one shard at most."""
 
 Row = CodesOfImage | dict[str, Any]
-"""What a shard holds: the codes of an image, or a record."""
+"""Row of a shard: the codes of an image, or a record."""
 
 
 def write_shard(path: Path, rows: Sequence[tuple[int, Row]], family: str, largest: int = 0) -> None:

@@ -39,7 +39,7 @@ Count = Annotated[int, Range(0)]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images become codes. See `ImageTokenizer.encode_batches`; strict: a failure ends the run."""
+    """Settings for turning images into codes. See `ImageTokenizer.encode_batches`; strict: a failure ends the run."""
 
     fit: Fit = "refuse"
     stable: bool = True
@@ -63,13 +63,13 @@ class Failure:
 
     @property
     def cause(self) -> str:
-        """What was expected: the same words for failures of one kind."""
+        """Expectation that was not met: the same words for failures of one kind."""
         return self.reason.partition(": expected ")[2].rpartition(", got ")[0][:200] or "something else"
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What is known of a finished shard: its rows (from `first` on), its file (bytes 0: there is none), and failures.
+    """Facts about a finished shard: its rows (from `first` on), its file (bytes 0: there is none), and failures.
 
     failures: all of them, `causes` by what was expected; `failed` the first ones.
     """
@@ -212,7 +212,7 @@ class EncodeBatch:
 
 
 def _opener(item: Any, index: int) -> Any:
-    """What `encode_batches` opens: an image, a path, or a function."""
+    """Input that `encode_batches` opens: an image, a path, or a function."""
     if isinstance(item, Mapping):
         item = item.get("bytes") or item.get("path")
     if isinstance(item, (bytes, bytearray)):
@@ -251,7 +251,7 @@ class Job:
 
 
 def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, Any]:
-    """All that decides the bytes of the shards: what a run that goes on must have in common with the first."""
+    """Values that decide the bytes of the shards: those that a run that goes on must have in common with the first."""
     how = asdict(job.how)
     kept = {"fit": how["fit"], "stable": how["stable"]}
     if not job.how.stable:
@@ -269,7 +269,7 @@ def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, An
 
 
 def _differences(job: Job, planned: Mapping[str, Any]) -> list[str]:
-    """What the run in the folder has otherwise."""
+    """Names of the values that the run in the folder has otherwise."""
     path = job.out / DONE / PLAN
     if not path.is_file():
         return ["files"] if job.out.is_dir() and any(job.out.glob("part-*")) else []

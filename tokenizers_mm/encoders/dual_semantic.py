@@ -33,5 +33,5 @@ class DualSemanticEncoder(nn.Module):
         return self.head(target), target
 
     def target(self, tokens: Tensor) -> Tensor:
-        """What the semantic decoder learns to give back, from the tower's tokens [B, h, w, C]."""
+        """Features that the semantic decoder learns to give back, from the tower's tokens [B, h, w, C]."""
         return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) if self.config.target == "norm" else tokens

@@ -21,7 +21,7 @@ IMAGENET_MEAN, IMAGENET_STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a kind of model needs beside its sizes.
+    """Properties that a kind of model needs beside its sizes.
 
     mean, std: of its images, unless a preprocessor says otherwise. unused: its part that does not change the tokens of
     a whole image. tokens: class tokens before the patches, register tokens not counted. resizes: positions are

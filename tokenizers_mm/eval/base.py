@@ -1,4 +1,4 @@
-"""What a metric is, and what it is given.
+"""Base classes of metrics, and the data that a metric is given.
 
 A metric takes one batch after another and keeps either one number per image or sums of fixed size. Its state is a set
 of tensors, so that an interrupted run can go on.
@@ -135,10 +135,10 @@ class PerImage(Metric):
     """A metric with one number per image; NaN marks an image that it cannot say anything about."""
 
     infinite: ClassVar[bool] = False
-    """Whether infinity is a value; such images are counted and left out of the mean."""
+    """True if infinity is a value; such images are counted and left out of the mean."""
 
     partial: ClassVar[bool] = False
-    """Whether `scores` may leave images out (NaN): those without text or faces, for example."""
+    """True if `scores` may leave images out (NaN): those without text or faces, for example."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

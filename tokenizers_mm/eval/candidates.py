@@ -66,7 +66,7 @@ class Candidate(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its networks are."""
+        """Device of its networks."""
         return torch.device("cpu")
 
     def features(self, x: Tensor) -> Tensor | None:
@@ -268,7 +268,7 @@ class CodecCandidate(Candidate):
 
     @property
     def matches(self) -> bool:
-        """Whether it needs the bits of a tokenizer."""
+        """True if it needs the bits of a tokenizer."""
         return self.codec.match
 
     def encode(self, x: Tensor, target: Sequence[float] | None = None) -> Encoded:

@@ -23,7 +23,7 @@ NEIGHBOURS = ("previous", "up")
 
 
 class CodebookCounts:
-    """How often every code occurs, by stream and scale, and every pair of neighbours; one batch after another."""
+    """Counts of every code, by stream and scale, and of every pair of neighbours; one batch after another."""
 
     def __init__(self) -> None:
         self._counts: dict[str, list[Tensor]] = {}

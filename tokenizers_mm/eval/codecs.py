@@ -61,7 +61,7 @@ class Codec:
 
     @property
     def match(self) -> bool:
-        """Whether it needs the bits of a tokenizer."""
+        """True if it needs the bits of a tokenizer."""
         return self.quality is None and self.bits is None and self.per_pixel is None
 
     @property

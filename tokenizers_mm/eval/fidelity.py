@@ -52,7 +52,7 @@ class TextError(PerImage):
 
 
 def read_text(x: Tensor) -> str:
-    """What tesseract reads in an image [3, H, W] in [-1, 1], white space as single blanks."""
+    """Text that tesseract reads in an image [3, H, W] in [-1, 1], white space as single blanks."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.png"
         tensor_to_images(x[None])[0].save(path)

@@ -20,7 +20,7 @@ from tokenizers_mm.eval.image import Window
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images are prepared and reconstructions are judged. Colours are sRGB, 8 bits, mapped to [0, 1] by metrics.
+    """Preparation of images and judgement of reconstructions. Colours are sRGB, 8 bits, mapped to [0, 1] by metrics.
 
     name: of the protocol; not part of the hash.
     reference: the images it is meant for, in words; the digest of those that were used stands in the report.

@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What the metrics of a candidate found: results and values per image by metric, and why others are missing."""
+    """Findings of the metrics of a candidate: results and values per image by metric, and why others are missing."""
 
     measured: Measured
     results: dict[str, Any]
@@ -89,7 +89,7 @@ def _outcome(measured: Measured) -> _Outcome:
 
 
 def _row(outcome: _Outcome, seed: int) -> dict[str, Any]:
-    """What is reported of one candidate."""
+    """Row of the report for one candidate."""
     measured, results = outcome.measured, dict(outcome.results)
     candidate, codebook = measured.candidate, results.pop("codebook", None)
     metrics = {

@@ -218,7 +218,7 @@ def _measure(run: Run, loaded: Loaded) -> None:
 
 
 def reconstructions(run: Run, x: Tensor) -> Iterator[tuple[Tensor, Encoded, tuple[float, float], int]]:
-    """What every candidate makes of a batch, in order: see `reconstruct`, and images above the bits to be matched.
+    """Results of every candidate for a batch, in order: see `reconstruct`, and images above the bits to be matched.
 
     Codecs match the first candidate that is none.
     """
@@ -338,7 +338,7 @@ def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _checked_facts(facts: Any, run: Run) -> dict[str, Any]:
-    """What a state says beside its tensors; ValueError where it is not of these images and candidates."""
+    """Facts that a state holds beside its tensors; ValueError where it is not of these images and candidates."""
     require(isinstance(facts, dict), "state", "a mapping", facts)
     used, skipped, following, measured = (facts.get(key) for key in ("used", "skipped", "next", "measured"))
     sound = type(following) is int and 0 <= following <= len(run.source)

@@ -1,4 +1,4 @@
-"""What can be read from frozen features: linear probes, nearest neighbours, classes and captions by a text tower."""
+"""Metrics of frozen features: linear probes, nearest neighbours, classes and captions by a text tower."""
 
 import json
 import math
@@ -142,7 +142,7 @@ class _Features(Metric):
 
 
 class _Labelled(_Features):
-    """What the tokenizer's own features say about the classes of images."""
+    """Base of the metrics that tell classes of images from the tokenizer's own features."""
 
     reads_features = True
     needs = "a tokenizer with features, and images with classes (folders, or `scenes`)"
@@ -189,7 +189,7 @@ class LinearProbe(_Labelled):
 
 
 class _Told(_Features):
-    """What images say in words: embeddings of images and texts by one tower, of CLIP's kind or the tokenizer's own.
+    """Base of the metrics with embeddings of images and texts by one tower, of CLIP's kind or the tokenizer's own.
 
     A tower of images sees the reconstructions, and the originals, whose value is the entry "originals". The tokenizer's
     own reads the semantic features that are decoded from the codes of the originals.

@@ -32,7 +32,7 @@ class Tower(Protocol):
 
     @property
     def reads_semantic(self) -> bool:
-        """Whether `images` takes semantic features."""
+        """True if `images` takes semantic features."""
         ...
 
     def images(self, x: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def page_data(
     size: tuple[int, int],
     refused: Callable[[ValueError], None] | None = None,
 ) -> dict[str, Any]:
-    """What the page knows: the streams and, of every image, its name, its pixels as WebP and its ids."""
+    """Data of the page: the streams and, of every image, its name, its pixels as WebP and its ids."""
     height, width = size
     streams = tokenizer.streams(height, width)
     listed = []

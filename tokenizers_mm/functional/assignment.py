@@ -101,7 +101,7 @@ def assignment_entropies(
 
 
 def _transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, which `_Assign` does not serve."""
+    """True if a transform of torch.func or forward-mode differentiation is at work, which `_Assign` does not serve."""
     return torch._C._are_functorch_transforms_active() or any(
         torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     )

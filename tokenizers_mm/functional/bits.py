@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BitOrder = Literal["lsb_first", "msb_first"]
-"""Which bit of an id the first channel is: the least significant (Open-MAGVIT2) or the most (Show-o, BSQ)."""
+"""Bit of an id that the first channel is: the least significant (Open-MAGVIT2) or the most (Show-o, BSQ)."""
 
 MAX_BITS = 62
 """Bits of one id."""
@@ -38,7 +38,7 @@ def ids_to_bits(ids: Int[Tensor, "*n"], num_bits: int, order: BitOrder) -> Bool[
 
 
 def _weights(num_bits: int, order: BitOrder, device: torch.device) -> Tensor:
-    """What each bit counts."""
+    """Value of each bit in an id."""
     weights = [1 << place for place in range(num_bits)]
     return torch.tensor(weights if order == "lsb_first" else weights[::-1], device=device)
 

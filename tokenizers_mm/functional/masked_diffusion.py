@@ -26,7 +26,7 @@ def uniform(rows: int, columns: int, generator: Generators = None) -> Float[Tens
 
 
 def hide(maskable: Bool[Tensor, "b l"], ratio: Float[Tensor, "b"], generator: Generators = None) -> Bool[Tensor, "b l"]:
-    """Of the maskable tokens of each row a random share of `ratio`, rounded, but at least one where there is one."""
+    """Hide a random share `ratio` of the maskable tokens of each row, rounded, but at least one where there is one."""
     count = maskable.sum(1)
     wanted = torch.minimum((ratio * count).round().long().clamp_min(1), count)
     rows, columns = maskable.shape
@@ -61,5 +61,5 @@ def masked_diffusion_loss(
 
 
 def left_hidden(count: int, step: int, steps: int) -> int:
-    """How many of `count` tokens are still hidden after a step (counted from 0); none after the last."""
+    """Number of tokens, of `count`, that are still hidden after a step (counted from 0); none after the last."""
     return 0 if step + 1 >= steps else min(count - 1, math.floor(count * math.cos(math.pi / 2 * (step + 1) / steps)))

@@ -1,4 +1,4 @@
-"""Which tokens are masked: random orders, the cosine schedule of their number, and ratios for training.
+"""Choice of the masked tokens: random orders, the cosine schedule of their number, and ratios for training.
 
 Sources: Chang et al., MaskGIT (arXiv 2202.04200), section 3.3; Li et al., Autoregressive Image Generation without
 Vector Quantization (MAR, arXiv 2406.11838), section 4. Masks are boolean [B, L], True for a token that is not known;

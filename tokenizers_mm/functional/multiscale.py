@@ -36,7 +36,7 @@ def upsample(x: Float[Tensor, "b r c d"], grid: Grid, mode: Upsampling) -> Float
 
 
 def nearest_tick(place: float, count: int) -> int:
-    """Which of `count` blocks serves the scale at `place` in [0, 1]: that with the nearest tick, the first of two.
+    """Index of the block, of `count`, that serves the scale at `place` in [0, 1]: the nearest tick, the first of two.
 
     Ticks lie at equal distances from 1 / (3 count) to 1 - 1 / (3 count) for four blocks, else from 1 / (2 count) (VAR).
     """

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Bound = Literal["tanh", "symmetric", "sigmoid"]
-"""How features are bounded before rounding: FSQ's tanh, its variant with levels symmetric about 0, iFSQ's sigmoid."""
+"""Bound of features before rounding: FSQ's tanh, its variant with levels symmetric about 0, iFSQ's sigmoid."""
 
 SLACK = 1e-3
-"""By how much the bounded range exceeds the levels at both ends, relative, so that the outermost can be reached."""
+"""Excess of the bounded range over the levels at both ends, relative, so that the outermost can be reached."""
 
 SIGMOID_SLOPE = 1.6
 """Slope of iFSQ's bound 2 sigmoid(1.6 z) - 1."""

@@ -1,4 +1,4 @@
-"""How well a codebook is used, from exact counts."""
+"""Measures of the use of a codebook, from exact counts."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def count_ids(ids: Int[Tensor, "*n"], num_codes: int) -> Int[Tensor, "k"]:
-    """How often each code occurs, int64 [K]; counts of several batches or ranks may be added."""
+    """Number of times each code occurs, int64 [K]; counts of several batches or ranks may be added."""
     return torch.bincount(ids.reshape(-1), minlength=num_codes)
 
 

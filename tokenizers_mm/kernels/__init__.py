@@ -195,7 +195,7 @@ def finite_ids(z: Tensor, ids: Tensor, name: str = "z", margin: Callable[[], Ten
 
 
 def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How often each code was used, int64 [K], and the sum of the vectors given to it, float64 [K, D].
+    """Number of times each code was used, int64 [K], and the sum of the vectors given to it, float64 [K, D].
 
     vectors [N, D], ids int64 [N] in 0 .. K - 1. Rows are added in their order in float64: the same bits on every run
     and for any number of threads. Differentiable in vectors. Raises ValueError for wrong shapes and ids out of range.
@@ -230,7 +230,7 @@ def invalidate() -> None:
 
 
 def describe() -> dict[str, str]:
-    """Which code is live and why: mode, path ("native" or "reference"), isa, isa_cap, library, reason.
+    """Tell which code is live and why: mode, path ("native" or "reference"), isa, isa_cap, library, reason.
 
     `isa` is the instruction set of the native CPU code: the strongest one of this CPU that is not above `isa_cap`. The
     environment variable TOKENIZERS_MM_ISA sets the cap: portable, avx2, avx_vnni or avx512_vnni (as without it) on x86,

@@ -114,7 +114,7 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def why_unavailable(device: torch.device) -> str | None:
-    """Why tensors of this device cannot use the library; None if they can."""
+    """Reason why tensors of this device cannot use the library; None if they can."""
     try:
         load_library()
     except UnavailableError as error:
@@ -144,11 +144,11 @@ class Faults:
         return self.memory.data_ptr() + 8 * row
 
     def stale(self, row: int) -> bool:
-        """Whether a finished search found that the codebook of this row was not the packed one."""
+        """True if a finished search found that the codebook of this row was not the packed one."""
         return self._words[2 * row] != 0
 
     def take_bad_ids(self) -> bool:
-        """Whether a finished call of code_sums, which reports to row 0, met an id that is no code; then forgets it."""
+        """True if a finished call of code_sums, which reports to row 0, met an id that is no code; then forgets it."""
         seen = self._words[1] != 0
         self._words[1] = 0
         return seen
@@ -175,7 +175,7 @@ class Pack:
     ready: torch.cuda.Event | None
     row: int
     shared: bool = False
-    """Whether another stream has used it."""
+    """True if another stream has used it."""
 
 
 @dataclass
@@ -282,7 +282,7 @@ def _ready(pack: Pack, device: torch.device) -> Pack:
     return pack
 
 
-# What differs where a test runs the library on the host (the device type is then "cpu").
+# Functions that differ where a test runs the library on the host (the device type is then "cpu").
 
 
 def _place(device: torch.device) -> tuple[int, int]:

@@ -35,7 +35,7 @@ class NotFiniteError(ValueError):
 
 
 def library_path(name: str) -> Path | None:
-    """Where the shared library `name` is: beside this file, or where the installed distribution put it."""
+    """Path of the shared library `name`: beside this file, or where the installed distribution put it."""
     file = Path(f"lib{name}.dylib" if sys.platform == "darwin" else f"lib{name}.so")
     beside = Path(__file__).with_name(file.name)
     if beside.exists():

@@ -347,7 +347,7 @@ def _bad_ids(num_codes: int) -> None:
 
 
 def may_be_differentiated(*tensors: Tensor) -> bool:
-    """Whether any kind of derivative may be taken with respect to these tensors, a transform of torch.func included.
+    """True if any kind of derivative may be taken with respect to these tensors, a transform of torch.func included.
 
     The operators have no formulas of their own: where this is true, their values are joined with a differentiable
     expression of the same value, which serves every mode and order of differentiation.

@@ -40,7 +40,7 @@ class PackedCodebook:
 
     @property
     def method(self) -> str:
-        """How the last search was done: one of _native.METHODS ("auto": none was)."""
+        """Method of the last search: one of _native.METHODS ("auto": there was none)."""
         return _native.METHODS[self._library.method(self.handle)]
 
     def search(self, codes: Tensor, z: Tensor, answer: "Answer", threads: int) -> int:
@@ -58,7 +58,7 @@ class PackedCodebook:
 
 
 class Answer:
-    """Where a search writes: ids int64, and distances and margins where they are wanted, all of one shape."""
+    """Tensors that a search writes: ids int64, and distances and margins where they are wanted, all of one shape."""
 
     __slots__ = ("distance", "ids", "margin")
 
@@ -186,7 +186,7 @@ def _identity(codebook: Tensor) -> tuple:
 
 
 def _content(library: _native.CpuLibrary, codebook: Tensor) -> tuple:
-    """What decides about a pack: dtype, shape and a digest of the memory."""
+    """Values that decide about a pack: dtype, shape and a digest of the memory."""
     size = codebook.element_size()
     if codebook.is_contiguous():
         rows, bytes_, stride = 1, codebook.numel() * size, 0

@@ -39,7 +39,7 @@ def watch_decisions() -> Iterator[list[Decision]]:
 
 
 def watched() -> bool:
-    """Whether decisions are collected here."""
+    """True if decisions are collected here."""
     return not torch.compiler.is_compiling() and _record.get() is not None
 
 

@@ -96,7 +96,7 @@ def _decide(query: Tensor, codes: Tensor, near: Tensor) -> tuple[Tensor, Tensor]
 
 
 def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How often each code was used and the sum of the vectors given to it.
+    """Number of times each code was used, and the sum of the vectors given to it.
 
     vectors [N, D], ids int64 [N]; returns int64 [K] and float64 [K, D]. Sorted by code first, so that every sum is
     added in the order of the rows: the same bits on every run. Source: the definition.

@@ -17,7 +17,7 @@ _Deviation = Annotated[float, Range(1e-6, 1e6)]
 
 ChannelMeans = tuple[_Mean, _Mean, _Mean]
 ChannelDeviations = tuple[_Deviation, _Deviation, _Deviation]
-"""Of the red, green and blue values of an image in [0, 1]."""
+"""Standard deviations of the red, green and blue values of an image in [0, 1]; `ChannelMeans` are their means."""
 
 
 TowerName = Annotated[

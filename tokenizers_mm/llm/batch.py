@@ -1,4 +1,4 @@
-"""What a language model gets: rows of tokens of one length, with labels, masks, position hints and features."""
+"""Inputs of a language model: rows of tokens of one length, with labels, masks, position hints and features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +96,7 @@ class Batch:
         )
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """What a `transformers` causal language model takes, where no image is shown as features."""
+        """Inputs of a `transformers` causal language model, where no image is shown as features."""
         if self.features:
             fail("batch", "images as ids (or a projector: see llm.projector.embed)", "images as features")
         inputs = {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}

@@ -43,7 +43,7 @@ from tokenizers_mm.models.saving import CONFIG, FORMAT, save_tensors
 from tokenizers_mm.types import ImageLatents
 
 KIND, PROJECTORS = "continuous_lm", "projectors.safetensors"
-"""What config.json says of a saved `ContinuousLM`, and the file of its projectors."""
+"""Kind of a saved `ContinuousLM` in config.json, and the file of its projectors."""
 
 PLACEHOLDER = -200
 """Stands in input ids for one vector of an image; no token has this id."""
@@ -52,12 +52,12 @@ CHAT = ChatFormat(system="")
 """Harmon's conversations: Qwen's frame, without a system text."""
 
 TEXT_GRADIENT = 0.1
-"""What reaches the projector and MAR of the gradient of the text loss (Harmon, section 3.3)."""
+"""Share of the gradient of the text loss that reaches the projector and MAR (Harmon, section 3.3)."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What comes before: float [R, T, H] embeddings, and bool [R, T], False for padding (at either end)."""
+    """Prompt embeddings float [R, T, H], and attention mask bool [R, T], False for padding (at either end)."""
 
     embeddings: Tensor
     mask: Tensor

@@ -103,7 +103,7 @@ def _logits(model: Any, batch: Batch, slots: Tensor, known: Tensor, mask_id: int
 
 
 def _inputs(batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
-    """What the model takes when it sees both ways."""
+    """Inputs of the model when it sees both ways."""
     return {"input_ids": tokens, "attention_mask": see_both_ways(batch), "position_ids": batch.position_ids}
 
 

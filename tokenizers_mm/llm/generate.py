@@ -44,7 +44,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate.
+    """Settings of generation.
 
     sampling: for text. streams: by name of a stream, where its codes are drawn otherwise. guidance: the scale of
     classifier-free guidance (1: none); it needs unconditional prompts. max_new_tokens: where to stop at the latest; an

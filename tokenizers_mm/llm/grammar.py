@@ -1,4 +1,4 @@
-"""What may come next: a plain state machine over tokens, batched, for any layout.
+"""Grammar of the tokens that may come next: a plain state machine over tokens, batched, for any layout.
 
 A state is one integer per sequence. Free text, the choice of an image size, and every slot of every image are states;
 the next state is read from a table by the state and, where a choice was open, by the kind of the token. What a state
@@ -24,10 +24,10 @@ Mode = Literal["free", "text", "image"]
 Ranges = tuple[tuple[int, int], ...]
 FREE, START, DONE = 0, 1, 2
 TEXT, MARKER, CHOICE = -1, -2, -3
-"""What `Grammar.kind` says of a state whose next token is no code: any text, one marker, one of several."""
+"""Values of `Grammar.kind` for a state whose next token is no code: any text, one marker, one of several."""
 
 NOTHING, ROW, SCALE, IMAGE = 0, 1, 2, 3
-"""What `Grammar.event` says a state's token ends."""
+"""Values of `Grammar.event`: the part of an image that a state's token ends."""
 
 
 @dataclass
@@ -154,13 +154,13 @@ class Grammar:
         self._cpu["rank"] = rank_of
 
     def _leads(self, number: int) -> tuple[dict[int, int], int]:
-        """Where a node leads by token, and otherwise: a token that continues no header is text, or begins another."""
+        """Next node by token, and otherwise: a token that continues no header is text, or begins another."""
         if number == DONE or (number == START and self.mode != "image"):
             return {}, number
         return {**self._nodes[FREE].jumps, **self._nodes[number].jumps}, FREE
 
     def _node_ranges(self, number: int) -> Ranges:
-        """What a node allows once the model speaks."""
+        """Ranges of tokens that a node allows once the model speaks."""
         node = self._nodes[number]
         if number == DONE:
             return tuple((end, end + 1) for end in sorted(set(self.ends)))
@@ -188,7 +188,7 @@ class Grammar:
 
     @property
     def tells_images(self) -> bool:
-        """Whether the first token of every image that the model opens itself can be no text."""
+        """True if the first token of every image that the model opens itself can be no text."""
         return self.mode != "free" or all(node.strict for node in self._nodes[DONE + 1 :])
 
     def _look_up(self, name: str, state: Tensor, tokens: Tensor) -> Tensor:
@@ -215,11 +215,11 @@ class Grammar:
         return scores
 
     def kind(self, state: Tensor) -> Tensor:
-        """What comes next, int64 [B]: the index of a stream, or TEXT, MARKER or CHOICE."""
+        """Kind of the next token, int64 [B]: the index of a stream, or TEXT, MARKER or CHOICE."""
         return self._on(state.device)["kind"][state]
 
     def event(self, state: Tensor) -> Tensor:
-        """What the next token ends, int64 [B]: NOTHING, a ROW, a SCALE or the last code of an IMAGE."""
+        """Part that the next token ends, int64 [B]: NOTHING, a ROW, a SCALE or the last code of an IMAGE."""
         return self._on(state.device)["event"][state]
 
     def place(self, state: int) -> tuple[ImagePlan, int] | None:
@@ -266,7 +266,7 @@ class Grammar:
         return self._moved[device]
 
     def _gaps_for(self, size: int) -> list[Ranges]:
-        """What each distinct set does not allow of [0, V), as ranges."""
+        """Ranges of [0, V) that each distinct set does not allow."""
         if size not in self._gaps:
             need = self.vocabulary.size
             require(size >= need, "scores", f"[B, V], V at least {need}", f"V of {size}")
@@ -341,7 +341,7 @@ class GrammarProcessor:
 
 
 def _complement(ranges: Ranges, size: int) -> Ranges:
-    """What of [0, size) lies in none of the ranges."""
+    """Parts of [0, size) that lie in none of the ranges."""
     gaps, position = [], 0
     for low, high in sorted(ranges):
         gaps += [(position, low)] if low > position else []
@@ -350,7 +350,7 @@ def _complement(ranges: Ranges, size: int) -> Ranges:
 
 
 def _events(plan: ImagePlan) -> Tensor:
-    """What each slot's token ends: int64 [n]."""
+    """Part of an image that each slot's token ends: int64 [n]."""
     events = torch.zeros(plan.length, dtype=torch.int64)
     slots = (plan.places[:, 0] >= 0).nonzero()[:, 0]
     if len(slots) == 0:

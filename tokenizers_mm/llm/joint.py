@@ -30,7 +30,7 @@ from tokenizers_mm.types import Reconstruction
 
 
 def read_codes(tokenizer: ImageTokenizer[Any], images: Tensor, output: Reconstruction | None = None) -> Tensor:
-    """What the language model reads of images [B, 3, H, W]: their codes as vectors [B, T, C].
+    """Inputs of the language model for images [B, 3, H, W]: their codes as vectors [B, T, C].
 
     output: the tokenizer's forward pass of the same images; the vectors are then differentiable. Without one they are
     `tokenizer.features(images)`, without gradients and without the decoders. The values are equal but for rounding.
@@ -55,7 +55,7 @@ def caption_batch(
 
 
 def num_labels(processor: MultimodalProcessor, captions: Sequence[str]) -> int:
-    """How many tokens `caption_loss` of the `caption_batch` of these captions is a mean over."""
+    """Number of tokens that `caption_loss` of the `caption_batch` of these captions is a mean over."""
     text = processor.text_tokenizer
     end = int(processor.eos is not None)
     return sum(len(text(caption, add_special_tokens=False)["input_ids"]) + end for caption in captions if caption)

@@ -1,4 +1,4 @@
-"""How an image is written as a row of tokens, as data: the order of the streams and the markers between them."""
+"""Form of an image as a row of tokens, as data: the order of the streams and the markers between them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,11 +118,11 @@ class ImagePlan:
         return ImageCodes(tokens[:, slots] - low[slots], self.height, self.width, self.streams)
 
     def slot_name(self, slot: int) -> str:
-        """How an error calls a slot."""
+        """Name of a slot in errors."""
         return f"token {slot + 1} of {self.length} of a {self.height} x {self.width} image"
 
     def slot_range(self, slot: int) -> str:
-        """What an error expects in a slot."""
+        """Ids that an error expects in a slot, in words."""
         low, high = int(self.low[slot]), int(self.high[slot])
         return f"id {low}" if high == low + 1 else f"an id from {low} to {high - 1}"
 

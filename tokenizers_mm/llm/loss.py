@@ -31,7 +31,7 @@ def next_token_loss(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def num_predicted(labels: Tensor) -> int:
-    """How many tokens the loss of `next_token_loss` is a mean over, from int64 [B, L] labels."""
+    """Number of tokens that the loss of `next_token_loss` is a mean over, from int64 [B, L] labels."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
@@ -49,7 +49,7 @@ def logits_at(model: Any, inputs: Mapping[str, Tensor], where: Tensor) -> Tensor
 
 
 def caption_rewards(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """How likely the model finds the labelled text of each row: the geometric mean of its tokens' probabilities, [B].
+    """Likelihood of the labelled text of each row for the model: the geometric mean of its tokens' probabilities, [B].
 
     A model that understands what it draws can so rank its own drawings: rows of image, prompt and caption, of which
     only the caption is labelled. inputs: as `next_token_loss`. Source: the intrinsic reward of GvU, where the prompt is

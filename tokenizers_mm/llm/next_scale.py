@@ -198,7 +198,7 @@ def next_scale_loss(
 
 @dataclass(frozen=True)
 class ScaleSampling:
-    """How the ids of a scale are drawn.
+    """Settings for drawing the ids of a scale.
 
     steps: (top_k, top_p) of each pass over a scale; from the second pass on the decoder reads the scale with the ids
     just drawn and draws them again. top_k 0 and top_p 0 switch a filter off. guidance: of the last scale; it grows

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Mode = Literal["order", "slots"]
-"""What position ids count: all tokens of a row; or in an image its slots from 0, and text from the longest image on."""
+"""Tokens that position ids count: all of a row; or in an image its slots from 0, and text from the longest image on."""
 
 
 def position_ids(slots: Tensor, first_text: Tensor | int, longest_image: int | None) -> Tensor:

@@ -48,7 +48,7 @@ SETTINGS = "multimodal_processor.json"
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """What a saved processor remembers of its own: see `MultimodalProcessor`."""
+    """Settings of its own that a saved processor remembers: see `MultimodalProcessor`."""
 
     fit: Fit = "refuse"
     positions: Mode = "order"
@@ -354,7 +354,7 @@ class _Tokens:
 
 
 def _special_ids(text_tokenizer: Any) -> tuple[list[int], int | None, int]:
-    """What a text tokenizer puts before a text, its end token, and what to pad with."""
+    """Ids that a text tokenizer puts before a text, its end token, and the token to pad with."""
     eos = text_tokenizer.eos_token_id
     prefix = list(text_tokenizer("")["input_ids"])
     while prefix and prefix[-1] == eos and prefix[-1] != text_tokenizer.bos_token_id:

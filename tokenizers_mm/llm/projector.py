@@ -78,7 +78,7 @@ class FeatureProjector(nn.Module):
 
 
 def embed(model: Any, batch: Batch, projector: FeatureProjector) -> dict[str, Tensor]:
-    """What a `transformers` causal language model takes: token embeddings, with projected features in their places.
+    """Inputs of a `transformers` causal language model: token embeddings, with projected features in their places.
 
     Differentiable in the projector, and in the features where they are.
     """

@@ -124,12 +124,12 @@ class Records:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text that can be written as UTF-8, without a zero byte."""
+    """True if a value is a text that can be written as UTF-8, without a zero byte."""
     return isinstance(value, str) and "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _version(file: IO[bytes]) -> tuple[int, int, int]:
-    """What tells that an open file is still the same."""
+    """Values that tell that an open file is still the same."""
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
 

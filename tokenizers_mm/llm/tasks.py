@@ -45,7 +45,7 @@ def describe(
     projector: FeatureProjector | None = None,
     settings: GenerationSettings = LIKELIEST,
 ) -> str:
-    """What the model says after an image and a question.
+    """Text that the model says after an image and a question.
 
     image: as in a `Segment`. question: written after the image as it is, chat frames included. processor: None takes
     `processor_of(model)`. projector: shows the image as features; without one it is shown as ids.

@@ -41,7 +41,7 @@ def recompute_activations(model: Any) -> bool:
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether an argument of this name reaches the language model through all its wrappers."""
+    """True if an argument of this name reaches the language model through all its wrappers."""
     *wrappers, inner = _chain(model)
     passed = all(name in _parameters(link) or _takes_any(link) for link in wrappers)
     return passed and name in _parameters(inner) and not any(_prepends_tokens(link) for link in wrappers)
@@ -101,7 +101,7 @@ def rewind(cache: Any, count: int) -> None:
 
 
 def only_adapters(model: Any) -> bool:
-    """Whether there is nothing around the language model but adapters inside of its layers (peft)."""
+    """True if there is nothing around the language model but adapters inside of its layers (peft)."""
     return all(hasattr(type(link), "get_base_model") and not _prepends_tokens(link) for link in _chain(model)[:-1])
 
 
@@ -228,12 +228,12 @@ def _inside(model: Any) -> Any:
 
 
 def _is_transformers(model: Any) -> bool:
-    """Whether a module is a model of `transformers` itself and no module around one."""
+    """True if a module is a model of `transformers` itself and no module around one."""
     return any(base.__module__.split(".")[0] == "transformers" for base in type(model).__mro__)
 
 
 def _has_head(part: Any) -> bool:
-    """Whether a module is, or wraps, a language model with a head."""
+    """True if a module is, or wraps, a language model with a head."""
     inner = unwrap(part)
     return hasattr(type(inner), "get_output_embeddings") and inner.get_output_embeddings() is not None
 
@@ -247,12 +247,12 @@ def _takes_any(model: Any) -> bool:
 
 
 def _hands_on(model: Any) -> bool:
-    """Whether a wrapper is known to hand on every named argument as it is."""
+    """True if a wrapper is known to hand on every named argument as it is."""
     return hasattr(type(model), "get_base_model") or type(model).__module__.startswith("torch.")
 
 
 def _prepends_tokens(model: Any) -> bool:
-    """Whether a wrapper of peft puts tokens of its own before each row, and so drops the positions."""
+    """True if a wrapper of peft puts tokens of its own before each row, and so drops the positions."""
     active = getattr(model, "active_peft_config", None) if hasattr(type(model), "get_base_model") else None
     return bool(getattr(active, "is_prompt_learning", False))
 

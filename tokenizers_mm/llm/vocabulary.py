@@ -225,7 +225,7 @@ class VisualVocabulary:
         return stream, ids
 
     def is_visual(self, tokens: Tensor) -> Tensor:
-        """Whether each token is a code or a marker with an id of its own; bool of the same shape."""
+        """True for each token that is a code or a marker with an id of its own; bool of the same shape."""
         tokens = as_ids(tokens, "tokens")
         own = [marker.ids[0] for marker in self.markers if len(marker.ids) == 1]
         markers = torch.tensor(own, dtype=torch.int64, device=tokens.device)

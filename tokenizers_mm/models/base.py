@@ -52,7 +52,7 @@ WAITING_BATCHES = 8
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights come from: kept in config.json and printed on the model card."""
+    """Origin of the weights: kept in config.json and printed on the model card."""
 
     source: str = ""
     license: str = ""
@@ -267,7 +267,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         return self._checked(images).to(self.dtype)
 
     def prepared_parts(self, images: ImageInput, fit: Fit = "refuse") -> Iterator[Tensor]:
-        """What `prepare` gives, in parts: a tensor whole; of PIL images and paths a few at a time, opened when due."""
+        """Result of `prepare`, in parts: a tensor whole; of PIL images and paths a few at a time, opened when due."""
         if isinstance(images, Tensor):
             yield self.prepare(images)
             return
@@ -314,7 +314,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property

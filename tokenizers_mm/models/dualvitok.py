@@ -35,7 +35,7 @@ from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized,
 
 @dataclass(frozen=True)
 class DualViTokConfig:
-    """All that defines a DualViTok model.
+    """Complete configuration of a DualViTok model.
 
     pixel_decoder.context_channels: the channels of both codebooks together; every norm reads the joined codes.
     resolutions: sizes, grids and counts; its cells must be those of the tower and of the pixel encoder.
@@ -207,7 +207,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
 
     @torch.no_grad()
     def stream_features(self, images: ImageInput) -> dict[str, Tensor]:
-        """What the language model of the paper reads, by stream, before any quantizer: "semantic" [B, h', w', C], the
+        """Inputs of the paper's language model, by stream, before any quantizer: "semantic" [B, h', w', C], the
         tower's tokens as they are, and "pixel" [B, h, w, channels of the pixel encoder]."""
         parts: dict[str, list[Tensor]] = {"semantic": [], "pixel": []}
         for x in self.prepared_parts(images):

@@ -126,7 +126,7 @@ def _transformers_tower(model: Any) -> VisionModel:
 
 
 def _takes_size(name: str) -> bool:
-    """Whether the architecture is a vision transformer, built for one size of image."""
+    """True if the architecture is a vision transformer, built for one size of image."""
     return name.startswith(("vit_", "deit", "eva", "beit", "samvit", "naflexvit"))
 
 

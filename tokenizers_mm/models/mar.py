@@ -32,7 +32,7 @@ WITHOUT_DECAY = ("denoiser.",)
 
 @dataclass(frozen=True)
 class MARConfig:
-    """All that defines a MAR model; the defaults are MAR-B with the KL-16 autoencoder.
+    """Complete configuration of a MAR model; the defaults are MAR-B with the KL-16 autoencoder.
 
     latent_scale: what latents are multiplied by, so that their variance is about 1.
     noise_repeats: draws of step and noise for every token in training (`diffusion_batch_mul`).

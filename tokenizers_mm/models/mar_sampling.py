@@ -32,7 +32,7 @@ Rows are tokens, sample by sample, row-major. Two calls for one step must not be
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn.
+    """Settings for drawing tokens.
 
     steps: in how many steps all tokens appear (cosine schedule). diffusion: steps kept for each token, such as "100".
     guidance: classifier-free guidance scale, 1 for none; "linear" lets it grow from 1 with the share of known
@@ -52,7 +52,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn, and where.
+    """Positions to draw, in their orders, and the tokens that are given.
 
     orders: int64 [B, M], positions to fill; the LAST ones come first. tokens: [B, L, D], read where a position is in no
     order (in-painting); all other values are ignored.

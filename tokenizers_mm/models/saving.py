@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers_mm.models.base import ImageTokenizer
 
 FORMAT = 1
-"""Of config.json; raised when a file of an older library could no longer be read as it is."""
+"""Version of config.json; raised when a file of an older library could no longer be read as it is."""
 
 MODEL_TYPE = "tokenizers_mm"
 """Name of the form for transformers (`tokenizers_mm.llm.automodel`)."""

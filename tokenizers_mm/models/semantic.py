@@ -31,7 +31,7 @@ FEATURE_DECODERS: dict[str, Any] = {"conv": ConvFeatureDecoder, "transformer": T
 
 @dataclass(frozen=True)
 class SemanticConfig:
-    """All that defines a semantic tokenizer; it has a semantic decoder, a pixel decoder or both.
+    """Complete configuration of a semantic tokenizer; it has a semantic decoder, a pixel decoder or both.
 
     cell: pixels per code and side; the tower's grid must have it. image_size: the one (height, width) that the tower
     takes, None for any multiple of `cell`. head: a linear map from the tower's features to the codes' channels; without

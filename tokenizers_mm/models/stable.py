@@ -52,7 +52,7 @@ FEW = 512
 """Measurements from which on a search has a bound of its own."""
 
 AUDIT = 256
-"""Where no image among so many was decided again, one is, without need."""
+"""Number of images after which one is decided again without need, where none of them was."""
 
 WAITING = 16
 """Doubtful images that are decided again together."""

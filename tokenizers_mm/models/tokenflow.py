@@ -26,7 +26,7 @@ from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruc
 
 @dataclass(frozen=True)
 class TokenFlowConfig:
-    """All that defines a TokenFlow model.
+    """Complete configuration of a TokenFlow model.
 
     image_size: (height, width) of the images. scales: grids from coarse to fine; the last one is the grid of both
     encoders; one entry gives a single-scale tokenizer. quantizer: of any kind. pixel_size: what the pixel encoder and

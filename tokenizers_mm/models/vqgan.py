@@ -38,7 +38,7 @@ Scales = Annotated[tuple[tuple[Cells, Cells], ...], Length(1, 256)]
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """All that defines a VQGAN.
+    """Complete configuration of a VQGAN.
 
     kernel: of the convolutions `head` and `embed` around the quantizer; 0 for none. scales: grids from coarse to fine
     for residual quantization over scales, None for one grid of any size. multiscale: how they are joined. teacher: a

@@ -1,4 +1,4 @@
-"""What every quantizer offers: features [..., D] to ids and vectors, and ids back to vectors."""
+"""Interface of every quantizer: features [..., D] to ids and vectors, and ids back to vectors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +28,11 @@ class Quantizer(nn.Module, ABC):
     groups: int = 1
     loss_terms: frozenset[str] = frozenset()
     query_names: tuple[str, ...] = ("z",)
-    """What errors call the features, one name for each part of their channels."""
+    """Names of the features in errors, one for each part of their channels."""
 
     @property
     def revivable(self) -> bool:
-        """Whether `set_codes` can move single codes."""
+        """True if `set_codes` can move single codes."""
         return True
 
     @abstractmethod

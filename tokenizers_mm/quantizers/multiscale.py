@@ -35,7 +35,7 @@ class SmoothingConfig:
 
 @dataclass(frozen=True)
 class ScalesConfig:
-    """How scales are joined.
+    """Settings for joining scales.
 
     upsampling of codes to the full grid: bicubic (VAR, TokenFlow) or bilinear (Infinity). smoothing: convolutions after
     it, or none. learning: "by_scale", every scale's quantizer has its own terms and passes its gradient to the features

@@ -1,4 +1,4 @@
-"""How long the demo takes on this machine: a few steps are timed, the rest is counted in steps."""
+"""Duration of the demo on this machine: a few steps are timed, the rest is counted in steps."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What the demo's language model can do: it is asked about held-out scenes and draws held-out captions."""
+"""Tests of the demo's language model: it is asked about held-out scenes and draws held-out captions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def draw_each(bridge: Bridge, captions: list[str], generator: torch.Generator) -
 
 
 def reward_each(bridge: Bridge, pictures: list[Image.Image | None], scenes: list[Scene]) -> list[float]:
-    """How sure the model is, looking at each picture, of the colour and shape asked for; -1 for no picture."""
+    """Certainty of the model, looking at each picture, of the colour and shape asked for; -1 for no picture."""
     tokenizer = bridge.processor.tokenizer
     found = [(picture, scene) for picture, scene in zip(pictures, scenes, strict=True) if picture is not None]
     if not found:

@@ -75,14 +75,14 @@ class Bridge(nn.Module):
         self.first_id = processor.vocabulary.codes[0].start
 
     def prompts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What comes before pictures, padded on the left to one length: ids and mask [B, P]; "" is no caption."""
+        """Prompts of pictures, padded on the left to one length: ids and mask [B, P]; "" is no caption."""
         opening = self.processor.opening()
         rows = self.processor.rows([[f"{DRAW} {c}", opening] if c else [opening] for c in captions], end=False)
         batch = pad_rows(rows, self.processor.pad, "left", self.prefix)
         return batch.input_ids, batch.attention_mask.bool()
 
     def drawing_loss(self, captions: Sequence[str], ids: Tensor) -> Tensor:
-        """Of the codes of pictures, int64 [B, L]."""
+        """Loss of the codes of pictures, int64 [B, L]."""
         return next_scale_loss(self.model, self.scales, self.prompts(captions), ids, self.codes[ids], self.first_id)
 
     def telling(self, rows: Sequence[Sequence[Any]], side: Any = "right", end: bool = True) -> dict[str, Tensor]:

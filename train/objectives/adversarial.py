@@ -30,7 +30,7 @@ LOSSES = {
 
 
 LECAM_DECAY = 0.99
-"""Of the moving averages of logits (Tseng et al., arXiv 2104.03310, section 4)."""
+"""Decay of the moving averages of logits (Tseng et al., arXiv 2104.03310, section 4)."""
 
 
 class Adversary:

@@ -175,7 +175,7 @@ class Objective(ABC):
         return {}
 
     def averages(self, stage: int) -> bool:
-        """Whether the moving average follows in a stage."""
+        """True if the moving average follows in a stage."""
         return True
 
     def saved(self) -> Mapping[str, Any]:
@@ -195,7 +195,7 @@ class Objective(ABC):
 
     @property
     def stopped(self) -> bool:
-        """Whether the objective ended the run before its last step."""
+        """True if the objective ended the run before its last step."""
         return False
 
     def rank(self) -> tuple[int, int]:

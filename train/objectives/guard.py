@@ -12,7 +12,7 @@ from tokenizers_mm.eval.validation import measure
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What watches the reconstruction of fixed held-out pictures while the tokenizer learns with the language model.
+    """Watch over the reconstruction of fixed held-out pictures while the tokenizer learns with the language model.
 
     every: steps between looks; the end of a joint stage is always looked at. folder: of pictures, by default rendered
     scenes that no training sees. pictures: how many. max_psnr_drop: dB below the mean PSNR before the first joint
@@ -46,12 +46,12 @@ class Guard:
 
     @property
     def frozen(self) -> bool:
-        """Whether the tokenizer learns no more."""
+        """True if the tokenizer learns no more."""
         return bool(self.crossed)
 
     @property
     def stopped(self) -> bool:
-        """Whether the run is over."""
+        """True if the run is over."""
         return self.frozen and self.config.action == "stop"
 
     def measure(self, parts: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Guard:
         return line
 
     def message(self, step: int) -> str:
-        """What happened, in one line."""
+        """Report of what happened, in one line."""
         parts = "tokenizer, projector and language model are" if self.stopped else "the tokenizer is frozen and"
         did = "stopped" if self.stopped else "goes on"
         return f"joint tuning {did} at step {step}: {self.crossed}; {parts} as at step {self.good_step}"

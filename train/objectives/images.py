@@ -49,11 +49,11 @@ class TokenizerObjective(Objective):
             self.networks["discriminator"] = self.terms.adversary.network
 
     def tunes(self, stage: int) -> bool:
-        """Whether the tokenizer learns in a stage."""
+        """True if the tokenizer learns in a stage."""
         return True
 
     def adversarial(self, moment: Moment) -> bool:
-        """Whether the discriminator acts."""
+        """True if the discriminator acts."""
         acts = self.terms.adversary is not None and moment.step >= self.config.loss.gan_start
         return acts and self.tunes(moment.stage)
 

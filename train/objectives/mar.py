@@ -50,7 +50,7 @@ class AutoencoderStage:
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """Of this stage."""
+        """Settings of this stage's optimizer."""
         return OptimizerConfig(self.lr, schedule="cosine", warmup=20, clip=1.0)
 
 
@@ -126,7 +126,7 @@ class MARTraining(Objective):
         self._shown: Tensor | None = None
 
     def learns_latents(self, stage: int) -> bool:
-        """Whether a stage is MAR's own, with the autoencoder frozen."""
+        """True if a stage is MAR's own, with the autoencoder frozen."""
         return self.stages[stage].name == "mar"
 
     def enter(self, stage: int) -> None:
