@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -11,9 +12,10 @@ from tokenizers_mm._files import atomic_path
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write a PNG atomically."""
+    """Write a PNG, or a JPEG of quality 95 where the name ends in .jpg, atomically."""
+    options: dict[str, Any] = {"format": "JPEG", "quality": 95} if str(path).endswith(".jpg") else {"format": "PNG"}
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, **options)
 
 
 def write_pictures(

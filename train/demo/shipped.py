@@ -53,12 +53,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def publish(
-    tokenizer: ImageTokenizer[Any], name: str, out: Path, folder: Path | None = None, made: str = "on a CPU"
-) -> dict[str, Any]:
+def publish(tokenizer: ImageTokenizer[Any], name: str, out: Path, folder: Path | None = None) -> dict[str, Any]:
     """Measure and write the folder; summary.json and images stay in `out`. Returns the numbers.
 
-    name: of the configuration. made: where it was trained, for the card.
+    name: of the configuration.
     """
     folder = PRETRAINED / name.replace("_", "-") if folder is None else folder
     small = tokenizer.image_size == (64, 64)
@@ -71,9 +69,10 @@ def publish(
         notice="A small example, trained on few photographs: for trying the library, not for real use.",
     )
     tokenizer.save(folder)
-    save_picture(card_image(tokenizer), folder / "card.png")
+    picture = "card.png" if small else "card.jpg"
+    save_picture(card_image(tokenizer), folder / picture)
     with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(card(tokenizer, name, made, numbers), encoding="utf-8")
+        temporary.write_text(card(tokenizer, name, picture, numbers), encoding="utf-8")
     return numbers
 
 
@@ -123,7 +122,7 @@ def _classes(network: torch.nn.Module, x: Tensor) -> Any:
     return torch.cat([network(part) for part in shown.split(32)]).softmax(1).topk(5)
 
 
-def card(tokenizer: ImageTokenizer[Any], name: str, made: str, numbers: dict[str, Any]) -> str:
+def card(tokenizer: ImageTokenizer[Any], name: str, picture: str, numbers: dict[str, Any]) -> str:
     """The model card."""
     side = (tokenizer.image_size or (64, 64))[0]
     (stream,) = tokenizer.streams(side, side)
@@ -148,14 +147,14 @@ codes = tok.encode("picture.png", fit="crop")
 image = tok.to_pil(tok.decode(codes))[0]
 ```
 
-![Originals over reconstructions](card.png)
+![Originals over reconstructions]({picture})
 
 Originals over reconstructions: two of rendered text; faces of a person (astronaut, trained on) and of a cat (held out);
 landscapes (china and rocket, trained on); coffee and flower (held out).
 
 ## How it was made
 
-By `python -m train.demo.shipped {name}`, which runs `configs/{name}.yaml`, {made}. Training images: patches of
+By `python -m train.demo.shipped {name}`, which runs `configs/{name}.yaml`, on a CPU. Training images: patches of
 {names["train"]} (from scikit-image, scikit-learn and matplotlib), rendered text and rendered scenes, with random scale,
 flips, turns and colours. Held out, by photograph: {names["heldout"]}. The weights are those of the last step: no
 checkpoint was chosen by the held-out numbers, which were looked at while the networks were designed.
