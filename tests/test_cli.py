@@ -246,7 +246,7 @@ def test_outputs_are_judged_before_the_work(saved: Path, tmp_path: Path, capsys:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU has the device")
 def test_a_missing_device_is_one_sentence(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tok, image = str(saved / "tok"), str(saved / "images" / "0.png")
-    for device in ("cuda", "cuda:3", "tpu?"):
+    for device in ("cuda", "cuda:3", "tpu?", "meta"):
         command = ["encode", image, "--tokenizer", tok, "--device", device, "--out", str(tmp_path / "x.npz")]
         assert main(command) == 2
         said = capsys.readouterr().err
@@ -350,7 +350,18 @@ def test_safetensors_errors_and_full_stdout() -> None:
         with open("/dev/full", "w") as full:
             result = subprocess.run([sys.executable, "-c", printing], stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
         assert b"No space left" in result.stderr
-        assert b"Traceback" not in result.stderr
+        assert result.stderr.count(b"\n") == 1
+        assert result.returncode == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(closed: str) -> None:
+    code = "from tokenizers_mm.cli import guarded\nfrom tokenizers_mm.cli.progress import Progress\nimport sys\n"
+    code += "def run():\n with Progress(3, every=0.0) as progress: progress(1); print('done')\n return 7\n"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code + "sys.exit(guarded('p', run))"]
+    result = subprocess.run(command, capture_output=True, cwd=ROOT)
+    assert result.returncode == 7
+    assert result.stdout == (b"" if ">&-" in closed.replace("2>&-", "") else b"done\n")
 
 
 def test_an_interrupt_is_one_line_and_code_130(saved: Path) -> None:

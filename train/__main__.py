@@ -16,7 +16,7 @@ from tokenizers_mm._files import one_writer, write_text
 from tokenizers_mm.cli import configs, guarded
 from tokenizers_mm.cli.imports import run_imports, split_imports
 from tokenizers_mm.cli.train import SUMMARY, add_arguments
-from tokenizers_mm.config import parse_yaml, to_mapping
+from tokenizers_mm.config import parse_yaml, read_yaml, to_mapping
 
 from .checkpoint import list_checkpoints
 from .config import RunConfig, objective_class, parse_config, read_config
@@ -105,8 +105,7 @@ def _written(config: RunConfig, text: str, overwrite: bool) -> RunConfig:
     """Write the configuration of a preset into the folder of its run, where it is not there yet."""
     place = Path(config.out) / EXISTING
     if place.is_file() and not overwrite:
-        before = yaml.safe_load(place.read_text(encoding="utf-8"))
-        if before == yaml.safe_load(text):
+        if read_yaml(place) == parse_yaml(text, (), "preset"):
             return config  # the same command again: the run goes on
         fail("out", "a new folder, or --overwrite", f"{place}, of another command (to go on with it: train {place})")
     with one_writer(config.out, "config.out"):

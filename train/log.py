@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tokenizers_mm._files import atomic_path
+from tokenizers_mm._files import atomic_path, file_place
 from tokenizers_mm.config import to_mapping
 
 from .distributed import count_over_ranks
@@ -180,16 +180,21 @@ def read_log(path: str | Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in stream]
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of a log; infinity for what is no such line."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return math.inf
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if type(step) is int else math.inf
+
+
 def _forget_after(path: Path, step: int) -> None:
     """Drop lines past the step from which a run continues, and a line that was cut off."""
-    if not path.exists():
+    if not file_place(path).exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail, printable, require
 from tokenizers_mm.config import parse_yaml, read_yaml, to_mapping
 
 from .config import parse_config
@@ -124,6 +124,6 @@ def make_preset(
     source = {"kind": "photographs"} if images is None else {"kind": "folder", "path": str(images)}
     data["objective"]["data"]["sources"] = [source]
     config = parse_config(parse_yaml(yaml.safe_dump(data), overrides, f"preset {name}"))
-    lines = [preset.says, f"Made by: {command}" if command else "", f"After configs/{preset.file}.yaml."]
+    lines = [preset.says, f"Made by: {printable(command)}" if command else "", f"After configs/{preset.file}.yaml."]
     header = "".join(f"# {line}\n" for line in lines if line)
     return header + yaml.safe_dump(to_mapping(config), sort_keys=False, width=120, allow_unicode=True)

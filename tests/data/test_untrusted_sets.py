@@ -369,3 +369,24 @@ def test_an_archive_of_numpy_with_an_odd_member(tmp_path: Path) -> None:
             archive.writestr(name, data)
         with pytest.raises(ValueError, match="expected"):
             list(read_codes(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
+def test_arrays_of_other_programs_are_read_right(order: str, dtype: str, tmp_path: Path) -> None:
+    """Either order of the axes, either order of the bytes: the same values, or a refusal."""
+    values = np.arange(12, dtype=dtype).reshape(4, 3)
+    stream = io.BytesIO()
+    np.save(stream, np.asarray(values, order=order))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    facts = json.dumps({"height": 8, "width": 8, "rows": 2, "columns": 2}).encode()
+    members = [("0.latents.npy", stream.getvalue()), ("0.json", facts)]
+    (tmp_path / "a.tar").write_bytes(b"".join(header(name, len(data)) + padded(data) for name, data in members) + END)
+    (row,) = read_shard(tmp_path / "a.tar")
+    assert isinstance(row, CodesOfImage)
+    assert row.values.tolist() == values.tolist()
+    texts = np.array(json.dumps({key: str(value) for key, value in json.loads(facts).items()}))
+    np.savez(tmp_path / "a.npz", latents=np.asarray(values[None], order=order), metadata=texts)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    read: list[Any] = []
+    message = refusal(lambda: read.extend(read_codes(tmp_path / "a.npz")))
+    assert (message is None) == (dtype[0] == "<")
+    assert [row.values.tolist() for row in read] == ([] if message else [values.tolist()])

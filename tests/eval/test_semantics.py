@@ -13,6 +13,7 @@ from tokenizers import processors
 from tests.eval.towers import ColourTower
 from tests.llm.fakes import words
 from tests.models.test_tokenflow import tiny_config
+from tests.models.test_untrusted_configs import address_space
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.scenes import COLOURS, make_scene
 from tokenizers_mm.eval.base import Batch, Setup
@@ -205,4 +206,9 @@ def test_the_own_tower_reads_semantic_features(tmp_path: Path) -> None:
     (tmp_path / "captions" / "model.safetensors").write_bytes(b"junk")
     open_tower.cache_clear()
     with pytest.raises(ValueError, match=r"model\.safetensors"):
+        open_tower(str(tmp_path / "captions"))
+    save_contrast(contrast, tmp_path / "captions")
+    config = tmp_path / "captions" / "config.json"
+    config.write_text(config.read_text().replace('"width": 16', '"width": 65536').replace('"depth": 1', '"depth": 256'))
+    with address_space(1 << 30), pytest.raises(ValueError, match="expected exactly the tensors of the model"):
         open_tower(str(tmp_path / "captions"))

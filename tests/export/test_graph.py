@@ -51,4 +51,7 @@ def test_bad_requests_get_one_sentence(tokenizer: TokenFlow, tmp_path: Path) -> 
         export(tokenizer, "tensorrt", tmp_path / "x")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="images: expected 32 x 32 pixels, got 64 x 64"):
         export(tokenizer, "torch", tmp_path / "x", size=(64, 64))
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size: expected a positive number, got {count}"):
+            export(tokenizer, "torch", tmp_path / "x", batch_size=count)
     assert not (tmp_path / "x").exists()

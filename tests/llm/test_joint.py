@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.llm.fakes import words
 from tests.models import test_dualvitok, test_tokenflow
+from tests.models.test_untrusted_configs import address_space
 from tokenizers_mm.llm import FeatureProjector, ImageFeatures, MultimodalProcessor, ProjectorConfig, Segment
 from tokenizers_mm.llm import VisualVocabulary as Vocabulary
 from tokenizers_mm.llm.batch import IGNORED
@@ -167,4 +168,8 @@ def test_a_projector_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(again(images), projector(images))
     (tmp_path / "projector.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        FeatureProjector.load(tmp_path)
+    projector.save(tmp_path)
+    (tmp_path / "projector.json").write_text('{"dims": [65536, 65536], "width": 65536, "activation": "silu"}')
+    with address_space(1 << 30), pytest.raises(ValueError, match="expected exactly the tensors of the model"):
         FeatureProjector.load(tmp_path)

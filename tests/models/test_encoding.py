@@ -1,6 +1,6 @@
 """Encoding of many images: memory, order and names; ids of every kind of integer at the borders."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ from benchmarks.tiny import dualvitok_config as tiny_dualvitok
 from benchmarks.tiny import tokenflow_config as tiny_tokenflow
 from tokenizers_mm import _images
 from tokenizers_mm._check import describe
+from tokenizers_mm._images import Fit
+from tokenizers_mm.eval.base import Setup
+from tokenizers_mm.eval.candidates import Ours
+from tokenizers_mm.eval.images import ImageSource
+from tokenizers_mm.eval.protocols import protocol_by_name
+from tokenizers_mm.eval.run import begin
 from tokenizers_mm.models import DualViTok, TokenFlow, base
 from tokenizers_mm.types import ImageCodes, Stream
 
@@ -115,6 +121,28 @@ def test_an_image_of_a_wrong_size_is_named(tokenizer: TokenFlow, tmp_path: Path)
         tokenizer.encode([tmp_path / "good.png", tmp_path / "small.png"])
     with pytest.raises(ValueError, match=r"^images\[1\]: expected 32 x 32 pixels, got 20 x 32"):
         tokenizer.encode([noise(0, (32, 32)), noise(0, (20, 32))])
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "resize"])
+def test_an_image_that_cannot_be_fitted_is_named(
+    fit: Fit, tmp_path: Path, any_size: DualViTok, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever opens a file and brings it to a size."""
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (60_000, 1)).save(path)
+    protocol = protocol_by_name("default", fit)
+    source = ImageSource.at(str(tmp_path))
+    measured = begin([Ours("tiny", any_size)], source, Setup(protocol), ["psnr"])
+    attempts: list[Callable[[], Any]] = [
+        lambda: any_size.encode([path], fit),
+        lambda: any_size.prepare(path, fit),
+        lambda: any_size.reconstruct(path, fit=fit),
+        lambda: measured.prepare(source.read(0).image, str(path)),
+    ]
+    monkeypatch.setattr(_images, "MAX_CANVAS", 1000)
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=f"^image {path}: expected "):
+            attempt()
 
 
 KINDS = ("list", "tuple", "int32", "uint8", "uint16", "int16", "numpy int64", "numpy uint16", "numpy int32", "tensors")

@@ -179,7 +179,7 @@ def test_info_from_the_files_says_what_loading_says(family: str, tmp_path: Path)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU has the device")
 def test_a_missing_device_is_one_sentence(tmp_path: Path) -> None:
     two("mar")[0].save(tmp_path)
-    for device in ("cuda", "cuda:7", "nonsense"):
+    for device in ("cuda", "cuda:7", "nonsense", "meta"):
         with pytest.raises(ValueError, match=f"device: expected cpu .*, got '{device}'"):
             load(tmp_path, device=device)
 

@@ -17,7 +17,7 @@ from tokenizers_mm._files import one_writer
 from train.__main__ import main
 from train.checkpoint import HASHES, STATE, TENSORS, list_checkpoints, read_checkpoint, resume, save_checkpoint
 from train.config import RunConfig, parse_config
-from train.log import read_log
+from train.log import _forget_after, read_log
 from train.loop import run
 from train.signals import Signals
 from train.state import State, build_state
@@ -240,6 +240,21 @@ def test_a_finished_run_refuses_what_it_can_no_longer_apply(place: Path, tmp_pat
     with pytest.raises(ValueError, match=r"config.objective.optimizer.lr: expected 0.001, since this run is finished"):
         run(config(place, tmp_path, {"objective.optimizer.lr": 0.5}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in final(tmp_path)["network tokenizer"].items())
+
+
+def test_lines_of_a_log_that_are_none_are_dropped(tmp_path: Path) -> None:
+    """A log that was cut off, or that holds what no run writes; in place of one, only a file is written to."""
+    good = [b'{"step": 1, "loss": 2.0}', b'{"step": 2, "sign": "x"}']
+    odd = [b'{"step": 2', b"5", b"null", b"[1]", b'{"step": "1"}', b'{"step": null}', b'{"loss": 1}', b"\xff\xfe"]
+    odd += [b"[" * 100_000, b'{"step": 1e999}', b'{"step": true}', b"", b'{"step": 3}']
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"\n".join([odd[0], good[0], *odd, good[1], *odd]))
+    _forget_after(path, 2)
+    assert path.read_bytes().splitlines() == good
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="expected a file or a new name, got a FIFO"):
+        _forget_after(path, 2)
 
 
 def test_a_run_started_anew_forgets_the_one_before(place: Path, tmp_path: Path) -> None:

@@ -110,6 +110,21 @@ def test_one_command_trains_on_a_folder(images: Path, tmp_path: Path, capsys: py
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3]
 
 
+def test_a_preset_of_odd_names_and_in_a_damaged_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = tmp_path / "new\nline: [ '\u00e9"
+    odd.mkdir()
+    command = ["--preset", "small", "--images", str(odd), "--size", "64"]
+    assert main([*command, "--check"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["objective"]["data"]["sources"][0]["path"] == str(odd)
+    (tmp_path / "run").mkdir()
+    for damage in (b"[", b"\xff\xfe", b"- a", b"a: ${b}"):
+        (tmp_path / "run" / "config.yaml").write_bytes(damage)
+        assert main([*command, "--out", str(tmp_path / "run")]) == 2
+        said = capsys.readouterr().err
+        assert f"config {tmp_path / 'run' / 'config.yaml'}" in said
+        assert said.count("\n") == 1
+
+
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     command = ["debug", f"out={out}", "steps=2", "save_every=1", *QUICK, "objective.revival.every=0"]

@@ -31,6 +31,9 @@ def guarded(program: str, run: Callable[[], int | None]) -> int:
     program: what the sentence begins with. Returns: the code of `run` (None is 0); 2 for bad input, files, devices and
     memory; 130 after an interrupt; 141 where the reader of stdout is gone; 1 for a failure of ours.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the rest of the process)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names that are no UTF-8 can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -40,14 +43,23 @@ def guarded(program: str, run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        _forget_unwritten()
         return 141
     except Exception as error:  # the one place of the command line where any error may end
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         message, code = explain(error)
+        _forget_unwritten()
     print(f"{program}: {message}", file=sys.stderr)
     return code
+
+
+def _forget_unwritten() -> None:
+    """Let the interpreter flush stdout once more at its end without an error: on a full disk, or without a reader."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -400,8 +400,8 @@ def array_from_bytes(data: bytes, name: str) -> Tensor:
     try:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, _, dtype = read(stream)
-        array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+        shape, by_columns, dtype = read(stream)
+        array = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if by_columns else "C")
     except BROKEN as error:
         fail(name, "an .npy file", f"{type(error).__name__}: {error}")
     require(array.dtype.kind in "iuf", name, "an array of numbers", array)

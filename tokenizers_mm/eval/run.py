@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import expecting, fail, require
 from tokenizers_mm._files import atomic_path, regular_file
-from tokenizers_mm._images import to_bytes
+from tokenizers_mm._images import naming, to_bytes
 from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
 from tokenizers_mm.eval.images import ImageSource, Loaded, ahead, batches
@@ -93,7 +93,8 @@ class Run:
 
     def prepare(self, image: Image.Image, name: str) -> Image.Image:
         """An image as candidates get it; ValueError, with its name, where it has another size than they take."""
-        found = self.protocol.prepare(image, self.size, self.multiple)
+        with naming(f"image {name}"):
+            found = self.protocol.prepare(image, self.size, self.multiple)
         ok = found.height % self.multiple == 0 and found.width % self.multiple == 0
         require(ok, f"image {name}", f"sides that are multiples of {self.multiple}", f"{found.height} x {found.width}")
         return found

@@ -128,7 +128,9 @@ def open_tower(directory: str, device: str = "cpu") -> Tower:
             fail(f"{path}: semantic_dim", "a whole number from 1 to 65536", width)
         if not isinstance(config, dict):
             fail(f"{path}: config", "a mapping", config)
-        contrast = CaptionContrast(width, from_mapping(CaptionConfig, config, f"{path}: config"))
+        sizes = from_mapping(CaptionConfig, config, f"{path}: config")
+        with torch.device("meta"):  # memory is taken for the tensors of the file alone
+            contrast = CaptionContrast(width, sizes)
         fill(contrast, read_safetensors(path.parent / "model.safetensors"), str(path.parent))
         return OwnTower(contrast.to(device))
     model, tokenizer = read_dual_encoder(directory)

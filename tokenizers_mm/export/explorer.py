@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, regular_file
-from tokenizers_mm._images import Fit, fit_image, image_to_tensor, read_image
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, naming, read_image
 from tokenizers_mm.export.graph import write_onnx
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes, Stream
@@ -126,7 +126,8 @@ def page_data(
         try:
             image = read_image(path)
             if fit != "refuse":
-                image = fit_image(image, height, width, fit)
+                with naming(f"image {path}"):
+                    image = fit_image(image, height, width, fit)
             found = f"{image.height} x {image.width}"
             require((image.height, image.width) == size, f"image {path}", f"{height} x {width} pixels", found)
         except ValueError as error:

@@ -57,6 +57,7 @@ def export(
     compared with the model before anything is written: ValueError when they differ.
     """
     require(format in SUFFIX, "format", f"one of {sorted(SUFFIX)}", format)
+    require(batch_size > 0, "batch_size", "a positive number", batch_size)
     size = size or tokenizer.image_size
     if size is None:
         fail("size", "the height and width of the graphs", "nothing")

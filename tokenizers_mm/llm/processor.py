@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, write_json
-from tokenizers_mm._images import Fit, fit_image, image_to_tensor, open_image
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, name_images, naming, open_image
 from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.llm.batch import (
     Batch,
@@ -330,9 +330,11 @@ class MultimodalProcessor:
         if isinstance(content, Tensor):
             require(content.ndim == 3 and content.shape[0] == 3, "image", "float [3, H, W] in [-1, 1]", content)
             return content
-        picture = open_image(content)
+        ((name, item),) = name_images(content)
+        picture = open_image(item, name)
         if self.fit != "refuse" and self.vocabulary.sizes:
-            picture = fit_image(picture, *self.nearest_size(picture.height, picture.width), self.fit)
+            with naming(name):
+                picture = fit_image(picture, *self.nearest_size(picture.height, picture.width), self.fit)
         return image_to_tensor(picture)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:

@@ -67,7 +67,9 @@ class FeatureProjector(nn.Module):
         """Read what `save` wrote; ValueError for files that are missing or of something else."""
         settle(directory)
         path = Path(directory) / "projector.json"
-        projector = cls(from_mapping(ProjectorConfig, read_json(path), str(path)))
+        config = from_mapping(ProjectorConfig, read_json(path), str(path))
+        with torch.device("meta"):  # memory is taken for the tensors of the file alone
+            projector = cls(config)
         path = path.with_suffix(".safetensors")
         fill(projector, read_safetensors(path), str(path))
         return projector

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import settle
 from tokenizers_mm.llm.ids import as_ids
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -151,6 +152,7 @@ def load_language_model(source: str | os.PathLike[str], name: str, *, dtype: Any
     from transformers import AutoModelForCausalLM  # loaded when asked for
 
     options = {} if dtype is None else {"dtype": dtype}
+    settle(source)
     try:
         return AutoModelForCausalLM.from_pretrained(
             source, trust_remote_code=False, local_files_only=local, use_safetensors=True if local else None, **options
@@ -189,6 +191,7 @@ def load_text_tokenizer(source: str | os.PathLike[str], name: str) -> Any:
     """A text tokenizer from a directory or hub id; it never runs code from there."""
     from transformers import AutoTokenizer
 
+    settle(source)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except BROKEN_FILES as error:

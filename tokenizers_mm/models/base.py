@@ -22,6 +22,7 @@ from tokenizers_mm._images import (
     image_to_tensor,
     levels_to_tensor,
     name_images,
+    naming,
     open_image,
     run_ahead,
 )
@@ -213,7 +214,8 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
 
         def open_fitted(pair: tuple[str, Any]) -> np.ndarray:
             name, item = pair
-            image = self.fit_picture(open_image(item() if callable(item) else item, name), fit)
+            with naming(name):
+                image = self.fit_picture(open_image(item() if callable(item) else item, name), fit)
             self.check_size(image.height, image.width, name)
             return image_levels(image)
 
@@ -260,7 +262,10 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
         """Images of one size as a float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device, or ValueError."""
         if not isinstance(images, Tensor):
-            pictures = [self.fit_picture(open_image(item, name), fit) for name, item in name_images(images)]
+            pictures = []
+            for name, item in name_images(images):
+                with naming(name):
+                    pictures.append(self.fit_picture(open_image(item, name), fit))
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])

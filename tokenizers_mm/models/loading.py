@@ -110,10 +110,10 @@ def _read_pair(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """A device by name, tried with an allocation; ValueError where torch has no such device here."""
+    """A device by name, tried with a value that is read back; ValueError where torch has no such device here."""
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         count = torch.cuda.device_count()
         here = f"cpu{f' or cuda:0 to cuda:{count - 1}' if count else ' (torch finds no CUDA device here)'}"

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenizers_mm import load
@@ -24,6 +23,7 @@ from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig
 from tokenizers_mm.encoders.captions import CaptionEmbedding, CaptionEmbeddingConfig
+from tokenizers_mm.models.loading import read_safetensors
 from tokenizers_mm.models.mar import MAR, MARConfig, decay_groups
 from tokenizers_mm.models.mar_sampling import SamplingConfig
 from tokenizers_mm.models.saving import save_tensors
@@ -255,7 +255,7 @@ def _captions(config: MARTrainingConfig, width: int) -> CaptionEmbedding:
             path.is_file(), "config.objective.start_from", f"the folder of a run, with {path.name}", config.start_from
         )
         try:
-            captions.load_state_dict(load_file(path))
+            captions.load_state_dict(read_safetensors(path))
         except RuntimeError as error:
             fail("config.objective.captions", f"the sizes of {path}", str(error))
     return captions
