@@ -1,10 +1,11 @@
 """Parts of the caller's own in the tables of the library, from Python and by --import."""
 
-from collections.abc import Iterator
+from collections.abc import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import Iterator
 import pytest
 
 import tokenizers_mm as tmm
@@ -147,11 +148,15 @@ def test_a_file_is_run_once_and_only_when_it_is_named(
     (tmp_path / "broken_of_a_test.py").write_text("import nothing_of_this_name\n")
     (tmp_path / "json.py").write_text("")
     (tmp_path / "text.txt").write_text("")
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    os.mkfifo(tmp_path / "fifo.py")
     for name, message in [
         ("missing.py", "expected a Python file, got no such file"),
         ("broken_of_a_test.py", "expected a Python file that runs, got ModuleNotFoundError"),
         ("json.py", "expected a name that no other module has, got json"),
         ("text.txt", "expected a file whose name is that of a module"),
+        ("loop.py", "expected a Python file, got Too many levels of symbolic links"),
+        ("fifo.py", "expected a Python file, got a FIFO"),
     ]:
         assert main(["configs", "debug", "--import", str(tmp_path / name)]) == 2
         said = capsys.readouterr().err

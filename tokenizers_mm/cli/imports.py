@@ -4,6 +4,7 @@ The file is executed because the caller named it; no checkpoint or configuration
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def split_imports(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def run_imports(files: Sequence[str]) -> None:
     """Import each file as a module of its own name, so that worker processes find it too."""
     for name in files:
-        path = regular_file(Path(name).resolve(), "a Python file")
+        path = Path(os.path.realpath(regular_file(name, "a Python file")))
         require(
             path.suffix == ".py" and path.stem.isidentifier(), OPTION, "a file whose name is that of a module", name
         )
@@ -43,5 +44,5 @@ def run_imports(files: Sequence[str]) -> None:
         with expecting(f"{OPTION} {name}", "a Python file that runs", *FAULTS):
             module = importlib.import_module(path.stem)
         found = getattr(module, "__file__", None)
-        other = found is None or Path(found).resolve() != path
+        other = found is None or os.path.realpath(found) != str(path)
         require(not other, f"{OPTION} {name}", "a name that no other module has", f"{path.stem} ({found})")
