@@ -310,6 +310,11 @@ class OutOfMemoryError(RuntimeError):
             2,
             "memory: expected enough",
         ),
+        (
+            RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+            2,
+            "memory: expected enough",
+        ),
         (RuntimeError("No CUDA GPUs are available"), 2, "device: expected one that torch can use here"),
         (AssertionError("Torch not compiled with CUDA enabled"), 2, "device: expected one that torch can use here"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, "workers: expected processes that live"),
@@ -338,6 +343,12 @@ def test_every_error_is_one_sentence(
     monkeypatch.setenv(TRACEBACK, "1")
     assert guarded("program", run) == code
     assert ("Traceback" in capsys.readouterr().err) == (code < 100)
+
+
+def test_memory_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """In torch's own words on this system."""
+    assert guarded("program", lambda: int(torch.empty(1 << 60, dtype=torch.uint8)[0])) == 2
+    assert capsys.readouterr().err.startswith("program: memory: expected enough for this input, got ")
 
 
 def test_safetensors_errors_and_full_stdout() -> None:

@@ -1,11 +1,11 @@
 """Parts of the caller's own in the tables of the library, from Python and by --import."""
 
-from collections.abc import os
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import Iterator
 import pytest
 
 import tokenizers_mm as tmm

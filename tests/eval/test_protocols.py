@@ -50,6 +50,15 @@ def test_names_tell_what_was_changed() -> None:
         protocol_by_name("imagenet")
 
 
+def test_sizes_and_seeds_are_judged_before_the_work() -> None:
+    for size in (-1, -64, 1 << 30, 10**40):
+        with pytest.raises(ValueError, match="size: expected 0 to 16384 pixels, got"):
+            protocol_by_name("default", size=size)
+    for seed in (-1, 1 << 63, 10**40):
+        with pytest.raises(ValueError, match="seed: expected a number from 0 to"):
+            Setup(protocol_by_name("default"), seed=seed)
+
+
 def test_preparation_and_finish() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8))
     assert PROTOCOLS["imagenet-val-256"].prepare(image, (64, 64), 8).size == (64, 64)

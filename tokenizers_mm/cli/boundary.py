@@ -24,6 +24,9 @@ NO_DEVICE = (
 )
 """Parts of what torch says (as RuntimeError or AssertionError) of a device that is not there."""
 
+NO_MEMORY = ("not enough memory", "can't allocate memory", "bad alloc")
+"""Parts of what torch says (as RuntimeError) of memory that is not there, on several systems."""
+
 
 def guarded(program: str, run: Callable[[], int | None]) -> int:
     """The boundary of every command: run it, and turn an error into one sentence on stderr and an exit code.
@@ -70,7 +73,7 @@ def explain(error: Exception) -> tuple[str, int]:
         text = text.partition(": ")[2] or text
     if isinstance(error, UnicodeDecodeError):
         return f"text: expected {error.encoding}, got byte 0x{error.object[error.start]:02x} at {error.start}", 2
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "not enough memory" in text:
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or any(part in text for part in NO_MEMORY):
         return f"memory: expected enough for this input, got {shorten(text or kind)}", 2
     if isinstance(error, OSError) and error.filename is not None:
         name = error.filename

@@ -71,6 +71,9 @@ class Setup:
     tower: Tower | None = None
     classes: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 1 << 63, "seed", f"a number from 0 to {(1 << 63) - 1}", self.seed)
+
 
 class Metric(ABC):
     """A metric over a set of images.

@@ -106,6 +106,7 @@ def protocol_by_name(name: str, fit: Fit | None = None, size: int | None = None)
     if name not in PROTOCOLS:
         fail("protocol", f"one of {', '.join(PROTOCOLS)}", repr(name))
     found = PROTOCOLS[name]
+    require(size is None or 0 <= size <= 1 << 14, "size", f"0 to {1 << 14} pixels", size)
     changes = {key: value for key, value in (("fit", fit), ("size", size)) if value is not None}
     changes = {key: value for key, value in changes.items() if getattr(found, key) != value}
     if not changes:
