@@ -78,12 +78,7 @@ def test_orientation_is_applied_once_to_files_and_objects(tmp_path: Path, suffix
     path = tmp_path / f"a.{suffix}"
     options: dict[str, Any] = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
     Image.fromarray(ramp()).save(path, exif=exif(orientation), **options)
-    if suffix == "png":  # the size of a PNG in its header is taken before its EXIF is known
-        read = pixels(_images.read_image(path))
-        with Image.open(path) as opened:
-            assert np.array_equal(pixels(_images.upright_rgb(opened)), read)
-    else:
-        read = same_from_path_and_object(path)
+    read = same_from_path_and_object(path)
     expected = flat[orientation](ramp())
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).max() <= (8 if suffix == "jpg" else 0)

@@ -94,8 +94,8 @@ def decode_size(data: bytes, name: str) -> tuple[int, int]:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    # The EXIF of a PNG can stand behind its pixels; of a TIFF, newer versions of Pillow have swapped the sides.
-    orientation = 1 if image.format == "PNG" else _orientation(image)
+    # The EXIF of a PNG can stand behind its pixels, which are not read; of a TIFF, newer Pillow has swapped the sides.
+    orientation = 1 if image.format == "PNG" and "exif" not in image.info else _orientation(image)
     if image.format == "TIFF":
         tags = image.getexif()
         width, height = tags.get(TIFF_WIDTH, width), tags.get(TIFF_HEIGHT, height)

@@ -24,7 +24,7 @@ NO_DEVICE = (
 )
 """Parts of what torch says (as RuntimeError or AssertionError) of a device that is not there."""
 
-NO_MEMORY = ("not enough memory", "can't allocate memory", "bad alloc")
+NO_MEMORY = ("not enough memory", "can't allocate memory")
 """Parts of what torch says (as RuntimeError) of memory that is not there, on several systems."""
 
 
