@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("No CUDA GPUs are available"), 2, "device: expected one that torch can use here"),
         (AssertionError("Torch not compiled with CUDA enabled"), 2, "device: expected one that torch can use here"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, "workers: expected processes that live"),
+        (BrokenProcessPool("A process in the process pool was ended"), 2, "workers: expected processes that live"),
         (
             ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\n  x\nValueError: a: b"),
             2,

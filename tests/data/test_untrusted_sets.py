@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import struct
@@ -9,6 +10,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tests.models.test_untrusted_configs import address_space
 from tokenizers_mm._files import LOCK
 from tokenizers_mm.data.codes import CodesOfImage, read_codes
 from tokenizers_mm.data.open_images import open_image_set
+from tokenizers_mm.data.shard_engines import run_processes
 from tokenizers_mm.data.shards import INDEX, Shards
 from tokenizers_mm.data.token_shards import DONE, TokenShards, read_shard, write_shard
 from tokenizers_mm.data.tokenizing import PLAN, Encoding, Failure, Job, begun, finish, finished, run_shard
@@ -361,6 +364,36 @@ def test_two_writers_in_one_folder(job: Job) -> None:
     with begun(job, {"rows": 6}) as missing:
         assert missing == []
     assert not lock.exists()
+
+
+class Endless(Numbers):
+    """An input whose rows after the first two take ten minutes."""
+
+    def encode(self, tokenizer: Any, numbers: range, how: Encoding, step: Callable[[int], None]) -> Any:
+        step(len(numbers))
+        time.sleep(600 if numbers.start else 0)
+        return super().encode(tokenizer, numbers, how, step)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, ValueError, BrokenProcessPool])
+def test_worker_processes_end_with_the_run(end: type[BaseException], tmp_path: Path) -> None:
+    """At an interrupt, an error, or the death of one of them: at once, and not when their shards are done."""
+    job = Job(Endless, Family, tmp_path / "out", "webdataset", 2, Encoding())
+    begun_at, done, before = time.monotonic(), [], set(multiprocessing.active_children())
+
+    def step(count: int) -> None:
+        done.append(count)
+        if sum(done) > 2:
+            (worker,) = set(multiprocessing.active_children()) - before
+            if end is not BrokenProcessPool:
+                raise end
+            worker.kill()
+
+    with begun(job, {"rows": 6}) as missing, pytest.raises(end):
+        run_processes(job, missing, 1, step)
+    assert time.monotonic() - begun_at < 300
+    assert finished(job, 0) is not None
+    assert finished(job, 1) is None
 
 
 def test_an_archive_of_numpy_with_an_odd_member(tmp_path: Path) -> None:

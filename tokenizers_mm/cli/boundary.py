@@ -86,7 +86,7 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"file: expected one that can be read and written, got {shorten(text or kind)}", 2
     if isinstance(error, (RuntimeError, AssertionError)) and any(part in text for part in NO_DEVICE):
         return f"device: expected one that torch can use here, got {shorten(text)}", 2
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text or kind == "BrokenProcessPool":
         return f"workers: expected processes that live to the end, got {shorten(text)}", 2
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}:{frame.lineno}"

@@ -1,6 +1,7 @@
 """Engines that make the shards of a run: this process, worker processes of this machine, Ray Data on many."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,9 @@ def run_here(job: Job, rows: Rows, tokenizer: Any, numbers: Iterable[int], step:
         run_shard(job, rows, tokenizer, number, step)
 
 
+STOPPED = -(1 << 62)
+"""Value of the counter of finished rows at which worker processes end."""
+
 _worker: list[Any] = []
 """In a worker process: the job, the input, the tokenizer, and the counter of finished rows."""
 
@@ -25,14 +29,15 @@ _worker: list[Any] = []
 def _begin_worker(job: Job, counter: Any, parent: int, threads: int) -> None:
     import torch  # not in the parent's `--help`
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the keyboard reaches all: the parent says it
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent, counter), daemon=True).start()
     _worker[:] = [job, job.open_input(), job.load(), counter]
 
 
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent: a killed parent cannot do that itself."""
-    while os.getppid() == parent:
+def _end_with(parent: int, counter: Any) -> None:
+    """End this process soon after its parent, which cannot do that itself when it is killed, or when it says so."""
+    while os.getppid() == parent and counter.value >= 0:
         time.sleep(0.5)
     os._exit(1)
 
@@ -64,6 +69,9 @@ def run_processes(job: Job, numbers: Sequence[int], workers: int, step: Callable
                 now = counter.value
                 step(now - seen)
                 seen = now
+        except BaseException:
+            counter.value = STOPPED
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

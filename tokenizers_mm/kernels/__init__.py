@@ -182,16 +182,25 @@ def nearest_code_shared(
     return (ids, distance) if margin is None else (ids, distance, margin)
 
 
-def finite_ids(z: Tensor, ids: Tensor, name: str = "z", margin: Callable[[], Tensor] | None = None) -> Tensor:
+def finite_ids(
+    z: Tensor,
+    ids: Tensor,
+    name: str = "z",
+    margin: Callable[[], Tensor] | None = None,
+    also: tuple[str, Tensor] | None = None,
+) -> Tensor:
     """ids [...] int64 for features z [..., D] that were turned into ids without a search.
 
+    also: a name and a tensor [..., C], computed with weights on the way from z to the ids, which is judged after z.
     margin: computes margins [...], as those of `nearest_code`: the ids stay the same for any change of z with a norm
     below margin / 2. Called only inside of `decisions.watch_decisions`.
-    Raises ValueError when z holds NaN or infinity; on CUDA, where nothing is read back, such ids become -1.
+    Raises ValueError when z or that tensor holds NaN or infinity; on CUDA, where nothing is read back, such ids become
+    -1.
     """
     require(ids.dtype == torch.int64 and ids.shape == z.shape[:-1], "ids", f"int64 {list(z.shape[:-1])}", ids)
     decided(ids, margin)
-    return _finite_ids(z, ids, name)
+    ids = _finite_ids(z, ids, name)
+    return ids if also is None else _finite_ids(also[1], ids, also[0])
 
 
 def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,8 @@ class FSQ(Quantizer):
         whole = round_to_levels(narrow, levels, bound)
         terms = {} if self.training else None
         ids = levels_to_ids(whole, levels)
-        ids = kernels.finite_ids(z, ids, self.query_names[0], lambda: rounding_margin(narrow, levels, bound))
+        margin = lambda: rounding_margin(narrow, levels, bound)  # noqa: E731 (with the names above)
+        ids = kernels.finite_ids(z, ids, self.query_names[0], margin, ("project_in", narrow))
         return Quantized(self._expand(whole), ids, terms, queries=z.detach())
 
     @in_float32

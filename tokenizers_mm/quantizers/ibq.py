@@ -73,13 +73,13 @@ class IBQ(Quantizer):
         rows = z.reshape(-1, self.dim)
         if not self.training:
             ids = largest_logit(rows.detach(), keys.detach()).view(z.shape[:-1])
-            ids = self._checked(raw, ids, lambda: logit_margin(rows, keys).view(z.shape[:-1]))
+            ids = self._checked(raw, codes, ids, lambda: logit_margin(rows, keys).view(z.shape[:-1]))
             return Quantized(straight_through(z, look_up(keys, ids)), ids, queries=z.detach())
         config, slope = self.config, 2.0 if self.config.normalize else 1.0
         entropy_scale = 0.0 if config.entropy_temperature is None else slope / config.entropy_temperature
         values = codes if config.normalize else None
         found = assign(rows, keys, values, scale=slope / config.temperature, entropy_scale=entropy_scale)
-        ids = self._checked(raw, found.ids.view(z.shape[:-1]))
+        ids = self._checked(raw, codes, found.ids.view(z.shape[:-1]))
         terms = {"assignment": (found.propagated - rows).square().mean(), **vq_terms(rows, found.rows)}
         if entropy_scale:
             terms["entropy"] = torch.sub(found.sample_entropy, found.batch_entropy, alpha=config.diversity)
@@ -92,6 +92,7 @@ class IBQ(Quantizer):
     def set_codes(self, ids: Tensor, vectors: Tensor) -> None:
         self.codes[ids] = vectors.to(self.codes.dtype)
 
-    def _checked(self, z: Tensor, ids: Tensor, margin: Callable[[], Tensor] | None = None) -> Tensor:
-        """The ids, features that are not finite refused."""
-        return kernels.finite_ids(z, ids, self.query_names[0], margin)
+    def _checked(self, z: Tensor, codes: Tensor, ids: Tensor, margin: Callable[[], Tensor] | None = None) -> Tensor:
+        """The ids, features and codes that are not finite refused."""
+        spoilt = (codes.detach() * 0).sum().expand(*ids.shape, 1)  # NaN for a code with NaN or infinity, else 0
+        return kernels.finite_ids(z, ids, self.query_names[0], margin, ("codebook", spoilt))
