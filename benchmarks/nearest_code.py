@@ -12,6 +12,7 @@ call; "ours, packed" finds it in the cache; "ours, margin" does too and returns 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,7 +202,7 @@ def measure(case: str, kind: str, rows: int | None, threads: int, options: argpa
         methods["ours float32"] = lambda: ours_float32(z, c)
     for isa in _native.ISAS:
         if f"ours, {isa}" in (options.methods or ()):
-            methods[f"ours, {isa}"] = lambda packed=packed_for(isa, c): search(packed, z, c)
+            methods[f"ours, {isa}"] = partial(search, packed_for(isa, c), z, c)
     notes: list[str] = []
     if kind not in WORST:
         others, notes = peers(z, c, options.quick)
