@@ -282,6 +282,21 @@ def test_a_full_disk_is_an_error_of_the_output_and_the_old_file_stays(tmp_path: 
     assert names(tmp_path) == ["0", "1", "2"]
 
 
+def test_a_lock_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.open
+
+    def full(path: Path, *arguments: int) -> int:
+        if str(path).endswith("lock"):
+            raise OSError(28, "No space left on device", str(path))
+        return whole(path, *arguments)
+
+    monkeypatch.setattr(_files.os, "open", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        write(tmp_path / "x")
+    assert raised.value.filename == str(tmp_path / "x")
+    assert names(tmp_path) == []
+
+
 def test_json_has_no_nan_and_takes_every_file_name(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf"), {"a": [-float("inf")]}):
         with pytest.raises(ValueError, match="expected values that JSON has"):

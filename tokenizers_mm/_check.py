@@ -71,6 +71,17 @@ def expecting(name: str, expected: str, *more: type[Exception]) -> Iterator[None
         fail(name, expected, f"{type(error).__name__}: {shorten(str(error))}")
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors of the block about an "image" begin with this name in its place."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("image: "):
+            raise
+        raise ValueError(f"{name}{str(error).removeprefix('image')}") from None
+
+
 def require_finite(name: str, what: str, tensor: Any) -> None:
     """Refuse NaN and infinity, naming the first place. Reads the tensor back from its device."""
     bad = ~tensor.isfinite()

@@ -220,6 +220,9 @@ def _new_staging(parent: Path) -> tuple[Path, int]:
             lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
         except FileNotFoundError:
             continue
+        except OSError:
+            folder.rmdir()
+            raise
         taken = _try_lock(lock)
         if taken is not False and (folder / "lock").exists():
             return folder, lock

@@ -268,17 +268,6 @@ def to_bytes(x: Tensor) -> Tensor:
     return x.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
 
 
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Errors of the block about an "image" begin with this name in its place."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("image: "):
-            raise
-        raise ValueError(f"{name}{str(error).removeprefix('image')}") from None
-
-
 def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Image:
     """Bring an image to a size: cover and crop the middle, pad with grey to the shape, or stretch. Bicubic."""
     if image.size == (width, height):

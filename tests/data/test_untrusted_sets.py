@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 
 from tests.models.test_saving import fork
 from tests.models.test_untrusted_configs import address_space
-from tokenizers_mm._files import LOCK
+from tokenizers_mm._files import LOCK, STAGING
 from tokenizers_mm.data.codes import CodesOfImage, read_codes
 from tokenizers_mm.data.open_images import open_image_set
 from tokenizers_mm.data.shard_engines import run_processes
 from tokenizers_mm.data.shards import INDEX, Shards
 from tokenizers_mm.data.token_shards import DONE, TokenShards, read_shard, write_shard
-from tokenizers_mm.data.tokenizing import PLAN, Encoding, Failure, Job, begun, finish, finished, run_shard
+from tokenizers_mm.data.tokenizing import PLAN, Encoding, Failure, Job, begun, finish, finished, forget, run_shard
 
 END = bytes(1024)
 
@@ -364,6 +364,17 @@ def test_two_writers_in_one_folder(job: Job) -> None:
     with begun(job, {"rows": 6}) as missing:
         assert missing == []
     assert not lock.exists()
+
+
+def test_nothing_is_left_of_a_run_that_is_forgotten(job: Job) -> None:
+    """Staging folders of writers that died, before they had a lock or after, go with it."""
+    with begun(job, {"rows": 6}):
+        for place in (job.out, job.out / DONE):
+            (place / f".a{STAGING}").mkdir()
+            (place / f".b{STAGING}").mkdir()
+            (place / f".b{STAGING}" / "lock").touch()
+        forget(job)
+    assert not job.out.exists()
 
 
 class Endless(Numbers):

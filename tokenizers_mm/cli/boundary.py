@@ -36,7 +36,7 @@ def guarded(program: str, run: Callable[[], int | None]) -> int:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: what is said goes nowhere
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the rest of the process)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names that are no UTF-8 can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

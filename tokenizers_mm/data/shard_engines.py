@@ -69,10 +69,9 @@ def run_processes(job: Job, numbers: Sequence[int], workers: int, step: Callable
                 now = counter.value
                 step(now - seen)
                 seen = now
-        except BaseException:
-            counter.value = STOPPED
-            raise
         finally:
+            if waiting:
+                counter.value = STOPPED
             pool.shutdown(wait=False, cancel_futures=True)
 
 

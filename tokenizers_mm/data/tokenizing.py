@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from shutil import rmtree
 from typing import Annotated, Any, Protocol
 
 from PIL import Image
 
 from tokenizers_mm._check import fail, printable, require, shorten
-from tokenizers_mm._files import one_writer, regular_file, write_json
+from tokenizers_mm._files import STAGING, one_writer, regular_file, write_json
 from tokenizers_mm._images import Fit, decode_image
 from tokenizers_mm.config import Pattern, Range, from_mapping, read_json
 from tokenizers_mm.data.codes import CodesOfImage
@@ -382,6 +383,8 @@ def finish(job: Job, planned: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forget(job: Job) -> None:
-    """Remove all files of a run but its lock; `begun` removes the folder where nothing is left."""
+    """Remove all files of a run but its lock, which is held; `begun` removes the folder where nothing is left."""
     for path in [*job.out.glob("part-*"), job.out / MANIFEST, *(job.out / DONE).glob("*.json")]:
         path.unlink(missing_ok=True)
+    for leftover in [*job.out.glob(f".*{STAGING}"), *(job.out / DONE).glob(f".*{STAGING}")]:  # of writers that died
+        rmtree(leftover)

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenizers_mm._check import expecting, fail, require
+from tokenizers_mm._check import expecting, fail, naming, require
 from tokenizers_mm._files import atomic_path, regular_file
-from tokenizers_mm._images import naming, to_bytes
+from tokenizers_mm._images import to_bytes
 from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
 from tokenizers_mm.eval.images import ImageSource, Loaded, ahead, batches

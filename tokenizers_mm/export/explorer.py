@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail, naming, require
 from tokenizers_mm._files import atomic_directory, regular_file
-from tokenizers_mm._images import Fit, fit_image, image_to_tensor, naming, read_image
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, read_image
 from tokenizers_mm.export.graph import write_onnx
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes, Stream

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail, naming, require
 from tokenizers_mm._files import atomic_directory, write_json
-from tokenizers_mm._images import Fit, fit_image, image_to_tensor, name_images, naming, open_image
+from tokenizers_mm._images import Fit, fit_image, image_to_tensor, name_images, open_image
 from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.llm.batch import (
     Batch,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import fail, naming, require
 from tokenizers_mm._images import (
     Fit,
     check_images,
@@ -22,7 +22,6 @@ from tokenizers_mm._images import (
     image_to_tensor,
     levels_to_tensor,
     name_images,
-    naming,
     open_image,
     run_ahead,
 )
