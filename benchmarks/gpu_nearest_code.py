@@ -16,7 +16,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -343,12 +343,12 @@ def write(results: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--seconds", type=float, default=180.0, help="no case is begun after this")
     parser.add_argument("--tiny", action="store_true", help="two small cases on the CPU")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     stop = time.monotonic() + options.seconds
     device = "cpu" if options.tiny else "cuda"
     cases = plan(options.tiny)
