@@ -48,7 +48,7 @@ EXACT = {
     "nearest_code": lambda row: row["mismatches"] == 0,
     "stable_ids": lambda row: row.get("differ", 0) == 0,
 }
-"""What a row says beside times, which holds at every size."""
+"""Facts of a row beside times, which hold at every size."""
 
 
 def programs() -> list[str]:

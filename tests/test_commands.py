@@ -199,7 +199,7 @@ def wrong(command: Command) -> str | None:
 
 
 def wrong_arguments(name: str, words: str) -> str | None:
-    """What a program's parser and its configuration say to arguments. Upper-case words and brackets are usage."""
+    """Complaint of a program's parser or configuration about arguments. Upper-case words and brackets are usage."""
     plain = re.sub(r"(?<=\w)\|[\w|]+", "", re.sub(r"\[(?!\])|(?<!\[)\]|\.\.\.| \| ", " ", words))
     tokens = [re.sub(r"^[A-Z][A-Z_]+$|^[NKX]$", PLACEHOLDER, token) for token in shlex.split(plain)]
     tokens, files = split_imports([token for token in tokens if token not in ("--help", "key=value", "$1")])
@@ -258,7 +258,7 @@ def known_keys(value: Any, above: str = "") -> Iterator[str]:
 
 
 def there(name: str) -> bool:
-    """Whether a dotted name is that of a module of ours, or of something in one."""
+    """True for the dotted name of a module of ours, or of something in one."""
     parts = name.replace("tokenizers_mm.train", "train").split(".")
     for end in range(len(parts), 0, -1):
         place = ROOT.joinpath(*parts[:end])
