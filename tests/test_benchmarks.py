@@ -30,14 +30,16 @@ SMALLEST: dict[str, list[str]] = {
     "index_backpropagation": ["--shapes", "8x16x4", "--rounds", "1", "--record"],
     "kmeans": ["--shapes", "512x16x4", "--rounds", "1", "--record"],
     "mar_cache": ["--prompts", "8", "--steps", "2", "--record"],
-    "nearest_code": ["--grid", "V1", "--data", "gauss", "--rows", "16", "--rounds", "1", "--quick", "--record"],
+    "nearest_code": ["--grid", "V1", "--data", "gauss", "--rows", "16", "--rounds", "1", "--quick", "--record",
+                     "--methods", "ours, packed", "ours, margin", "ours float32", "ours, portable", "cdist+argmin",
+                     "chunked addmm 4 MB", "FAISS", "vector-quantize-pytorch", "ours as a layer"],
     "nearest_code_shared": ["--shape", "16x64x8x4", "--rounds", "1", "--record"],
     "next_scale": ["--ways", "plain", "--steps", "1", "--scenes", "4", "--held-out", "2", "--record"],
     "quantizers": ["--steps", "2", "--only", "vq", "--crops", "16", "--record"],
     "stable_ids": ["--tokenizers", "vq", "--count", "2", "--variants", "batch 2", "--rounds", "1"],
     "train_quality": ["--steps", "1", "--recipes", "original", "--out", "quality", "--record"],
     "train_step": ["--codebook", "64", "--batch", "1", "--steps", "1", "--record"],
-}
+}  # fmt: skip
 """Arguments of the smallest run of each program, which records where there is something to record."""
 
 EXACT = {
