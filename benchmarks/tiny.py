@@ -101,7 +101,7 @@ def configured(path: str | Path, *overrides: str) -> ImageTokenizer[Any]:
     overrides: key=value in place of those of the file. Raises: ValueError where the file names no family and config.
     """
     objective = read_yaml(path, overrides).get("objective")
-    model = objective.get("model") if isinstance(objective, dict) else None
+    model: Any = objective.get("model") if isinstance(objective, dict) else None
     named = isinstance(model, dict) and {"family", "config"} <= model.keys()
     require(named, "objective.model", "a family and its config", str(path))
     where = "objective.model"

@@ -47,7 +47,7 @@ HEAD = re.compile(
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OVERRIDE = re.compile(r"[a-z][\w.]*=")
-KEY = re.compile(r"\bobjective(?:\.[a-z]\w*)+(?:=[^\s`]*)?")
+KEY = re.compile(r"\bobjective(?:\.[a-z]\w*)+(?:=[^\s`]*[^\s`).,;:])?")
 OTHERS = {IMPORT, "--finetune_decoder", "--num_processes"}
 """Options that no parser knows: one of every verb, and those of TokenFlow's released scripts and of accelerate."""
 
