@@ -86,6 +86,24 @@ def test_orientation_is_applied_once_to_files_and_objects(tmp_path: Path, suffix
     assert np.array_equal(pixels(again), read)
 
 
+MODES = ("1", "L", "P", "LA", "RGBA", "I;16")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [*(("png", m) for m in MODES), *(("tif", m) for m in (*MODES, "CMYK", "F"))]
+)
+def test_orientation_is_applied_in_every_mode(tmp_path: Path, suffix: str, mode: str) -> None:
+    """Files, their bytes and objects of modes that Pillow may map into memory: upright alike."""
+    path = tmp_path / f"a.{suffix}"
+    grey = Image.fromarray(ramp()).convert("L")
+    made = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    made.save(path, exif=exif(6))
+    turned = same_from_path_and_object(path)
+    assert np.array_equal(turned, pixels(_images.decode_image(path.read_bytes(), "image")))
+    made.save(path)
+    assert np.array_equal(turned, np.rot90(pixels(_images.read_image(path)), -1))
+
+
 def raw_exif(kind: int, count: int, value: bytes) -> bytes:
     """An EXIF block with one entry, the orientation, of any type."""
     entry = struct.pack("<HHI", _images.ORIENTATION, kind, count) + value.ljust(4, b"\0")

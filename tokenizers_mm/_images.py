@@ -144,6 +144,8 @@ def upright_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 def _decode(image: Image.Image) -> None:
     """Decode the pixels. A TIFF whose tags fail after its pixels were decoded keeps them."""
+    if image.format == "TIFF":
+        image.filename = ""  # type: ignore[attr-defined]  # or Pillow maps it into memory, and forgets to turn it
     try:
         image.load()
     except Exception:  # part of the boundary of decoding

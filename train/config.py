@@ -112,9 +112,9 @@ HARMLESS = frozenset(
 
 def objective_class(kind: Any) -> Any:
     """Class of a kind of objective; its module is imported now (`language` and `joint` need transformers)."""
-    if kind in REGISTERED:
+    if isinstance(kind, str) and kind in REGISTERED:
         return REGISTERED[kind]
-    if kind not in OBJECTIVES:
+    if not isinstance(kind, str) or kind not in OBJECTIVES:
         fail("config.objective.kind", f"one of {sorted([*OBJECTIVES, *REGISTERED])}", kind)
     module, name = OBJECTIVES[kind]
     return getattr(importlib.import_module(f".objectives.{module}", __package__), name)

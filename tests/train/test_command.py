@@ -125,6 +125,24 @@ def test_a_preset_of_odd_names_and_in_a_damaged_folder(tmp_path: Path, capsys: p
         assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.kind=[1]", "config.objective.kind: expected one of"),
+        ("objective.kind={a: 1}", "config.objective.kind: expected one of"),
+        ("objective.language_model.config.hidden_size=x", "config.objective.language_model: expected a causal"),
+        ("objective.language_model.config.num_attention_heads=3", "config.objective.language_model: expected a causal"),
+    ],
+)
+def test_values_of_other_types_are_one_sentence(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["language_debug", override, "--check"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     command = ["debug", f"out={out}", "steps=2", "save_every=1", *QUICK, "objective.revival.every=0"]

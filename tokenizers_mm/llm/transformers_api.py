@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import errors
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
@@ -21,7 +22,10 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 RECOMPUTE_NAMES = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 """Names of the method by which a model keeps the inputs of its blocks alone; the first one it has counts."""
 
-BROKEN_FILES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+BROKEN_FILES = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+    getattr(errors, "StrictDataclassError", OSError),  # of newer versions: a configuration with values of other types
+)
 """Errors of `transformers` for files that are missing, damaged, or ask for code of their own."""
 
 
