@@ -5,8 +5,8 @@
         python -m benchmarks.stable_ids --count 12 --ids OUT
 
 Every tokenizer encodes N images in every variant, each kind of machine in a process of its own, and the ids are
-compared with those of a float64 pass (at full size with those of the first variant, whose calibration decides the first
-4096 ids in float64). Prints a line per variant: ids compared, ids that differ, images decided again,
+compared with those of a float64 pass (at full size with those of the first variant, which decides the images of its
+calibration in float64). Prints a line per variant: ids compared, ids that differ, images decided again,
 the largest error as a share of the bound. Then the cost: CPU time of a stream of images on top of float32, the two
 streams in turns batch by batch. --full: the tokenizers of configs/ at their published size, with weights by rule,
 instead of the tiny ones of `benchmarks.tiny`.
@@ -107,9 +107,10 @@ def cost(tokenizer: Any, x: torch.Tensor, batch: int = 16) -> float:
 
 def machine(name: str, options: argparse.Namespace) -> None:
     """All variants on one kind of machine; the float64 ids are made where nothing is limited."""
+    stable.CALIBRATION = options.calibration or stable.CALIBRATION
     for family, build in tokenizers(options).items():
         tokenizer = build()
-        x = images(tokenizer.image_size or ((256, 256) if options.full else None), options.count)
+        x = images(tokenizer.image_size or ((options.side, options.side) if options.full else None), options.count)
         path = Path(options.work) / f"{family}.pt"
         if not options.full:
             if not path.exists():
@@ -162,6 +163,8 @@ def main() -> None:
     parser.add_argument("--tokenizers", nargs="+")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--variants", type=int, help="the first N only")
+    parser.add_argument("--side", type=int, default=256, help="of images at full size, where any size is taken")
+    parser.add_argument("--calibration", type=int, help="ids, instead of the library's number")
     parser.add_argument("--rounds", type=int, default=3, help="of the cost")
     parser.add_argument("--ids", type=Path)
     parser.add_argument("--machine", choices=tuple(MACHINES), help=argparse.SUPPRESS)

@@ -21,7 +21,8 @@ from tokenizers_mm.types import Quantized
 class SmoothingConfig:
     """Convolutions after the upsampling, VAR's phi: x * (1 - ratio) + convolution(x) * ratio.
 
-    count: convolutions, shared by scales with near places; 0: one for each scale. kernel: odd size, else a ValueError.
+    count: convolutions, shared by scales with near places; 0: one for each scale. kernel: its size; ValueError unless
+    it is odd.
     """
 
     count: Annotated[int, Range(0, 256)] = 4
