@@ -128,10 +128,7 @@ class Convenience:
 
     def __repr__(self) -> str:
         """One line; `torch.nn.Module.__repr__(tokenizer)` has the tree of modules."""
-        known = facts(_self(self)).items()
-        parts = [
-            f"{name.removeprefix('stream ')} {text}" if name.startswith("stream ") else text for name, text in known
-        ]
+        parts = [f"{name.partition('stream ')[2]} {text}".strip() for name, text in facts(_self(self)).items()]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
