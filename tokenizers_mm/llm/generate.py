@@ -30,7 +30,7 @@ EVENTS: dict[int, Literal["row", "scale", "image"]] = {ROW: "row", SCALE: "scale
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn.
+    """Rule by which a token is drawn.
 
     temperature: 0 or more; 0 takes the most likely token. top_k: tokens that are kept, 0 for all. top_p: share of the
     probability that is kept, over 0 and up to 1. Others are a ValueError.
