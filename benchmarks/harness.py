@@ -53,7 +53,7 @@ CAPS = {
 """Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS. On
 ARM64 there is none."""
 CAPS["avx_vnni"] = {**CAPS["avx2"], "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
-CAPS["avx512_vnni"] = {}
+CAPS["avx512_vnni"] = CAPS["avx512_amx"] = {}
 
 
 def cap_isa(isa: str, module: str, arguments: list[str]) -> None:
