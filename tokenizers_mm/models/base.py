@@ -277,7 +277,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
             yield torch.cat([first, self.prepare(rest, fit)]) if rest else first
             named = named[count:]
 
-    def _open_fitted(self, item: OneImage, fit: Fit, name: str) -> Image.Image:
+    def _open_fitted(self, item: Any, fit: Fit, name: str) -> Image.Image:
         """A PIL image, or the image of a path, of a size that `encode` takes; ValueError that names it otherwise."""
         image = self.fit_picture(open_image(item, name), fit)
         self.check_size(image.height, image.width, name, " (or choose a fit: crop, pad or resize)")
