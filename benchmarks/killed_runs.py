@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.tiny import TOKENIZERS
@@ -69,14 +70,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make both, compare, and print a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--shard-size", type=int, default=500)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_images(work / "images.tar", options.count)
@@ -100,7 +101,8 @@ def main() -> None:
             "each once": names == expected,
         }
         print(json.dumps(line))
-        sys.exit(1 if differ or names != expected else 0)
+        if differ or names != expected:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

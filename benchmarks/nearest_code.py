@@ -1,7 +1,7 @@
 """nearest_code against torch.cdist, chunked addmm, torch.compile, FAISS and vector-quantize-pytorch.
 
     python -m benchmarks.nearest_code [--threads 1 2] [--grid G1 G5] [--data gauss] [--rows 256 2048] [--methods FAISS]
-                                      [--isa avx2] [--quick] [--device cuda]
+                                      [--rounds 5] [--isa avx2] [--clock cpu] [--quick] [--device cuda] [--record]
 
 --isa caps the instruction set of ours and of the peers, so that one machine measures what weaker ones would see.
 Ratios are times of a method over ours, all in one process and interleaved. "ours" packs the codebook inside the timed
@@ -11,7 +11,7 @@ call; "ours, packed" finds it in the cache; "ours, margin" does too and returns 
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,9 +122,11 @@ def addmm(z: Tensor, c: Tensor) -> Tensor:
 
 
 def chunked(table_bytes: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A search by a part of the tokens at a time, whose table of distances takes this many bytes."""
+
     def search(z: Tensor, c: Tensor) -> Tensor:
         norms, codes = c.square().sum(1), c.T
-        parts = z.split(max(1, table_bytes // (4 * len(c))))
+        parts = z.split(max(1, table_bytes // (z.element_size() * len(c))))
         return torch.cat([torch.addmm(norms, part, codes, alpha=-2).argmin(1) for part in parts])
 
     return search
@@ -224,8 +226,8 @@ def measure(case: str, kind: str, rows: int | None, threads: int, options: argpa
             "milliseconds": times, "peak_extra_megabytes": memory, "mismatches": wrong, "notes": notes}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--grid", nargs="+", choices=GRID, default=["G1", "G2", "G3", "G4", "G5"])
     parser.add_argument("--data", nargs="+", choices=(*DATA, "gauss_n", *WORST, "worst"), default=list(DATA))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
@@ -236,9 +238,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=harness.CLOCKS, default="wall", help="cpu: for one thread on a busy machine")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the tokens, without torch.compile")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.isa:
-        harness.cap_isa(options.isa, "benchmarks.nearest_code", sys.argv[1:])
+        harness.cap_isa(options.isa, "benchmarks.nearest_code", sys.argv[1:] if arguments is None else arguments)
     kinds = [kind for name in options.data for kind in (WORST if name == "worst" else (name,))]
     about = harness.machine(options.device)
     print(about, kernels.describe())
@@ -246,7 +248,9 @@ def main() -> None:
         for kind in kinds:
             for rows in options.rows:
                 for threads in options.threads:
-                    harness.record("nearest_code", measure(case, kind, rows, threads, options), about)
+                    row = measure(case, kind, rows, threads, options)
+                    if options.record:
+                        harness.record("nearest_code", row, about)
 
 
 if __name__ == "__main__":
