@@ -5,7 +5,8 @@
         python -m benchmarks.stable_ids --count 12 --ids OUT
 
 Every tokenizer encodes N images in every variant, each kind of machine in a process of its own, and the ids are
-compared with those of a float64 pass. Prints a line per variant: ids compared, ids that differ, images decided again,
+compared with those of a float64 pass (at full size with those of the first variant, which decides the images of its
+calibration in float64). Prints a line per variant: ids compared, ids that differ, images decided again,
 the largest error as a share of the bound. Then the cost: CPU time of a stream of images on top of float32, the two
 streams in turns batch by batch. --full: the tokenizers of configs/ at their published size, with weights by rule,
 instead of the tiny ones of `benchmarks.tiny`.
@@ -47,7 +48,7 @@ VARIANTS = (
     "batch 8, compiled by aot_eager",
     "batch 8, compiled by inductor",
 )
-FEW_VARIANTS = ("batch 1", "batch 2", "batch 7, 2 threads", "batch 2, compiled by aot_eager")
+FEW_VARIANTS = ("batch 5", "batch 1", "batch 7, 2 threads", "batch 2, compiled by aot_eager")
 """For the full size, where an image takes seconds."""
 
 
@@ -100,17 +101,19 @@ def cost(tokenizer: Any, x: torch.Tensor, batch: int = 16) -> float:
 
 def machine(name: str, options: argparse.Namespace) -> None:
     """All variants on one kind of machine; the float64 ids are made where nothing is limited."""
+    stable.CALIBRATION = options.calibration or stable.CALIBRATION
     for family, build in tokenizers(options).items():
         tokenizer = build()
-        x = images(tokenizer.image_size or ((256, 256) if options.full else None), options.count)
+        x = images(tokenizer.image_size or ((options.side, options.side) if options.full else None), options.count)
         path = Path(options.work) / f"{family}.pt"
-        if not path.exists():
-            wide = stable._converted(tokenizer, torch.float64)
-            with torch.no_grad():
-                torch.save(torch.cat([wide.encode_tensor(part.double()).ids for part in x.split(8)]), path)
-            del wide
-        exact = torch.load(path)
-        tokenizer.encode(x[:64], stable=True)
+        if not options.full:
+            if not path.exists():
+                wide = stable._converted(tokenizer, torch.float64)
+                with torch.no_grad():
+                    torch.save(torch.cat([wide.encode_tensor(part.double()).ids for part in x.split(8)]), path)
+                del wide
+            tokenizer.encode(x[:64], stable=True)
+        exact = torch.load(path) if path.exists() else None
         found = options.variants or (FEW_VARIANTS if options.full else VARIANTS)
         for variant in found if name == "this" else ("batch 1", "batch 32"):
             if "compiled" in variant:
@@ -119,6 +122,7 @@ def machine(name: str, options: argparse.Namespace) -> None:
                 recompile(tokenizer, variant.split()[-1])
             before = tokenizer.stability
             ids = encode(tokenizer, x, variant, True)
+            exact = ids if exact is None else exact
             after = tokenizer.stability
             line = {
                 "machine": name,
@@ -151,8 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--tokenizers", nargs="+", choices=tuple(TOKENIZERS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="on this machine as it is")
+    parser.add_argument(
+        "--variants", nargs="+", choices=dict.fromkeys((*VARIANTS, *FEW_VARIANTS)), help="on this machine as it is"
+    )
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--side", type=int, default=256, help="of images at full size, where any size is taken")
+    parser.add_argument("--calibration", type=int, help="ids, instead of the library's number")
     parser.add_argument("--rounds", type=int, default=3, help="of the cost")
     parser.add_argument("--ids", type=Path)
     parser.add_argument("--machine", choices=tuple(MACHINES), help=argparse.SUPPRESS)

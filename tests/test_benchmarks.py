@@ -28,6 +28,7 @@ SMALLEST: dict[str, list[str]] = {
     "encode_decode": [str(ROOT / "configs" / "vqgan_64.yaml"), "--size", "32", "--rounds", "1", "--record"],
     "grammar": ["--rounds", "1", "--record"],
     "index_backpropagation": ["--shapes", "8x16x4", "--rounds", "1", "--record"],
+    "killed_runs": ["--count", "12", "--kills", "1", "--workers", "1", "--shard-size", "4"],
     "kmeans": ["--shapes", "512x16x4", "--rounds", "1", "--record"],
     "mar_cache": ["--prompts", "8", "--steps", "2", "--record"],
     "nearest_code": ["--grid", "V1", "--data", "gauss", "--rows", "16", "--rounds", "1", "--quick", "--record",
@@ -45,6 +46,7 @@ SMALLEST: dict[str, list[str]] = {
 EXACT = {
     "encode_decode": lambda row: row["case"] != "encode fp32" or row["ids_changed"] == 0,
     "index_backpropagation": lambda row: row["difference"] < 1e-5,
+    "killed_runs": lambda row: row["differ"] == [] and row["each once"] and row["images"] == 12,
     "kmeans": lambda row: max(row["inertia"].values()) < 1.001 * min(row["inertia"].values()),
     "mar_cache": lambda row: row["difference"] < 1e-4,
     "nearest_code": lambda row: row["mismatches"] == 0,
@@ -101,9 +103,9 @@ def test_a_program_runs(name: str, results: Path, capsys: pytest.CaptureFixture[
     module.main(SMALLEST[name])
     said = capsys.readouterr().out
     assert said
-    if name == "stable_ids":  # prints its rows
+    if name in ("killed_runs", "stable_ids"):  # they print their rows
         rows = [json.loads(line) for line in said.splitlines()]
-        assert {row.get("machine") for row in rows} == {"this", "avx2", "no avx", None}
+        assert name == "killed_runs" or {row.get("machine") for row in rows} == {"this", "avx2", "no avx", None}
         assert not results.exists()
     elif name == "quantizers":
         rows = json.loads((results / "quantizers.json").read_text())["rows"]

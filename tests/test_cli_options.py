@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.cases import ROOT
-from tokenizers_mm.cli import VERBS, completion, configs, main
+from tokenizers_mm.cli import VERBS, completion, configs, main, program
 
 
 def test_help_is_quick() -> None:
@@ -89,12 +89,15 @@ def test_configurations_are_beside_the_program_of_an_installed_package(
     (tmp_path / "tokenizers_mm" / "configs").mkdir(parents=True)
     (tmp_path / "tokenizers_mm" / "configs" / "mine.yaml").write_text("# Mine.\nout: runs/mine\n")
     place = str(tmp_path / "tokenizers_mm" / "train" / "__init__.py")
-    monkeypatch.setattr(configs, "find_spec", lambda _: ModuleSpec("tokenizers_mm.train", None, origin=place))
+    monkeypatch.setattr(program, "find_spec", lambda _: ModuleSpec("tokenizers_mm.train", None, origin=place))
     assert configs.folder() == tmp_path / "tokenizers_mm" / "configs"
     assert configs.summary(configs.find("mine")) == "Mine"
     packages = (ROOT / "pyproject.toml").read_text()
     assert '"tokenizers_mm/configs" = "configs"' in packages
     assert '"tokenizers_mm/train" = "train"' in packages
+    monkeypatch.setattr(program, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="training program: expected an installed tokenizers_mm"):
+        program.run_program(program.PROGRAM, ["debug"])
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")

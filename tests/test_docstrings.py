@@ -1,4 +1,4 @@
-"""Every public name says what it is, with the shapes of its tensors; the front door also says what it refuses."""
+"""Every public name says what it is, with the shapes of its tensors and what it refuses."""
 
 import importlib
 import inspect
@@ -12,9 +12,6 @@ import tokenizers_mm as tmm
 
 MODULES = ("kernels", "models", "quantizers", "llm")
 """Modules whose re-exported names are public, beside those of `tokenizers_mm` itself."""
-
-FRONT = ("load", "from_pretrained", "register", "ImageTokenizer", "ImageCodes", "kernels.")
-"""Beginnings of the names whose docstrings say what raises an error."""
 
 SHAPE = re.compile(r"\[[^\]]+\]|\bscalar\b|of any shape|same shape|any shape")
 
@@ -42,6 +39,14 @@ def public() -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{key}", function
 
 
+def refuses(value: Any) -> bool:
+    """True where a function, or a method that makes or checks an instance of a class, raises an argument error."""
+    makers = ("__init__", "__post_init__", "check")
+    parts = [vars(value).get(name) for name in makers] if inspect.isclass(value) else [inspect.unwrap(value)]
+    written = [part for part in parts if inspect.isfunction(part) and not part.__code__.co_filename.startswith("<")]
+    return any(re.search(r"\b(require|fail)\(|raise ValueError", inspect.getsource(part)) for part in written)
+
+
 NAMES = dict(public())
 
 
@@ -62,6 +67,5 @@ def test_a_public_name_is_explained(name: str) -> None:
     tensors = [a for a in map(str, annotations) if re.search(r"\bTensor\b", a)]
     plain = [a for a in tensors if not re.search(r"Tensor, ['\"\\]", a)]  # those of jaxtyping say their shapes
     assert not plain or SHAPE.search(context), f"{name}: say the shapes of its tensors, as [B, 3, H, W]"
-    refuses = re.search(r"\b(require|fail)\(|raise ValueError", inspect.getsource(value))
-    if name.startswith(FRONT) and refuses and not inspect.isclass(value):
+    if refuses(value):
         assert re.search(r"ValueError|Raises|[Rr]efuse|error", context), f"{name}: say what raises an error"

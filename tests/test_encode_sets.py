@@ -177,14 +177,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_that_is_killed_ends_with_the_same_bytes(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for index in range(200):
-        noise(index).save(tmp_path / "images" / f"{index:03d}.png")
-    (tmp_path / "images" / "099.png").write_bytes(b"junk")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        for index in range(200):
+            data = png(noise(index)) if index != 99 else b"junk"
+            member = tarfile.TarInfo(f"{index:03d}.png")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
 
     def command(out: str, *more: Any) -> list[str]:
         more = ("--shard-size", 8, *more)
-        return arguments(place, "tokenize", tmp_path / "images", "--out", tmp_path / out, *more)
+        return arguments(place, "tokenize", tmp_path / "images.tar", "--out", tmp_path / out, *more)
 
     assert main(command("whole")) == 0
     process = start(command("killed", "--workers", 2, "--batch-size", 3))

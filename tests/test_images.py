@@ -232,6 +232,18 @@ def test_huge_images_are_refused_before_they_are_decoded(tmp_path: Path, monkeyp
         _images.read_image(tmp_path / "big.png")
 
 
+def test_a_fault_has_the_same_sentence_every_time() -> None:
+    said = []
+    for _ in range(2):
+        kept = bytearray(1 << 10)  # so that the next object lies elsewhere
+        with pytest.raises(ValueError, match="junk: expected a readable image") as caught:
+            _images.decode_image(b"junk", "junk")
+        said.append(str(caught.value))
+        del kept
+    assert said[0] == said[1]
+    assert " at 0x" not in said[0]
+
+
 def test_odd_files_are_one_sentence_that_names_them(tmp_path: Path) -> None:
     def text_chunk(path: Path) -> None:
         facts = PngImagePlugin.PngInfo()

@@ -1,6 +1,7 @@
 """One wording for every argument error: `name: expected WHAT, got WHAT`. Neither torch nor numpy is imported here."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from reprlib import Repr
@@ -8,6 +9,9 @@ from typing import Any, NoReturn
 
 LONGEST = 200
 """Characters of a described value: a longer text keeps its two ends."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
+"""End of the `repr` of an object that has none of its own."""
 
 
 class _Repr(Repr):
@@ -32,8 +36,11 @@ def describe(value: Any, limit: int = LONGEST) -> str:
 
 
 def shorten(text: str, limit: int = LONGEST) -> str:
-    """A text on one line: control characters and bytes that are no UTF-8 escaped, the middle of a long one left out."""
-    text = " ".join(text.split())
+    """A text on one line: control characters and bytes that are no UTF-8 escaped, the middle of a long one left out.
+
+    Addresses in memory are left out too, so that one fault has one sentence in every run.
+    """
+    text = _ADDRESS.sub("", " ".join(text.split()))
     if len(text) > limit:
         mark = f" ... ({len(text)} characters) ... "
         kept = (limit - len(mark)) // 2

@@ -105,11 +105,14 @@ class ImageCodes(_Batch):
 
     `ids` is int64 [B, L]: all streams one after the other, each coarse to fine, row-major. A whole number of scales of
     the last stream may be missing at the end (partial decoding). Integers of any kind are taken (other tensors, numpy
-    arrays, lists of lists) and become int64. `margins`, float32 [B, L], are there after `encode(..., stable=True)`: by
-    how much farther, not squared, the second code was (see `kernels.nearest_code`).
+    arrays, lists of lists) and become int64. `height` and `width` are those of the images in pixels. `margins`, float32
+    [B, L], are there after `encode(..., stable=True)`: by how much farther, not squared, the second code was (see
+    `kernels.nearest_code`).
 
     `codes[i]` is the batch of image i alone, `codes[a:b]` one of several; iterating gives batches of one. `==` compares
     sizes, streams and ids. `codes.numpy()` are the ids as an array.
+
+    Raises: ValueError for ids that are no integers, not [B, L] of whole scales, or not in the codebook of their stream.
     """
 
     ids: Tensor
@@ -171,7 +174,8 @@ class ImageCodes(_Batch):
 class ImageLatents(_Batch):
     """The continuous form of a batch of images of one size: `values` is float [B, L, D], row-major over `grid`.
 
-    It is indexed, iterated and compared as `ImageCodes` are.
+    `height` and `width` are those of the images in pixels, `grid` the rows and columns of the latents. It is indexed,
+    iterated and compared as `ImageCodes` are.
     """
 
     values: Tensor

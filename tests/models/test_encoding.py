@@ -119,8 +119,10 @@ def test_an_image_of_a_wrong_size_is_named(tokenizer: TokenFlow, tmp_path: Path)
     noise(0, (20, 32)).save(tmp_path / "small.png")
     with pytest.raises(ValueError, match=r"^image .*small\.png: expected 32 x 32 pixels, got 20 x 32"):
         tokenizer.encode([tmp_path / "good.png", tmp_path / "small.png"])
-    with pytest.raises(ValueError, match=r"^images\[1\]: expected 32 x 32 pixels, got 20 x 32"):
+    with pytest.raises(ValueError, match=r"^images\[1\]: expected 32 x 32 pixels, got 20 x 32 \(or choose a fit"):
         tokenizer.encode([noise(0, (32, 32)), noise(0, (20, 32))])
+    with pytest.raises(ValueError, match=r"^images\[1\]: expected 32 x 32 pixels, got 20 x 32 \(or choose a fit"):
+        tokenizer.reconstruct([noise(0, (32, 32)), noise(0, (20, 32))])
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "resize"])

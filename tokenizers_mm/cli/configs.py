@@ -2,12 +2,11 @@
 
 import argparse
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
-from tokenizers_mm._check import fail, require
+from tokenizers_mm._check import require
 from tokenizers_mm._files import atomic_path, kind_of
-from tokenizers_mm.cli.program import PROGRAM
+from tokenizers_mm.cli.program import find_program
 
 SUMMARY = "List, show or copy the training configurations that come with the package."
 
@@ -38,10 +37,7 @@ def run(options: argparse.Namespace) -> None:
 
 def folder() -> Path:
     """The folder of the configurations: beside the training program, in a checkout as in an installed package."""
-    program = find_spec(PROGRAM)
-    if program is None or program.origin is None:
-        fail("configs", "an installed tokenizers_mm", "no training program beside the package")
-    return Path(program.origin).resolve().parents[1] / "configs"
+    return find_program().resolve().parents[1] / "configs"
 
 
 def find(name: str) -> Path:

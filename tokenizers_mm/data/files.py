@@ -50,7 +50,7 @@ class FileList(Sequence[Path]):
         return cls(folder, names) if names else None
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return self._ends.shape[0] - 1
 
     @overload
     def __getitem__(self, index: int) -> Path: ...
@@ -65,7 +65,8 @@ class FileList(Sequence[Path]):
 
     def name(self, index: int) -> str:
         """Path of a file relative to `root`, with the separator of this system."""
-        if not -len(self) <= index < len(self):
+        count = len(self)
+        if not -count <= index < count:
             raise IndexError(index)
-        place, ends = index % len(self), self._ends.numpy()
-        return os.fsdecode(self._bytes.numpy()[ends[place] : ends[place + 1]].tobytes())
+        start, end = self._ends[index % count :][:2].tolist()
+        return os.fsdecode(self._bytes[start:end].numpy().tobytes())

@@ -96,7 +96,10 @@ class Batch:
         )
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Inputs of a `transformers` causal language model, where no image is shown as features."""
+        """Inputs of a `transformers` causal language model, by name: input_ids, labels, attention_mask, position_ids.
+
+        Raises: ValueError where an image is shown as features.
+        """
         if self.features:
             fail("batch", "images as ids (or a projector: see llm.projector.embed)", "images as features")
         inputs = {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}

@@ -30,7 +30,11 @@ EVENTS: dict[int, Literal["row", "scale", "image"]] = {ROW: "row", SCALE: "scale
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the most likely token; top_k 0 and top_p 1 keep all."""
+    """Rule by which a token is drawn.
+
+    temperature: 0 or more; 0 takes the most likely token. top_k: tokens that are kept, 0 for all. top_p: share of the
+    probability that is kept, over 0 and up to 1. Others are a ValueError.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -48,7 +52,7 @@ class GenerationSettings:
 
     sampling: for text. streams: by name of a stream, where its codes are drawn otherwise. guidance: the scale of
     classifier-free guidance (1: none); it needs unconditional prompts. max_new_tokens: where to stop at the latest; an
-    image that began is always finished.
+    image that began is always finished. progress: show a bar of tqdm.
     """
 
     max_new_tokens: int = 4096
@@ -87,8 +91,10 @@ def generate(
 
     A row ends with an end token of the grammar; where it has any, with each that the model's generation settings name.
     unconditional: prompts of the same number of rows for guidance. projector: for images that prompts show as features.
-    on_image: called when a row, a scale or an image is
-    finished.
+    on_image: called when a row, a scale or an image is finished.
+
+    Raises: ValueError for a model in training mode or without rows for the vocabulary, prompts that are padded on the
+    right, guidance without unconditional prompts, features without a projector, and settings of unknown streams.
     """
     settings = settings or GenerationSettings()
     check_rows(model, grammar.vocabulary)

@@ -48,6 +48,9 @@ class Grammar:
     mode: what the model may say after the prompt; prompts may hold text, images and the beginning of an image. eos: the
     end token, or all of them (chat models have several), needed for mode "image". With one known size an image may
     also begin without saying its size.
+
+    Raises: ValueError for an unknown mode, end tokens that are no text, none for mode "image", and a vocabulary without
+    codes where images may be drawn.
     """
 
     def __init__(

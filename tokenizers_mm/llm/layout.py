@@ -39,7 +39,8 @@ class Layout:
     streams: the order in which the streams are written. stream_markers: a marker before and after each. row_end and
     scale_end: a marker after each row and each grid. size: where the image size is said: "none" (one size only),
     "before" or "after" the start of the image with a height and a width marker, or as "text" after the start,
-    `size_text` filled with height, width (pixels), rows and columns (of the first stream), closed by `size_end`.
+    `size_text` filled with height, width (pixels), rows and columns (of the first stream), closed by `size_end`; a
+    text of more than 200 characters, or with other names in braces, is a ValueError.
     """
 
     streams: tuple[str, ...]

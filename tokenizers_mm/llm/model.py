@@ -101,6 +101,8 @@ class TrainableRows:
     """Training of the visual rows alone: all else is frozen, and the gradient of the text rows is set to zero.
 
     Use an optimizer without weight decay (decay would move the text rows too). `remove` gives the model back as it was.
+
+    Raises: ValueError for a model without rows for the vocabulary (call `extend`).
     """
 
     def __init__(self, model: Any, vocabulary: VisualVocabulary) -> None:

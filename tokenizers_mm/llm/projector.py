@@ -32,7 +32,7 @@ class ProjectorConfig:
 
 
 class FeatureProjector(nn.Module):
-    """One small network per part of the features: [T, dims[i]] -> [T, width]."""
+    """One small network per part of the features: [T, dims[i]] -> [T, width], in the dtype of its weights."""
 
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
@@ -44,7 +44,10 @@ class FeatureProjector(nn.Module):
         )
 
     def forward(self, images: Sequence[tuple[Tensor, ...]]) -> Tensor:
-        """All features of all images, in order, [sum of T, width]; each part runs once over all images."""
+        """All features of all images, in order, [sum of T, width]; each part runs once over all images.
+
+        images: for each its parts [T, dims[i]]. Raises: ValueError for parts of other channels.
+        """
         for parts in images:
             dims = tuple(part.shape[-1] for part in parts)
             require(dims == self.config.dims, "features", f"parts of {self.config.dims} channels", dims)

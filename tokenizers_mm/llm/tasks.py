@@ -45,7 +45,7 @@ def describe(
     projector: FeatureProjector | None = None,
     settings: GenerationSettings = LIKELIEST,
 ) -> str:
-    """Text that the model says after an image and a question.
+    """Text that the model says after an image and a question, without the prompt.
 
     image: as in a `Segment`. question: written after the image as it is, chat frames included. processor: None takes
     `processor_of(model)`. projector: shows the image as features; without one it is shown as ids.
@@ -72,6 +72,8 @@ def draw(
     caption: written before the image as it is, chat frames included. size: (height, width) in pixels; None lets the
     model choose among the vocabulary's. processor: None takes `processor_of(model)`. settings: with guidance, the
     unconditional rows are an image without caption.
+
+    Raises: ValueError for an unknown size, and where neither text tokenizer nor model names an end token.
     """
     processor = processor_of(model) if processor is None else processor
     opening = processor.opening(*size) if size is not None else processor.opening()

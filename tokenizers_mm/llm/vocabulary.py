@@ -98,6 +98,9 @@ class VisualVocabulary:
     """Ids for markers and codes, the layout of an image, and the image sizes it knows.
 
     text_size: how many ids the text tokenizer had. codes: one range per stream, in the image tokenizer's order.
+
+    Raises: ValueError for ranges that overlap, a layout with other streams or without its markers, and sizes that do
+    not fit the codes; ids are below 2^26.
     """
 
     text_size: int
@@ -170,14 +173,17 @@ class VisualVocabulary:
         return max([self.text_size, *ends])
 
     def marker(self, name: str) -> tuple[int, ...]:
-        """The ids of a marker."""
+        """The ids of a marker; ValueError for a name that is none."""
         for marker in self.markers:
             if marker.name == name:
                 return marker.ids
         fail("marker", f"one of {[marker.name for marker in self.markers][:8]}", repr(name))
 
     def streams(self, height: int, width: int) -> tuple[Stream, ...]:
-        """The streams of an image of one of the known sizes, in the image tokenizer's order."""
+        """The streams of an image of one of the known sizes (pixels), in the image tokenizer's order.
+
+        Raises: ValueError, with the nearest known sizes, for another size.
+        """
         size = self._size(height, width)
         return tuple(Stream(code.stream, code.size, grids) for code, grids in zip(self.codes, size.grids, strict=True))
 
@@ -195,7 +201,10 @@ class VisualVocabulary:
         return replace(self, sizes=tuple(self._size(*size) for size in sizes))
 
     def to_tokens(self, codes: ImageCodes) -> Tensor:
-        """Codes of images of one size as tokens, int64 [B, n], markers included."""
+        """Codes of images of one size as tokens, int64 [B, n], markers included.
+
+        Raises: ValueError for a size or streams that the vocabulary does not know.
+        """
         plan = self.plan(codes.height, codes.width)
         require(codes.streams == plan.streams, "codes", f"streams {plan.streams}", codes.streams)
         return plan.to_tokens(codes.ids)
@@ -248,8 +257,8 @@ class VisualVocabulary:
     def add_to(self, text_tokenizer: Any) -> int:
         """Give the markers and codes that have texts their place in a text tokenizer; returns how many were added.
 
-        For vocabularies whose tokens are strings, and to let plain text tokenizers print markers. The ids must come out
-        as they are here.
+        For vocabularies whose tokens are strings, and to let plain text tokenizers print markers. Raises ValueError
+        where the ids would not come out as they are here.
         """
         new = [(m.ids[0], m.text) for m in self.markers if m.text and len(m.ids) == 1 and m.ids[0] >= self.text_size]
         for code in self.codes:

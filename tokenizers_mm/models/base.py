@@ -213,10 +213,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
 
         def open_fitted(pair: tuple[str, Any]) -> np.ndarray:
             name, item = pair
-            with naming(name):
-                image = self.fit_picture(open_image(item() if callable(item) else item, name), fit)
-            self.check_size(image.height, image.width, name)
-            return image_levels(image)
+            return image_levels(self._open_fitted(item() if callable(item) else item, fit, name))
 
         require(batch_size is None or batch_size > 0, "batch_size", "at least 1", batch_size)
         require(workers >= 0, "workers", "0 or more threads", workers)
@@ -261,10 +258,7 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
     def prepare(self, images: ImageInput, fit: Fit = "refuse") -> Tensor:
         """Images of one size as a float tensor [B, 3, H, W] in [-1, 1] on the tokenizer's device, or ValueError."""
         if not isinstance(images, Tensor):
-            pictures = []
-            for name, item in name_images(images):
-                with naming(name):
-                    pictures.append(self.fit_picture(open_image(item, name), fit))
+            pictures = [self._open_fitted(item, fit, name) for name, item in name_images(images)]
             sizes = sorted({(picture.height, picture.width) for picture in pictures})
             require(len(sizes) == 1, "images", "images of one size", f"sizes {sizes}")
             images = torch.stack([image_to_tensor(picture) for picture in pictures])
@@ -283,6 +277,13 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
             yield torch.cat([first, self.prepare(rest, fit)]) if rest else first
             named = named[count:]
 
+    def _open_fitted(self, item: Any, fit: Fit, name: str) -> Image.Image:
+        """A PIL image, or the image of a path, of a size that `encode` takes; ValueError that names it otherwise."""
+        with naming(name):
+            image = self.fit_picture(open_image(item, name), fit)
+        self.check_size(image.height, image.width, name, " (or choose a fit: crop, pad or resize)")
+        return image
+
     def fit_picture(self, picture: Image.Image, fit: Fit) -> Image.Image:
         """A picture brought to a size that `encode` takes; with "refuse", as it is, for `check_size` to judge.
 
@@ -295,13 +296,14 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
             return fit_image(picture, *self.image_size, fit)
         return fit_multiple(picture, self.size_multiple, fit)
 
-    def check_size(self, height: int, width: int, name: str = "images") -> None:
-        """Refuse a size that `encode` does not take, with an error that begins with `name`."""
+    def check_size(self, height: int, width: int, name: str = "images", advice: str = "") -> None:
+        """Refuse a size that `encode` does not take, with an error that begins with `name` and ends with `advice`."""
+        got = f"{height} x {width}{advice}"
         if self.image_size is not None and (height, width) != self.image_size:
-            fail(name, f"{self.image_size[0]} x {self.image_size[1]} pixels", f"{height} x {width}")
+            fail(name, f"{self.image_size[0]} x {self.image_size[1]} pixels", got)
         multiple = self.size_multiple
         if height < multiple or width < multiple or height % multiple or width % multiple:
-            fail(name, f"height and width that are multiples of {multiple}", f"{height} x {width}")
+            fail(name, f"height and width that are multiples of {multiple}", got)
 
     @torch.no_grad()
     def decode_ids(self, ids: Any, height: int | None = None, width: int | None = None) -> Tensor:

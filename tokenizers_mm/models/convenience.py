@@ -128,11 +128,12 @@ class Convenience:
 
     def __repr__(self) -> str:
         """One line; `torch.nn.Module.__repr__(tokenizer)` has the tree of modules."""
-        return f"{type(self).__name__}({', '.join(facts(_self(self)).values())})"
+        parts = [f"{name.partition('stream ')[2]} {text}".strip() for name, text in facts(_self(self)).items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         parts = {name: f"{_millions(part)} parameters" for name, part in _self(self).named_children()}
-        return table(f"{type(self).__name__} image tokenizer", facts(_self(self)) | parts)
+        return table(f"{type(self).__name__} image tokenizer", {**facts(_self(self)), **parts})
 
 
 def facts(tokenizer: "ImageTokenizer[Any]") -> dict[str, str]:
@@ -140,12 +141,10 @@ def facts(tokenizer: "ImageTokenizer[Any]") -> dict[str, str]:
     size = tokenizer.image_size
     found = {"images": f"{size[0]}x{size[1]} pixels" if size else f"any multiple of {tokenizer.size_multiple} pixels"}
     for stream in tokenizer.streams(*size) if size else ():
-        found[f"stream {stream.name}"] = (
-            f"{stream.name} {stream.num_ids} ids of {count_text(stream.codebook_size)} codes"
-        )
+        found[f"stream {stream.name}"] = f"{stream.num_ids} ids of {count_text(stream.codebook_size)} codes"
     for name, quantizer in tokenizer.quantizers().items() if size is None else ():
         several = f"{quantizer.groups} x " if quantizer.groups > 1 else ""
-        found[f"stream {name}"] = f"{name} {several}{count_text(quantizer.codebook_size)} codes"
+        found[f"stream {name}"] = f"{several}{count_text(quantizer.codebook_size)} codes"
     if len(found) == 1:
         found["streams"] = "continuous latents"
     place = f"{tokenizer.device} {str(tokenizer.dtype).removeprefix('torch.')}"

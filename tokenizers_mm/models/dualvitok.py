@@ -35,7 +35,7 @@ from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized,
 
 @dataclass(frozen=True)
 class DualViTokConfig:
-    """Complete configuration of a DualViTok model.
+    """Complete configuration of a DualViTok model; ValueError for parts that do not go together.
 
     pixel_decoder.context_channels: the channels of both codebooks together; every norm reads the joined codes.
     resolutions: sizes, grids and counts; its cells must be those of the tower and of the pixel encoder.
@@ -61,7 +61,11 @@ class DualViTokConfig:
 
 
 class DualViTok(ImageTokenizer[ImageCodes]):
-    """The composed tokenizer; `from_config` builds the parts."""
+    """A tokenizer with two streams, `semantic` (codes of a frozen tower's features) and `pixel`, for any size.
+
+    Sizes are multiples of `size_multiple`; each stream is one grid. `from_config` builds the parts. Source: ILLUME+
+    (arXiv 2504.01934).
+    """
 
     family = "dualvitok"
     Config = DualViTokConfig
@@ -207,8 +211,12 @@ class DualViTok(ImageTokenizer[ImageCodes]):
 
     @torch.no_grad()
     def stream_features(self, images: ImageInput) -> dict[str, Tensor]:
-        """Inputs of the paper's language model, by stream, before any quantizer: "semantic" [B, h', w', C], the
-        tower's tokens as they are, and "pixel" [B, h, w, channels of the pixel encoder]."""
+        """Inputs of the paper's language model, by stream, before any quantizer.
+
+        Returns: "semantic" [B, h', w', C], the tower's tokens as they are, and "pixel" [B, h, w, D], D channels of the
+        pixel encoder.
+        Raises: ValueError for images of several sizes.
+        """
         parts: dict[str, list[Tensor]] = {"semantic": [], "pixel": []}
         for x in self.prepared_parts(images):
             parts["semantic"].append(self.semantic_encoder.tower(x, self.resolutions.tower_size(*x.shape[-2:])))

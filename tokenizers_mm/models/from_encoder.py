@@ -53,6 +53,7 @@ def tokenizer_from(
     iterations, seed: of k-means.
 
     Returns: the tokenizer, in evaluation mode; the tower does not learn.
+    Raises: ValueError for an encoder of no known kind, images of another size, and fewer features than codes.
     """
     first, batches = _peek([images] if isinstance(images, Tensor) else images)
     size = (first.shape[-2], first.shape[-1])

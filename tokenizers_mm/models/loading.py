@@ -40,7 +40,10 @@ def load(
 ) -> ImageTokenizer[Any]:
     """A tokenizer from a directory, a hub id or the name of a shipped one ("tokenizers_mm/demo-64"), for evaluation.
 
-    Strict: every tensor must be there with its shape, and no other. No code of the checkpoint is executed.
+    revision: of a hub id. device: None leaves the weights on the CPU. Strict: every tensor must be there with its
+    shape, and no other. No code of the checkpoint is executed.
+
+    Raises: ValueError, in one sentence, for a source that is none, cannot be reached, or is not what it says.
     """
     place = None if device is None else usable_device(device)
     tokenizer = load_directory(_directory(source, revision))

@@ -131,7 +131,7 @@ class MAR(ImageTokenizer[ImageLatents]):
         return ()
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of the latents of an image."""
+        """Rows and columns of the latents of an image of height x width pixels; ValueError for a size not taken."""
         self.check_size(height, width)
         return height // self.size_multiple, width // self.size_multiple
 
@@ -168,7 +168,10 @@ class MAR(ImageTokenizer[ImageLatents]):
 
     @from_images
     def reconstruct(self, x: Tensor, disturbance: Disturbance = UNDISTURBED) -> Reconstruction:
-        """The autoencoder alone: images [B, 3, H, W] decoded from the mean of the posterior, without disturbance."""
+        """The autoencoder alone: images [B, 3, H, W] decoded from the mean of the posterior.
+
+        Raises: ValueError for a disturbance: there are no codes to disturb.
+        """
         require(disturbance == UNDISTURBED, "disturbance", "none (MAR has no codes)", disturbance)
         latents = self.encode_tensor(x)
         return Reconstruction(self.decode(latents), None, None, {}, self.vectors(latents))
@@ -209,7 +212,11 @@ class MAR(ImageTokenizer[ImageLatents]):
         )
 
     def terms(self, z: Tensor, tokens: Tensor, draws: MARDraws) -> MARTerms:
-        """The terms of the denoiser for condition vectors z [B, L, C] (MAR, eq. 1), computed in float32 or wider."""
+        """The terms of the denoiser for condition vectors z [B, L, C] (MAR, eq. 1), computed in float32 or wider.
+
+        tokens: the clean tokens [B, L, D]. draws: masks, steps and noise, of the latter B * L rows or a multiple.
+        Raises: ValueError for another number of rows.
+        """
         rows = tokens.shape[0] * tokens.shape[1]
         repeats = draws.steps.shape[0] // rows
         require(draws.steps.shape[0] == repeats * rows, "draws.steps", f"a multiple of {rows} rows", draws.steps)

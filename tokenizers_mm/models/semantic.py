@@ -33,6 +33,8 @@ FEATURE_DECODERS: dict[str, Any] = {"conv": ConvFeatureDecoder, "transformer": T
 class SemanticConfig:
     """Complete configuration of a semantic tokenizer; it has a semantic decoder, a pixel decoder or both.
 
+    ValueError for parts that do not go together.
+
     cell: pixels per code and side; the tower's grid must have it. image_size: the one (height, width) that the tower
     takes, None for any multiple of `cell`. head: a linear map from the tower's features to the codes' channels; without
     it they must be equal. frozen: the tower does not learn.
@@ -62,7 +64,12 @@ class SemanticConfig:
 
 
 class SemanticTokenizer(ImageTokenizer[ImageCodes]):
-    """The composed tokenizer; `from_config` builds the parts."""
+    """A tokenizer of the features of a vision tower: one stream `semantic`, one grid; pixels only with a pixel decoder.
+
+    `from_config` builds the parts; `tokenizers_mm.tokenizer_from` makes one of any encoder without training.
+
+    Raises: ValueError for a tower whose channels or grid are not those of the configuration.
+    """
 
     family = "semantic"
     Config = SemanticConfig
@@ -118,7 +125,7 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
         return self.config.cell
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the codes of an image."""
+        """Rows and columns of the codes of an image of height x width pixels; ValueError for a size not taken."""
         self.check_size(height, width)
         return height // self.size_multiple, width // self.size_multiple
 
@@ -126,7 +133,10 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
         return make_streams("semantic", self.quantizer, [self.grid(height, width)])
 
     def tower_features(self, x: Tensor) -> Tensor:
-        """The tower's features [B, h, w, C]: what is quantized, and what the semantic decoder predicts."""
+        """The tower's features [B, h, w, C], which are quantized, and which the semantic decoder predicts.
+
+        x: images [B, 3, H, W] in [-1, 1]. Raises: ValueError for a tower with another grid than the codes.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
             tokens = self.tower(x)
         grid = self.grid(*x.shape[-2:])
@@ -134,13 +144,13 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
         return tokens
 
     def decode_semantic(self, vectors: Tensor) -> Tensor:
-        """Features [B, h * w, C] in the tower's space from vectors [B, h, w, D]."""
+        """Features [B, h * w, C] in the tower's space from vectors [B, h, w, D]; ValueError without that decoder."""
         if self.semantic_decoder is None:
             fail("vectors", "a tokenizer with a semantic decoder", "one without (its codes give pixels only)")
         return self.semantic_decoder(vectors.to(self.dtype)).flatten(1, 2)
 
     def decode_pixels(self, vectors: Tensor) -> Tensor:
-        """Image [B, 3, H, W] from vectors [B, h, w, D]."""
+        """Images [B, 3, H, W], not clamped, from vectors [B, h, w, D]; ValueError without a pixel decoder."""
         if self.pixel_decoder is None or self.embed is None:
             fail("codes", "a tokenizer with a pixel decoder", "a semantic one (decode_semantic gives its features)")
         vectors = vectors.to(self.dtype)

@@ -359,14 +359,18 @@ def _aligned(ids: Tensor, decisions: Sequence[Decision]) -> Tensor | None:
         wanted = ids[:, start : start + count]
         start += count
         for groups in (number for number in range(1, 65) if count % number == 0):
-            order = torch.arange(count, device=ids.device).view(-1, groups).T.flatten()
-            if torch.equal(decision.ids[:, order], wanted):
+            if torch.equal(_side_by_side(decision.ids, groups), wanted):
                 assert decision.margin is not None
-                parts.append(decision.margin[:, order].float())
+                parts.append(_side_by_side(decision.margin, groups).float())
                 break
         else:
             return None
     return torch.cat(parts, 1)
+
+
+def _side_by_side(values: Tensor, groups: int) -> Tensor:
+    """Values [B, n * groups], groups innermost, as one group after the other; for one group a view."""
+    return values.unflatten(1, (-1, groups)).transpose(1, 2).flatten(1)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruc
 
 @dataclass(frozen=True)
 class TokenFlowConfig:
-    """Complete configuration of a TokenFlow model.
+    """Complete configuration of a TokenFlow model; ValueError for parts that do not go together.
 
     image_size: (height, width) of the images. scales: grids from coarse to fine; the last one is the grid of both
     encoders; one entry gives a single-scale tokenizer. quantizer: of any kind. pixel_size: what the pixel encoder and
@@ -46,7 +46,7 @@ class TokenFlowConfig:
 
     @property
     def parts(self) -> tuple[int, int]:
-        """Semantic and pixel channels of the codes."""
+        """Semantic and pixel channels of the codes; ValueError where the configuration does not say them once."""
         if isinstance(self.quantizer, SharedIndexConfig):
             require(len(self.quantizer.dims) == 2, "quantizer.dims", "semantic and pixel channels", self.quantizer.dims)
             semantic, pixel = self.quantizer.dims
@@ -71,7 +71,10 @@ class TokenFlowConfig:
 
 
 class TokenFlow(ImageTokenizer[ImageCodes]):
-    """The composed tokenizer; `from_config` builds the parts."""
+    """A tokenizer with one index into a semantic and a pixel codebook: one stream `shared`, several scales, one size.
+
+    `from_config` builds the parts. Source: TokenFlow (arXiv 2412.03069).
+    """
 
     family = "tokenflow"
     Config = TokenFlowConfig
@@ -124,7 +127,10 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         return make_streams("shared", self.quantizer, self.quantizer.grids)
 
     def encode_features(self, x: Tensor) -> Tensor:
-        """Features [B, h, w, D] before quantization, semantic channels first."""
+        """Features [B, h, w, D] of images x [B, 3, H, W] before quantization, semantic channels first.
+
+        Raises: ValueError for encoders with different grids.
+        """
         semantic = self.semantic_head(self.semantic_encoder(x))
         pixels = _resize(x, self.config.pixel_size)
         pixel = self.pixel_head(self.pixel_encoder(pixels).permute(0, 2, 3, 1))
@@ -137,7 +143,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         return torch.cat([semantic, pixel], dim=-1)
 
     def decode_pixels(self, vectors: Tensor) -> Tensor:
-        """Image [B, 3, H, W] from vectors [B, h, w, D]."""
+        """Images [B, 3, H, W], not clamped, from vectors [B, h, w, D]."""
         pixel = self.pixel_embed(vectors[..., self.dims[0] :]).permute(0, 3, 1, 2)
         image = self.pixel_decoder(pixel)
         return _resize(image, self.config.image_size if self.config.pixel_size else None)

@@ -38,7 +38,7 @@ Scales = Annotated[tuple[tuple[Cells, Cells], ...], Length(1, 256)]
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Complete configuration of a VQGAN.
+    """Complete configuration of a VQGAN; ValueError for parts that do not go together.
 
     kernel: of the convolutions `head` and `embed` around the quantizer; 0 for none. scales: grids from coarse to fine
     for residual quantization over scales, None for one grid of any size. multiscale: how they are joined. teacher: a
@@ -81,7 +81,11 @@ class VQGANConfig:
 
 
 class VQGAN(ImageTokenizer[ImageCodes]):
-    """The composed tokenizer; `from_config` builds the parts."""
+    """A tokenizer of pixels: encoder, quantizer, decoder; one stream `pixel` of one grid, or of several scales.
+
+    It takes any multiple of `size_multiple`, or one size where the configuration has scales or a grid. `from_config`
+    builds the parts. Source: VQGAN (arXiv 2012.09841); scales: VAR (arXiv 2404.02905).
+    """
 
     family = "vqgan"
     Config = VQGANConfig
@@ -135,7 +139,10 @@ class VQGAN(ImageTokenizer[ImageCodes]):
         return self.config.encoder.factor
 
     def grids(self, height: int, width: int) -> Sequence[tuple[int, int]]:
-        """Grids of an image's ids, coarse to fine."""
+        """Grids (rows, columns) of the ids of an image of height x width pixels, coarse to fine.
+
+        Raises: ValueError for a size that is not taken.
+        """
         self.check_size(height, width)
         return self.config.scales or [(height // self.size_multiple, width // self.size_multiple)]
 

@@ -42,6 +42,9 @@ class LFQConfig:
     to means before their logarithm; Show-o: 1e-8. pool: means are over groups too (WeTok, BitDance). codebook_term:
     compute also the term `codebook`, mean (q - sg(z))^2 with the straight-through q, whose gradient opposes that of
     `commitment` (Show-o).
+
+    Raises: ValueError where `checked` for groups that do not divide dim, and for ids or joint distributions of too many
+    bits (62 in an id).
     """
 
     dim: Width
@@ -71,6 +74,8 @@ class BSQConfig:
     entropy: whether to compute the term `entropy`, the sum over groups of the entropy of a vector's codes less
     `diversity` times that of their mean. entropy_bits: bits of a group there; None: those of an id.
     inverse_temperature: t of softmax(2 t <z, c>).
+
+    Raises: ValueError where `checked`, as `LFQConfig`.
     """
 
     dim: Width

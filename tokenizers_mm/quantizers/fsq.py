@@ -28,6 +28,8 @@ class FSQConfig:
     bound: how channels are bounded before they are rounded: "tanh" (FSQ), "symmetric" (levels symmetric about 0) or
     "sigmoid" (iFSQ, arXiv 2601.17124). project: linear maps from dim channels to the levels' and back; without them
     dim is the number of levels.
+
+    Raises: ValueError where `checked` for 2^62 codes or more, and for another dim than that.
     """
 
     levels: Annotated[tuple[Annotated[int, Range(2, 1 << 16)], ...], Length(1, 64)]

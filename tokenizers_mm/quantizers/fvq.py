@@ -18,7 +18,8 @@ from tokenizers_mm.quantizers.vq import VQ, CodebookQuantizer, VQConfig
 class FVQConfig:
     """codebook_size codes of `dim` channels.
 
-    group: codes that the transformer reads as one token of `width` channels; depth, heads: of the transformer.
+    group: codes that the transformer reads as one token of `width` channels, a divisor of codebook_size; depth, heads:
+    of the transformer, width a multiple of heads. Others are a ValueError where it is `checked`.
     """
 
     codebook_size: Codes

@@ -21,7 +21,8 @@ from tokenizers_mm.types import Quantized
 class SmoothingConfig:
     """Convolutions after the upsampling, VAR's phi: x * (1 - ratio) + convolution(x) * ratio.
 
-    count: convolutions, shared by scales with near places; 0: one for each scale. kernel: odd size.
+    count: convolutions, shared by scales with near places; 0: one for each scale. kernel: its size; ValueError unless
+    it is odd.
     """
 
     count: Annotated[int, Range(0, 256)] = 4
@@ -78,6 +79,8 @@ class MultiScaleQuantizer(Quantizer):
 
     At each scale the residual is averaged down, quantized, and the codes, upsampled, are taken from it; the vectors are
     the sum of the upsampled codes. The codebook is shared by all scales.
+
+    Raises: ValueError for no grid at all.
     """
 
     def __init__(self, quantizer: Quantizer, grids: Sequence[Grid], scales: ScalesConfig | None = None) -> None:
@@ -99,7 +102,11 @@ class MultiScaleQuantizer(Quantizer):
 
     @in_float32
     def quantize(self, z: Tensor, keep: Sequence[int] | None = None) -> Quantized:
-        """`keep` lists the scales to use (scale drop in training); None uses all."""
+        """Codes of z [B, h, w, D], scale by scale.
+
+        keep: indices of the scales to use (scale drop in training); None uses all.
+        Raises: ValueError for another grid than the last scale's.
+        """
         last = self.grids[-1]
         require(z.ndim == 4 and z.shape[1:3] == last, "z", f"[B, {last[0]}, {last[1]}, {self.dim}]", z)
         by_sum = self.scales.learning == "by_sum"
@@ -126,7 +133,10 @@ class MultiScaleQuantizer(Quantizer):
 
     @in_float32
     def partial_sums(self, ids: Tensor) -> list[Tensor]:
-        """Sums [B, h, w, D] of the upsampled codes up to each of the scales of ids [B, L(, groups)]."""
+        """Sums [B, h, w, D] of the upsampled codes up to each of the scales of ids [B, L(, groups)].
+
+        Raises: ValueError for ids that end inside of a scale.
+        """
         ends = list(accumulate(rows * columns for rows, columns in self.grids))
         require(ids.shape[1] in ends, "ids", "a whole number of scales", ids)
         vectors = self.quantizer.look_up(ids)

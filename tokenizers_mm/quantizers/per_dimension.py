@@ -19,6 +19,8 @@ from tokenizers_mm.types import Quantized
 class PerDimensionConfig:
     """bits of each of `dim` channels, whose values lie in [low, high]; values outside get the outermost level.
 
+    ValueError where it is `checked` unless low is below high.
+
     levels: "normal", the means of a normal distribution on bins of equal probability, with low and high 3 standard
     deviations from its mean (CubiD: 3 bits, -9 and 9); "uniform", the centres of equal bins.
     """

@@ -29,8 +29,10 @@ class ResidualConfig:
 class ResidualQuantizer(Quantizer):
     """z [..., D] -> ids [..., depth], one per stage, coarse to fine, and the sum of their vectors.
 
-    What a stage takes away carries no gradient, so z receives the gradient of the sum
-    once from every stage. The terms are means over the stages.
+    The vectors that a stage takes away carry no gradient, so z receives the gradient of the sum once from every stage.
+    The terms are means over the stages.
+
+    Raises: ValueError for a stage with several ids per vector.
     """
 
     Config = ResidualConfig

@@ -24,6 +24,8 @@ class SharedIndexConfig:
 
     normalize: compare directions only; every part of queries and codes is divided by its norm.
     entropy_temperature: of the entropy term in training; None leaves the term out (zero).
+
+    Raises: ValueError where `checked` for weights that are not one per part, or all 0.
     """
 
     codebook_size: Codes
@@ -45,7 +47,10 @@ class SharedIndexConfig:
 
 
 class SharedIndexQuantizer(Quantizer):
-    """z [..., sum(dims)] -> the code whose parts are nearest in the weighted sum of squared distances."""
+    """z [..., sum(dims)] -> the id [...] whose parts are nearest in the weighted sum of squared distances.
+
+    Source: TokenFlow (arXiv 2412.03069), eq. 2.
+    """
 
     Config = SharedIndexConfig
 
