@@ -1,1 +1,1 @@
-"""Programs that measure the library against its peers; each appends to results/."""
+"""Programs that measure the library against its peers; with `--record` they keep what they measure in results/."""

@@ -1,6 +1,11 @@
-"""code_sums against index_add and one-hot matrix products: python -m benchmarks.code_sums [--threads 1 2]."""
+"""code_sums against index_add and one-hot matrix products.
 
-import argparse
+    python -m benchmarks.code_sums [--shapes 16384x8192x32] [--threads 1 2] [--rounds 9] [--record]
+
+Shapes are N x K x D: vectors, codes, channels. Wall time.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +16,14 @@ from tokenizers_mm import kernels
 SHAPES = [(16384, 8192, 32), (65536, 1024, 64), (4096, 32768, 800)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", type=harness.shape, default=SHAPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     about = harness.machine()
-    for n, k, d in SHAPES:
+    for n, k, d in options.shapes:
         vectors, ids = torch.randn(n, d), torch.randint(0, k, (n,))
         for threads in options.threads:
             torch.set_num_threads(threads)
@@ -31,9 +37,9 @@ def main() -> None:
             if n * k * 4 < 1 << 30:
                 methods["one-hot product"] = lambda v=vectors, i=ids, k=k: F.one_hot(i, k).float().T @ v
             times = harness.interleave(methods, options.rounds)
-            rows = [[name, f"{value:.2f} ms", f"{value / times['ours']:.2f}"] for name, value in times.items()]
-            print(f"\nN={n} K={k} D={d}, {threads} thread(s)\n{harness.table(rows)}")
-            harness.record("code_sums", {"n": n, "k": k, "d": d, "threads": threads, "milliseconds": times}, about)
+            print(f"\nN={n} K={k} D={d}, {threads} thread(s)\n{harness.table(harness.against_ours(times))}")
+            if options.record:
+                harness.record("code_sums", {"n": n, "k": k, "d": d, "threads": threads, "milliseconds": times}, about)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,12 +27,14 @@ from torch.autograd.graph import increment_version
 
 from benchmarks import harness
 from benchmarks.nearest_code import DATA, GRID, addmm, cdist, make
+from benchmarks.nearest_code import chunked as chunked_by
 from tokenizers_mm import kernels
 from tokenizers_mm.kernels import _cuda, reference
 
 SHAPES = ("G1", "G2", "G3", "G4", "G5")
 FEW = (1, 64, 1024)
-CHUNK_BYTES = 256 << 20
+chunked = chunked_by(256 << 20)
+"""Plain torch without a large table; the precision is that of the inputs."""
 MAX_TABLE_BYTES = 5 << 30
 """Methods that hold an N x K table of float32 larger than this are left out."""
 SAMPLE = 512
@@ -60,13 +62,6 @@ def ours(z: Tensor, c: Tensor) -> Tensor:
 def margin(z: Tensor, c: Tensor) -> Tensor:
     increment_version(c)
     return _cuda.search((z,), (c,), (1.0,), margin=True)[0]
-
-
-def chunked(z: Tensor, c: Tensor) -> Tensor:
-    """Plain torch without a large table; the precision is that of the inputs."""
-    norms, codes = c.square().sum(1), c.T
-    parts = z.split(max(1, CHUNK_BYTES // (z.element_size() * len(c))))
-    return torch.cat([torch.addmm(norms, part, codes, alpha=-2).argmin(1) for part in parts])
 
 
 def triton_method(z: Tensor, c: Tensor) -> Method:
@@ -348,12 +343,12 @@ def write(results: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     parser.add_argument("--seconds", type=float, default=180.0, help="no case is begun after this")
     parser.add_argument("--tiny", action="store_true", help="two small cases on the CPU")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     stop = time.monotonic() + options.seconds
     device = "cpu" if options.tiny else "cuda"
     cases = plan(options.tiny)

@@ -1,11 +1,11 @@
-"""Cost of the grammar in a decoding step: python -m benchmarks.grammar [--record].
+"""Cost of the grammar in a decoding step: python -m benchmarks.grammar [--rounds 60] [--record].
 
 A step at batch 8 in the middle of an image of 16 x 16 codes: the model's forward pass for one token on its cache, the
 grammar's mask over the logits, the choice, the grammar's advance. The model is a Qwen2 of 4 layers and width 256, far
 smaller than any in use, so that the share is more than it will be there.
 """
 
-import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from tokenizers_mm.llm.transformers_api import cache_of, keep_for_rewind, rewind
 from tokenizers_mm.llm.transformers_api import forward as call
 from tokenizers_mm.llm.vocabulary import CodeRange, ImageSize, Marker
 
-BATCH, TEXT, CODES, SIDE, ROUNDS = 8, 4096, 32768, 16, 60
+BATCH, TEXT, CODES, SIDE = 8, 4096, 32768, 16
 
 
 def build() -> tuple[Any, VisualVocabulary]:
@@ -39,10 +39,10 @@ def build() -> tuple[Any, VisualVocabulary]:
     return transformers.Qwen2ForCausalLM(config).eval(), vocabulary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", action="store_true", help="append the result to benchmarks/results")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=60)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, vocabulary = build()
@@ -65,7 +65,7 @@ def main() -> None:
             "step with grammar": lambda: grammar.advance(state, grammar.mask(state, forward()).argmax(-1)),
             "grammar alone": lambda: (grammar.mask(state, logits), grammar.advance(state, token[:, 0])),
         }
-        times = harness.interleave(methods, ROUNDS, clock="cpu")
+        times = harness.interleave(methods, options.rounds, clock="cpu")
     share = times["grammar alone"] / times["step with grammar"]
     print(harness.table([[name, f"{value:.3f} ms"] for name, value in times.items()]))
     print(f"the grammar's share of a step: {share:.1%}")

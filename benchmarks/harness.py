@@ -1,5 +1,6 @@
-"""Parts of every benchmark: interleaved timing, peak memory, a description of the machine, a log of results."""
+"""Parts of all benchmarks: options, interleaved timing, peak memory, description of the machine, log of results."""
 
+import argparse
 import ctypes
 import datetime
 import importlib.metadata
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ from tokenizers_mm import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark. description: its docstring, which `--help` prints as it stands."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--record", action="store_true", help="keep what is measured in benchmarks/results")
+    return made
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Sizes of an option, such as 16384x8192x32."""
+    return tuple(map(int, text.split("x")))
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -53,18 +66,40 @@ CAPS = {
 """Environment that keeps the peers from a stronger instruction set: torch, FAISS of either kind of wheel, BLAS. On
 ARM64 there is none."""
 CAPS["avx_vnni"] = {**CAPS["avx2"], "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
-CAPS["avx512_vnni"] = {}
+CAPS["avx512_vnni"] = CAPS["avx512_amx"] = {}
 
 
-def cap_isa(isa: str, module: str, arguments: list[str]) -> None:
+def capped(isa: str) -> dict[str, str]:
+    """Environment that has this instruction set as the strongest, of ours and of the peers."""
+    return {**CAPS.get(isa, {}), "TOKENIZERS_MM_ISA": isa}
+
+
+def cap_isa(isa: str, module: str, arguments: Sequence[str]) -> None:
     """Start the benchmark again with this instruction set as the strongest, for ours and for the peers.
 
     They read the environment when they are loaded, so that it has to be there before. Returns in the new process.
     """
-    wanted = {**CAPS.get(isa, {}), "TOKENIZERS_MM_ISA": isa}
+    wanted = capped(isa)
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         command = [sys.executable, "-m", module, *arguments]
         os.execve(sys.executable, command, {**os.environ, **wanted})
+
+
+def run_alone(module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> list[str]:
+    """Run a part of a benchmark in a process of its own. Prints its lines as they come, and returns them.
+
+    Raises: subprocess.CalledProcessError where it does not end with 0.
+    """
+    command, lines = [sys.executable, "-m", module, *arguments], []
+    around = {**os.environ, **(environment or {})}
+    with subprocess.Popen(command, cwd=ROOT, env=around, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip("\n"))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return lines
 
 
 def interleave(
@@ -103,16 +138,17 @@ def peak_extra_megabytes(method: Callable[[], Any], device: str = "cpu") -> floa
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _status("VmRSS")
+        before = status_megabytes("VmRSS")
         method()
-        return (_status("VmHWM") - before) / 1e3
+        return status_megabytes("VmHWM") - before
     except (OSError, AttributeError):
         return None
 
 
-def _status(field: str) -> float:
+def status_megabytes(field: str) -> float:
+    """A size that Linux keeps of this process: "VmRSS" is the memory it holds now, "VmHWM" the most it has held."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(field)))
+    return float(next(line.split()[1] for line in lines if line.startswith(field))) / 1e3
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -158,6 +194,11 @@ def record(benchmark: str, row: Mapping[str, Any], about: Mapping[str, Any]) -> 
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
         file.write(json.dumps({**row, **about}) + "\n")
+
+
+def against_ours(times: Mapping[str, float]) -> list[list[str]]:
+    """Rows of a table: name, milliseconds, and these over those of "ours"."""
+    return [[name, f"{value:.2f} ms", f"{value / times['ours']:.2f}"] for name, value in times.items()]
 
 
 def table(rows: list[list[str]]) -> str:

@@ -8,8 +8,7 @@ where its matrices would take more than 8 GB; so are time and difference there. 
 The difference is that of the gradients from the matrix form in float64, relative to their norm.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -68,16 +67,15 @@ def measure(name: str, z: Tensor, codes: Tensor, exact: list[Tensor] | None, rou
     return facts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["1024x16384x256", "4096x262144x256"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     about, rows = harness.machine(), [["N x K x D", "form", "CPU s", "MB", "difference"]]
     for shape in options.shapes:
-        n, k, d = map(int, shape.split("x"))
+        n, k, d = harness.shape(shape)
         torch.manual_seed(0)
         z, codes = torch.randn(n, d, requires_grad=True), (torch.randn(k, d) * 0.1).requires_grad_()
         small = 4 * n * k * MATRICES <= 8e9

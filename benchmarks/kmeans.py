@@ -1,7 +1,12 @@
-"""kmeans against FAISS and scikit-learn, per iteration from one start: python -m benchmarks.kmeans [--threads 1 2]."""
+"""kmeans against FAISS and scikit-learn, per iteration from one start.
 
-import argparse
-from collections.abc import Callable
+    python -m benchmarks.kmeans [--shapes 20000x1024x16] [--threads 1 2] [--rounds 3] [--record]
+
+Shapes are N x K x D: vectors, codes, channels. CPU time of one thread, wall time of several. "inertia" is the sum of
+squared distances to the nearest code after six iterations.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -48,13 +53,14 @@ def set_threads(threads: int) -> None:
     faiss.omp_set_num_threads(threads)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", type=harness.shape, default=SHAPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     about = harness.machine()
-    for n, k, d in SHAPES:
+    for n, k, d in options.shapes:
         z = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
         z += 2 * torch.randn(64, d)[torch.randint(0, 64, (n,))]
         start = z[torch.randperm(n)[:k]].contiguous()
@@ -73,13 +79,11 @@ def main() -> None:
                 name: float(kernels.nearest_code(z, maker(z, start, MANY), return_distance=True)[1].double().sum())
                 for name, maker in makers.items()
             }
-            rows = [
-                [name, f"{value:.1f} ms", f"{value / times['ours']:.2f}", f"{inertia[name]:.2f}"]
-                for name, value in times.items()
-            ]
+            rows = [[*row, f"{inertia[row[0]]:.2f}"] for row in harness.against_ours(times)]
             print(f"\nN={n} K={k} D={d}, {threads} thread(s), {clock} clock, per iteration\n{harness.table(rows)}")
             result = {"n": n, "k": k, "d": d, "threads": threads, "clock": clock}
-            harness.record("kmeans", {**result, "milliseconds": times, "inertia": inertia}, about)
+            if options.record:
+                harness.record("kmeans", {**result, "milliseconds": times, "inertia": inertia}, about)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Image sampling through a language model, with and without its cache: python -m benchmarks.mar_cache.
+"""Image sampling through a language model, with and without its cache.
+
+    python -m benchmarks.mar_cache [--prompts 32 320 1200] [--steps 64] [--record]
 
 Harmon's loop: MAR's encoder sees all known tokens anew in each step, so only what comes before the image can be cached.
 What that saves depends on the length of the prompt: a caption (32), an image and a caption (320), or several (1200).
 """
 
-import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from tokenizers_mm.models import MAR, MARConfig
 from tokenizers_mm.models.kl import KLConfig
 from tokenizers_mm.models.mar_sampling import SamplingConfig
 
-WIDTH, BUFFERS, SIDE, STEPS = 96, 16, 8, 64
+WIDTH, BUFFERS, SIDE = 96, 16, 8
 
 
 def build() -> ContinuousLM:
@@ -50,14 +52,15 @@ def build() -> ContinuousLM:
     return ContinuousLM(tokenizer, transformers.Qwen2ForCausalLM(qwen)).eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--prompts", nargs="+", type=int, default=[32, 320, 1200])
-    options = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=64)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, about = build(), harness.machine()
-    config = SamplingConfig(STEPS, diffusion="25", guidance=2.0)
+    config = SamplingConfig(options.steps, diffusion="25", guidance=2.0)
     for length in options.prompts:
         ids = torch.randint(0, 512, (2, length))
         with torch.no_grad():
@@ -73,8 +76,9 @@ def main() -> None:
         gain = times["recomputed"] / times["cached"]
         rows = [[name, f"{value / 1e3:.2f} s"] for name, value in times.items()]
         print(f"\nprompt {length}: {gain:.2f} times faster, difference {difference:.1e}\n{harness.table(rows)}")
-        row = {"prompt": length, "steps": STEPS, "gain": gain, "difference": difference, "milliseconds": times}
-        harness.record("mar_cache", row, about)
+        row = {"prompt": length, "steps": options.steps, "gain": gain, "difference": difference, "milliseconds": times}
+        if options.record:
+            harness.record("mar_cache", row, about)
 
 
 if __name__ == "__main__":

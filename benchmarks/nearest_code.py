@@ -1,16 +1,18 @@
 """nearest_code against torch.cdist, chunked addmm, torch.compile, FAISS and vector-quantize-pytorch.
 
     python -m benchmarks.nearest_code [--threads 1 2] [--grid G1 G5] [--data gauss] [--rows 256 2048] [--methods FAISS]
-                                      [--isa avx2] [--quick] [--device cuda]
+                                      [--rounds 5] [--isa avx2] [--clock cpu] [--quick] [--device cuda] [--record]
 
 --isa caps the instruction set of ours and of the peers, so that one machine measures what weaker ones would see.
 Ratios are times of a method over ours, all in one process and interleaved. "ours" packs the codebook inside the timed
-call; "ours, packed" finds it in the cache; "ours, margin" does too and returns the margins.
+call; "ours, packed" finds it in the cache; "ours, margin" does too and returns the margins. --methods "ours, avx2" is
+"ours, packed" on a weaker instruction set than the others.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,10 +87,23 @@ def ours(z: Tensor, c: Tensor) -> Tensor:
 
 def ours_float32(z: Tensor, c: Tensor) -> Tensor:
     """Our own fused float32 pass, the yardstick for bad codebooks."""
+    return search(PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32")), z, c)
+
+
+def search(packed: PackedCodebook, z: Tensor, c: Tensor) -> Tensor:
     ids = torch.empty(len(z), dtype=torch.int64)
-    packed = PackedCodebook(_native.cpu(), c, False, _native.METHODS.index("float32"))
     packed.search(c, z, Answer(ids, None, None), torch.get_num_threads())
     return ids
+
+
+def packed_for(isa: str, c: Tensor) -> PackedCodebook:
+    """The codebook packed for a weaker instruction set than the one in use."""
+    library = _native.cpu()
+    now = library.isa
+    library.select_isa(isa)
+    packed = PackedCodebook(library, c, False)
+    library.select_isa(now)
+    return packed
 
 
 def ours_layer(z: Tensor, c: Tensor) -> Tensor:
@@ -107,9 +122,11 @@ def addmm(z: Tensor, c: Tensor) -> Tensor:
 
 
 def chunked(table_bytes: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A search by a part of the tokens at a time, whose table of distances takes this many bytes."""
+
     def search(z: Tensor, c: Tensor) -> Tensor:
         norms, codes = c.square().sum(1), c.T
-        parts = z.split(max(1, table_bytes // (4 * len(c))))
+        parts = z.split(max(1, table_bytes // (z.element_size() * len(c))))
         return torch.cat([torch.addmm(norms, part, codes, alpha=-2).argmin(1) for part in parts])
 
     return search
@@ -185,6 +202,9 @@ def measure(case: str, kind: str, rows: int | None, threads: int, options: argpa
     }
     if options.device == "cpu" and _native.cpu_or_none() is not None:
         methods["ours float32"] = lambda: ours_float32(z, c)
+    for isa in _native.ISAS:
+        if f"ours, {isa}" in (options.methods or ()):
+            methods[f"ours, {isa}"] = partial(search, packed_for(isa, c), z, c)
     notes: list[str] = []
     if kind not in WORST:
         others, notes = peers(z, c, options.quick)
@@ -206,8 +226,8 @@ def measure(case: str, kind: str, rows: int | None, threads: int, options: argpa
             "milliseconds": times, "peak_extra_megabytes": memory, "mismatches": wrong, "notes": notes}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--grid", nargs="+", choices=GRID, default=["G1", "G2", "G3", "G4", "G5"])
     parser.add_argument("--data", nargs="+", choices=(*DATA, "gauss_n", *WORST, "worst"), default=list(DATA))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
@@ -218,9 +238,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=harness.CLOCKS, default="wall", help="cpu: for one thread on a busy machine")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the tokens, without torch.compile")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.isa:
-        harness.cap_isa(options.isa, "benchmarks.nearest_code", sys.argv[1:])
+        harness.cap_isa(options.isa, "benchmarks.nearest_code", sys.argv[1:] if arguments is None else arguments)
     kinds = [kind for name in options.data for kind in (WORST if name == "worst" else (name,))]
     about = harness.machine(options.device)
     print(about, kernels.describe())
@@ -228,7 +248,9 @@ def main() -> None:
         for kind in kinds:
             for rows in options.rows:
                 for threads in options.threads:
-                    harness.record("nearest_code", measure(case, kind, rows, threads, options), about)
+                    row = measure(case, kind, rows, threads, options)
+                    if options.record:
+                        harness.record("nearest_code", row, about)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """All kinds of quantizers at equal bits: one encoder, decoder, data set and number of steps for each.
 
-    python -m benchmarks.quantizers [--steps 300] [--only vq lfq ...] [--record]
+    python -m benchmarks.quantizers [--steps 300] [--only vq lfq ...] [--crops 2048] [--record]
 
 Images are 64 x 64 crops of photographs, on a grid of 8 x 8 vectors of 10 bits (640 bits an image; the multi-scale
 kinds have 85 ids of 7.5 bits, 637 bits; "per_dimension" has 576). Held-out crops are of other photographs. Columns:
@@ -16,12 +16,11 @@ is not trained: the autoencoder learns half of the steps without a quantizer, th
 features. "none" is the same network without a quantizer.
 """
 
-import argparse
 import json
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.photographs import fixed_crops, photographs
+from tokenizers_mm.eval.image import psnr
 from tokenizers_mm.functional.usage import count_ids, perplexity, usage
 from tokenizers_mm.quantizers import (
     BSQConfig,
@@ -227,7 +227,7 @@ def train(kind: Kind, images: Tensor, steps: int) -> tuple[AutoEncoder, Quantize
 def measure(model: AutoEncoder, quantizer: Quantizer | None, images: Tensor) -> dict[str, float]:
     z = model.encode(images)
     if quantizer is None:
-        return {"psnr": psnr(model.decode(z), images)}
+        return {"psnr": float(psnr(model.decode(z), images).mean())}
     start = time.process_time()
     found = quantizer.quantize(z)
     seconds = time.process_time() - start
@@ -235,18 +235,12 @@ def measure(model: AutoEncoder, quantizer: Quantizer | None, images: Tensor) -> 
     counts = [count_ids(part, quantizer.codebook_size) for part in ids.unbind(-1)]
     positions = len(images) * GRID * GRID
     return {
-        "psnr": psnr(model.decode(found.vectors), images),
+        "psnr": float(psnr(model.decode(found.vectors), images).mean()),
         "usage": sum(map(usage, counts)) / len(counts),
         "perplexity": sum(perplexity(each) / quantizer.codebook_size for each in counts) / len(counts),
         "bits": ids.numel() / len(images) * math.log2(quantizer.codebook_size),
         "search": 1e6 * seconds / positions,
     }
-
-
-def psnr(image: Tensor, x: Tensor) -> float:
-    """Mean over images, both mapped to [0, 1]."""
-    error = (image.clamp(-1, 1) - x).square().flatten(1).mean(1) / 4
-    return float(-10 * error.log10().mean())
 
 
 HEAD = ["kind", "bits", "PSNR", "usage", "perplexity", "search", "step"]
@@ -290,14 +284,14 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=140)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", nargs="+", choices=sorted(kinds()), help="these kinds alone")
-    parser.add_argument("--record", action="store_true", help="keep the rows in benchmarks/results/quantizers.*")
-    options = parser.parse_args()
+    parser.add_argument("--crops", type=int, default=2048, help="for training")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    images = training_crops(2048)
+    images = training_crops(options.crops)
     held_out = torch.stack([image_to_tensor(crop) for crop in fixed_crops("heldout", 192, SIDE)])
     rows: list[dict[str, Any]] = []
     for name in options.only or kinds():
@@ -312,6 +306,7 @@ def main() -> None:
 
 def keep(rows: list[dict[str, Any]], steps: int) -> None:
     """Put the rows into benchmarks/results, with those of other kinds that had as many steps."""
+    harness.RESULTS.mkdir(exist_ok=True)
     path = harness.RESULTS / "quantizers.json"
     known = json.loads(path.read_text())["rows"] if path.is_file() else []
     by_kind = {row["kind"]: row for row in [*known, *rows] if row["steps"] == steps}

@@ -1,6 +1,6 @@
 """Do stable ids differ between batches, threads, instruction sets, dtypes and compiled parts? What do they cost?
 
-    python -m benchmarks.stable_ids [--count N] [--tokenizers NAME ...] [--full]
+    python -m benchmarks.stable_ids [--count 512] [--tokenizers NAME ...] [--variants NAME ...] [--rounds 3] [--full]
     ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 TOKENIZERS_MM_ISA=portable \
         python -m benchmarks.stable_ids --count 12 --ids OUT
 
@@ -16,27 +16,25 @@ command: with torch's plain code without AVX, oneDNN limited to SSE 4.1 and the 
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.tiny import TOKENIZERS, as_pil, by_rule, images
-from tokenizers_mm.config import from_mapping, read_yaml
-from tokenizers_mm.models import MODELS, stable
+from benchmarks import harness
+from benchmarks.tiny import TOKENIZERS, as_pil, by_rule, configured, images
+from tokenizers_mm.models import stable
 
 MACHINES: dict[str, dict[str, str]] = {
     "this": {},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "TOKENIZERS_MM_ISA": "avx2"},
-    "no avx": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "TOKENIZERS_MM_ISA": "portable"},
+    "avx2": harness.capped("avx2"),
+    "no avx": harness.capped("portable"),
 }
 VARIANTS = (
     "batch 1",
@@ -53,19 +51,15 @@ FEW_VARIANTS = ("batch 1", "batch 2", "batch 7, 2 threads", "batch 2, compiled b
 """For the full size, where an image takes seconds."""
 
 
-def full(config: str, **smaller: Any) -> Any:
-    """A tokenizer of a shipped configuration, with weights by rule. smaller: changes of the pixel decoder."""
-    model = read_yaml(Path(__file__).parents[1] / "configs" / f"{config}.yaml")["objective"]["model"]
-    data = model["config"]
-    data["semantic_encoder"].pop("pretrained", None)
-    data["pixel_decoder"] |= smaller
-    family = MODELS[model["family"]]
-    return by_rule(family.from_config(from_mapping(family.Config, data)))
+def full(name: str) -> Any:
+    """A tokenizer of a shipped configuration with a smaller pixel decoder, which has no part in ids."""
+    path = harness.ROOT / "configs" / f"{name}.yaml"
+    return by_rule(configured(path, "objective.model.config.pixel_decoder.channels=32"))
 
 
 FULL: dict[str, Callable[[], Any]] = {
-    "tokenflow": lambda: full("tokenflow_clipb_224", channels=32),
-    "dualvitok": lambda: full("dualvitok_fix256", channels=32),
+    "tokenflow": lambda: full("tokenflow_clipb_224"),
+    "dualvitok": lambda: full("dualvitok_fix256"),
 }
 
 
@@ -117,7 +111,7 @@ def machine(name: str, options: argparse.Namespace) -> None:
             del wide
         exact = torch.load(path)
         tokenizer.encode(x[:64], stable=True)
-        found = FEW_VARIANTS if options.full else VARIANTS
+        found = options.variants or (FEW_VARIANTS if options.full else VARIANTS)
         for variant in found if name == "this" else ("batch 1", "batch 32"):
             if "compiled" in variant:
                 if variant.endswith("inductor") and shutil.which("c++") is None:
@@ -152,17 +146,18 @@ def tokenizers(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     return {name: known[name] for name in options.tokenizers or known}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run every kind of machine in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--tokenizers", nargs="+")
+    parser.add_argument("--tokenizers", nargs="+", choices=tuple(TOKENIZERS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="on this machine as it is")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--rounds", type=int, default=3, help="of the cost")
     parser.add_argument("--ids", type=Path)
     parser.add_argument("--machine", choices=tuple(MACHINES), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.ids is not None:
         built = {name: build() for name, build in tokenizers(options).items()}
         ids = {name: t.encode(images(t.image_size, options.count), stable=True).ids for name, t in built.items()}
@@ -171,9 +166,9 @@ def main() -> None:
         machine(options.machine, options)
     else:
         with tempfile.TemporaryDirectory() as work:
+            given = sys.argv[1:] if arguments is None else arguments
             for name in ("this",) if options.full else MACHINES:
-                command = [sys.executable, "-m", "benchmarks.stable_ids", *sys.argv[1:], "--machine", name]
-                subprocess.run([*command, "--work", work], env={**os.environ, **MACHINES[name]}, check=True)
+                harness.run_alone("benchmarks.stable_ids", [*given, "--machine", name, "--work", work], MACHINES[name])
 
 
 if __name__ == "__main__":

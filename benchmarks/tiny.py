@@ -1,9 +1,13 @@
-"""Tiny tokenizers with weights by rule, and images by whole numbers: the same for benchmarks and tests everywhere."""
+"""Tiny tokenizers with weights by rule, and images by whole numbers: the same for benchmarks and tests everywhere.
+
+`configured` builds the tokenizer of a training configuration instead, as large as it is.
+"""
 
 import dataclasses
 import re
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,8 @@ import torch
 from PIL import Image
 
 import tokenizers_mm as tmm
-from tokenizers_mm.config import from_mapping
+from tokenizers_mm._check import require
+from tokenizers_mm.config import from_mapping, read_yaml
 from tokenizers_mm.decoders.pixel import PixelDecoderConfig
 from tokenizers_mm.decoders.semantic import SemanticDecoderConfig
 from tokenizers_mm.encoders.dual_semantic import DualSemanticConfig
@@ -20,6 +25,7 @@ from tokenizers_mm.encoders.qwen2_vit import Qwen2ViTConfig
 from tokenizers_mm.encoders.semantic import SemanticEncoderConfig
 from tokenizers_mm.layers.rotary import RotaryTransformerConfig
 from tokenizers_mm.models import (
+    MODELS,
     VQGAN,
     DualViTok,
     DualViTokConfig,
@@ -30,6 +36,7 @@ from tokenizers_mm.models import (
     TokenFlowConfig,
     VQGANConfig,
 )
+from tokenizers_mm.models.starting import ModelConfig, parse_model
 from tokenizers_mm.quantizers import FSQConfig, IBQConfig, LFQConfig, ResidualConfig, VQConfig
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
 from tokenizers_mm.quantizers.vq import SimVQConfig
@@ -86,6 +93,20 @@ def by_rule(tokenizer: ImageTokenizer[Any], seed: int = 0) -> ImageTokenizer[Any
         values = np.float32(offset) + np.float32(amplitude) * uniform(name, list(tensor.shape), seed)
         tensor.copy_(torch.from_numpy(values))
     return tokenizer.eval()
+
+
+def configured(path: str | Path, *overrides: str) -> ImageTokenizer[Any]:
+    """The tokenizer of a training configuration with random weights, in evaluation mode; nothing is downloaded.
+
+    overrides: key=value in place of those of the file. Raises: ValueError where the file names no family and config.
+    """
+    objective = read_yaml(path, overrides).get("objective")
+    model: Any = objective.get("model") if isinstance(objective, dict) else None
+    named = isinstance(model, dict) and {"family", "config"} <= model.keys()
+    require(named, "objective.model", "a family and its config", str(path))
+    where = "objective.model"
+    chosen = from_mapping(ModelConfig, model, where)
+    return MODELS[chosen.family].from_config(parse_model(chosen, where)).eval()
 
 
 def tokenflow_config() -> TokenFlowConfig:

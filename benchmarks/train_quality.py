@@ -1,17 +1,19 @@
 """Quality of training: the original TokenFlow recipe against ours, with one model, data and time.
 
-`python -m benchmarks.train_quality [--seconds 100 | --steps 300] [--out runs/train_quality]`; on a busy machine equal
-steps are fairer than equal times, and the log tells the processor time of both. The original recipe is that of the
-released code (Adam with a constant rate of 1e-4, normalised codebooks, scale drop 0.1, no revival, average or warm-up).
-Three parts of it act in neither run: LPIPS (its weights are no part of this repository), the semantic teacher (its
-tower is not either), and the discriminator, which it lets act from step 20,000 on.
+    python -m benchmarks.train_quality [--steps 300 | --seconds 100] [--out runs/train_quality]
+                                       [--recipes original "ours, warm start"] [--record]
+
+On a busy machine equal steps are fairer than equal times, and the log tells the processor time of both. The original
+recipe is that of the released code (Adam with a constant rate of 1e-4, normalised codebooks, scale drop 0.1, no
+revival, average or warm-up). Three parts of it act in neither run: LPIPS (its weights are no part of this repository),
+the semantic teacher (its tower is not either), and the discriminator, which it lets act from step 20,000 on.
 """
 
-import argparse
 import copy
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +110,13 @@ def train(name: str, out: Path, steps: int, seconds: float, held_out: Path) -> l
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--out", type=Path, default=Path("runs/train_quality"))
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     write_held_out(options.out / "heldout", 64)
     curves, result = {}, {}
     for name in options.recipes:
@@ -126,7 +128,8 @@ def main() -> None:
         result[name] = points[-1] | {"cpu_seconds": round(time.process_time() - started, 1)}
         print(json.dumps({name: result[name]}))
     plot_curves(curves, options.out / "curves.png")
-    harness.record("train_quality", {"recipes": result}, harness.machine())
+    if options.record:
+        harness.record("train_quality", {"recipes": result}, harness.machine())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One training step against the original TokenFlow recipe's, re-created here: time and peak memory.
 
-    python -m benchmarks.train_step [--channels 32] [--batch 2] [--steps 3]
+    python -m benchmarks.train_step [--channels 32] [--codebook 32768] [--batch 2] [--steps 3] [--record]
     python -m benchmarks.train_step --channels 128 --batch 16 --device cuda --precision bf16 --compile inductor
 
 The same model (scales, codebook and grids of TokenFlow-clipb at 224, with narrower networks unless `--channels 128`),
@@ -13,10 +13,7 @@ tensors one by one). LPIPS, teacher and discriminator are the same in both, and 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +75,7 @@ def build(original: bool, options: argparse.Namespace) -> Any:
     model = {
         "image_size": [224, 224],
         "scales": [[side, side] for side in (1, 2, 4, 6, 8, 10, 12, 14)],
-        "quantizer": {"codebook_size": 32768, "dims": [32, 8]},
+        "quantizer": {"codebook_size": options.codebook, "dims": [32, 8]},
         "semantic_encoder": {"name": name, "options": {"img_size": 224}},
         "pixel_encoder": {"out_channels": 256, **pixels},
         "semantic_decoder": {"grid": [14, 14], "out_dim": 512, "width": width, "depth": 3, "heads": heads},
@@ -109,11 +106,14 @@ def build(original: bool, options: argparse.Namespace) -> Any:
 
 
 def measure(original: bool, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step (of the processor, or wall time on a GPU) and the peak of memory in MB."""
+    """Median seconds of a step (of the processor, or wall time on a GPU) and the peak of memory in MB.
+
+    The peak is that of the process, on a GPU that of the tensors there.
+    """
     torch.set_num_threads(1)
     state = build(original, options)
     cuda = options.device == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
+    clock = harness.CLOCKS["wall" if cuda else "cpu"]
     generator = torch.Generator().manual_seed(0)
     times = []
     for step in range(options.steps + WARM_UP):
@@ -121,44 +121,36 @@ def measure(original: bool, options: argparse.Namespace) -> dict[str, float]:
         batch = Batch(images.to(options.device), [""] * options.batch, [])
         started = clock()
         train_step(state, [batch])
-        if cuda:
-            torch.cuda.synchronize()
+        harness.synchronize(options.device)
         times.append(clock() - started)
         assert state.step == step + 1
-    return {"seconds": statistics.median(times[WARM_UP:]), "peak_mb": peak_mb(cuda)}
+    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else harness.status_megabytes("VmHWM")
+    return {"seconds": statistics.median(times[WARM_UP:]), "peak_mb": peak}
 
 
-def peak_mb(cuda: bool) -> float:
-    """Peak of the process' memory, on a GPU that of the tensors there."""
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 1e6
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 1e3
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--channels", type=int, default=32)
+    parser.add_argument("--codebook", type=int, default=32768)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", default="", choices=["", "inductor"])
-    parser.add_argument("--one", choices=["original", "ours"])
-    options = parser.parse_args()
+    parser.add_argument("--one", choices=["original", "ours"], help="measure this one alone, in this process")
+    options = parser.parse_args(arguments)
     if options.one:
         print(json.dumps(measure(options.one == "original", options)))
         return
-    found = {}
+    found, sizes = {}, {key: value for key, value in vars(options).items() if key not in ("one", "record")}
     for name in ("original", "ours"):
-        sizes = [f"--{key}={value}" for key, value in vars(options).items() if key != "one"]
-        command = [sys.executable, "-m", "benchmarks.train_step", "--one", name, *sizes]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-        print(name, found[name], flush=True)
+        print(name, end=" ", flush=True)
+        given = [f"--{key}={value}" for key, value in sizes.items()]
+        found[name] = json.loads(harness.run_alone("benchmarks.train_step", ["--one", name, *given])[-1])
     row = {f"{key}_ratio": found["original"][key] / found["ours"][key] for key in ("seconds", "peak_mb")}
     print(row)
-    harness.record("train_step", {**vars(options), **found, **row}, harness.machine(options.device))
+    if options.record:
+        harness.record("train_step", {**sizes, **found, **row}, harness.machine(options.device))
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
     for (int64_t i = 0; i < d; ++i) made->scale = std::max(made->scale, top[made->order[i]] / (i < wide ? kWideLevels : isa->code_levels));
   }
   if (which == kInt16) made->scale = static_cast<float>(std::max(known.radius, 1e-30) / (kInt16Norm - std::sqrt(d)));
-  made->codes.reset(panels * panel * steps);
+  made->codes.reset(panels * panel * steps + panel * kReadAhead);  // the rest is read, and counts for nothing
   made->bias.reset(panels * panel);
   for_chunks(panels, std::max<int64_t>(1, 512 / panel), threads, [&](int64_t first, int64_t last) {
     Buffer<float> row(padded);

@@ -9,6 +9,7 @@ namespace tmm {
 
 constexpr int kTileRows = 6;      // tokens in a register tile
 constexpr int kBlockRows = 96;    // tokens that share one pass over the packed codebook
+constexpr int kReadAhead = 16;    // steps behind the last panel that a scan may read
 constexpr float kTokenLevels = 127.0f;  // largest |q| of a token in the int8 rung
 constexpr int kMaxTreeDim = 12;
 constexpr int kLeaf = 16;         // codes in a leaf of the box tree, leaves in a super box
@@ -161,6 +162,7 @@ static inline int64_t grid_scratch(int64_t supers) {
   return (kTreeBatch * blocks + 1) * kLeaf + (kTreeLeaves + 2 * kLeaf) * (kLeaf + 2);
 }
 
+const Isa* avx512_amx_isa();  // needs avx512_isa() too; null where the system withholds the tile registers
 const Isa* avx512_isa();    // null where the compiler does not know it
 const Isa* avx_vnni_isa();  // needs avx2_isa() too
 const Isa* avx2_isa();

@@ -30,6 +30,11 @@ bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
+// By its bits, as AVX-VNNI: tiles, and their products of bytes.
+bool runs_amx() {
+  unsigned a, b, c, d;
+  return runs_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);
+}
 #elif defined(__aarch64__) && defined(__linux__)
 // The bits of the kernel's interface, which older headers do not name.
 bool runs_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }
@@ -50,7 +55,7 @@ bool runs_i8mm() { return false; }
 // The strongest instruction set, or the one of that name, of those that this CPU has.
 const Isa* find(const char* name) {
 #if defined(__x86_64__) || defined(__i386__)
-  const Isa* all[] = {runs_avx512() ? avx512_isa() : nullptr, runs_avx_vnni() ? avx_vnni_isa() : nullptr,
+  const Isa* all[] = {runs_amx() ? avx512_amx_isa() : nullptr, runs_avx512() ? avx512_isa() : nullptr, runs_avx_vnni() ? avx_vnni_isa() : nullptr,
                       runs_avx2() ? avx2_isa() : nullptr, portable_isa()};
 #elif defined(__aarch64__)
   const Isa* all[] = {runs_i8mm() ? neon_i8mm_isa() : nullptr, runs_dot() ? neon_dot_isa() : nullptr, neon_isa(), portable_isa()};

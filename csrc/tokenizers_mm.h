@@ -24,7 +24,7 @@ enum { TMM_AUTO = 0, TMM_INT8 = 1, TMM_INT16 = 2, TMM_FLOAT32 = 3, TMM_DIFFERENC
 typedef struct tmm_codebook tmm_codebook;
 
 TMM_API int tmm_abi_version(void);
-// The instruction set in use: "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "neon" or "portable".
+// The instruction set in use: "avx512_amx", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "neon" or "portable".
 TMM_API const char* tmm_isa(void);
 // Pins the instruction set of codebooks created from now on; TMM_BAD_ARGUMENT when this CPU lacks it. For tests.
 TMM_API int tmm_select_isa(const char* name);

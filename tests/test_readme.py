@@ -44,7 +44,7 @@ def test_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tokenizers-mm line but the long ones; training with two steps."""
+    """Lines of `tokenizers-mm`, all but the long ones; training with two steps."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("tokenizers-mm ")]

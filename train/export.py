@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers_mm._check import expecting, fail, require
 from tokenizers_mm.cli import guarded
+from tokenizers_mm.cli.export_checkpoint import add_arguments
 from tokenizers_mm.config import read_json
 
 from .checkpoint import CONFIG, list_checkpoints, read_checkpoint
@@ -37,9 +38,7 @@ def export_checkpoint(run: str, out: str, step: int | None = None) -> int:
 def main(arguments: list[str]) -> int:
     """Export, and say where."""
     parser = argparse.ArgumentParser(prog="tokenizers-mm export-checkpoint")
-    parser.add_argument("run")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--step", type=int)
+    add_arguments(parser)
     options = parser.parse_args(arguments)
 
     def export() -> None:

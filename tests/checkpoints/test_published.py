@@ -1,5 +1,6 @@
 """Published checkpoints of the VQGAN family: ids, vectors and pixels of the original code, names, strictness."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -24,8 +25,9 @@ from tokenizers_mm.checkpoints.cnn import AVERAGE, joined_attention, links_of, m
 from tokenizers_mm.checkpoints.convert import FAMILIES, convert, table
 from tokenizers_mm.checkpoints.upstream import Link, give
 from tokenizers_mm.cli import main
+from tokenizers_mm.config import from_mapping, read_yaml, to_mapping
 from tokenizers_mm.functional.bits import bits_to_ids
-from tokenizers_mm.models import VQGAN
+from tokenizers_mm.models import VQGAN, VQGANConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,6 +179,31 @@ def test_names_and_shapes_of_the_published_sizes(name: str) -> None:
     streams = model.streams(*checkpoint.image)
     counted = (sum(stream.num_ids for stream in streams), streams[0].codebook_size)
     assert (counted,) == checkpoint.streams
+
+
+RECIPES = {
+    "vqgan_ibq": ("ibq_262144", {}),
+    "vqgan_open_magvit2": ("open_magvit2", {}),
+    "vqgan_var": ("var", {}),
+    "vqgan_infinity": ("infinity_d32", {"image_size": 256}),
+}
+"""Training configurations with published networks, the list of keys they must fit, and options of its reader."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_have_the_published_networks(name: str) -> None:
+    """Encoder, decoder, scales and everything else but the size of the codebook and the entropy of the training."""
+    keys, options = RECIPES[name]
+    with torch.device("meta"):
+        shapes = json.loads((case("published").folder / f"{keys}_keys.json").read_text())
+        tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
+    read = FAMILIES[FULL_SIZES[keys][0]].convert(tensors, keys, **options).config
+    model = read_yaml(ROOT / "configs" / f"{name}.yaml")["objective"]["model"]["config"]
+    trained = from_mapping(VQGANConfig, model, name)
+    free = ("codebook_size", "entropy_temperature", "entropy_bits")
+    ours, theirs = (to_mapping(config.quantizer) for config in (trained, read))
+    assert ours == {**theirs, **{key: ours[key] for key in free if key in ours}}
+    assert dataclasses.replace(trained, quantizer=read.quantizer) == read
 
 
 @pytest.mark.full

@@ -120,7 +120,7 @@ void race(int64_t k, int64_t d, int method, int rounds) {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 6;
-  for (const char* isa : {"avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "neon", "portable"}) {
+  for (const char* isa : {"avx512_amx", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "neon", "portable"}) {
     if (tmm_select_isa(isa) != TMM_OK) continue;
     race(700, 8, TMM_AUTO, rounds);    // the box tree
     race(300, 32, TMM_AUTO, rounds);   // the ladder

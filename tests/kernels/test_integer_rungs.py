@@ -69,6 +69,13 @@ def test_edges_of_the_ranges(kind: str, d: int, isa: str) -> None:
         torch.testing.assert_close(found, expected, rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("d", [2048, 2052])
+def test_long_tokens(d: int, isa: str) -> None:
+    """Tiles hold tokens of up to 2,048 values."""
+    z, c = edge("gauss", 40, 70, d)
+    assert wrong(pinned("int8", z, c)[0], z, c) == 0
+
+
 @pytest.mark.parametrize("d", [24, 70, 300])
 def test_same_bits_on_every_path(d: int, isa: str) -> None:
     """Threads, splits of the batch, method and instruction set change no bit of the answer."""

@@ -55,7 +55,7 @@ def small(path: Path, place: Path) -> dict[str, Any]:
 def small_reconstruction(objective: dict[str, Any], place: Path) -> dict[str, Any]:
     model = objective["model"]
     if model["family"] == "vqgan":
-        return small_vqgan()
+        return small_vqgan(model["config"])
     if model["family"] == "dualvitok":
         edits: dict[str, Any] = {"objective.model.config": to_mapping(test_dualvitok.tiny_config())}
         if "buckets" in objective["data"]:
@@ -148,13 +148,15 @@ def small_joint(objective: dict[str, Any], place: Path) -> dict[str, Any]:
     return edits
 
 
-def small_vqgan() -> dict[str, Any]:
+def small_vqgan(config: dict[str, Any]) -> dict[str, Any]:
     pixel = {"channels": 16, "multipliers": [1, 1], "num_blocks": 1, "attention_levels": [], "num_groups": 8}
-    return {
+    channels = 16 if config.get("kernel", 1) else config["quantizer"]["dim"]
+    edits: dict[str, Any] = {
         "objective.data.image_size": [32, 32],
-        "objective.model.config.encoder": {"out_channels": 16, "stem_patch": 4, **pixel},
-        "objective.model.config.decoder": {"in_channels": 16, "head_patch": 4, **pixel},
+        "objective.model.config.encoder": {"out_channels": channels, "stem_patch": 4, **pixel},
+        "objective.model.config.decoder": {"in_channels": channels, "head_patch": 4, **pixel},
     }
+    return edits | ({"objective.model.config.scales": [[1, 1], [2, 2], [4, 4]]} if "scales" in config else {})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

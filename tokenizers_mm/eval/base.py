@@ -88,6 +88,9 @@ class Metric(ABC):
     default: ClassVar[bool] = True
     reads_features: bool = False
     reads_semantic: bool = False
+    apart: ClassVar[bool] = False
+    """True if it takes much time and shares nothing with other metrics: a thread of its own may update it."""
+
     least: ClassVar[int] = 1
     """Pixels that both sides of an image need."""
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,22 @@ def _measure(run: Run, loaded: Loaded) -> None:
         features = candidate.features(taken) if any(metric.reads_features for metric in metrics) else None
         semantic = candidate.semantic(taken) if any(metric.reads_semantic for metric in metrics) else None
         batch = Batch(x, made, encoded.ids, encoded.bits, features, labels, loaded.captions, semantic, shared)
+        _update_together([metric for metric in metrics if metric.apart], batch)
         for metric in metrics:
-            metric.update(batch)
+            if not metric.apart:
+                metric.update(batch)
+
+
+def _update_together(metrics: Sequence[Metric], batch: Batch) -> None:
+    """Update several metrics at once, each in one thread: operations on one image are too small to be divided."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # new threads begin with it; this one waits
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(lambda metric: metric.update(batch), metrics):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def reconstructions(run: Run, x: Tensor) -> Iterator[tuple[Tensor, Encoded, tuple[float, float], int]]:

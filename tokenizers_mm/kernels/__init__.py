@@ -233,8 +233,8 @@ def describe() -> dict[str, str]:
     """Tell which code is live and why: mode, path ("native" or "reference"), isa, isa_cap, library, reason.
 
     `isa` is the instruction set of the native CPU code: the strongest one of this CPU that is not above `isa_cap`. The
-    environment variable TOKENIZERS_MM_ISA sets the cap: portable, avx2, avx_vnni or avx512_vnni (as without it) on x86,
-    portable, neon, neon_dot or neon_i8mm on ARM64.
+    environment variable TOKENIZERS_MM_ISA sets the cap: portable, avx2, avx_vnni, avx512_vnni or avx512_amx (as without
+    it) on x86, portable, neon, neon_dot or neon_i8mm on ARM64.
     Raises ValueError when the variable holds another value.
     """
     mode, cap = _ops.mode.get(), _native.isa_cap()

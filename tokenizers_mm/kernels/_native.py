@@ -20,7 +20,7 @@ ABI_VERSION = 2
 OK, NO_MEMORY, BAD_ARGUMENT, BAD_QUERY, BAD_CODES = range(5)
 METHODS = ("auto", "int8", "int16", "float32", "difference", "tree", "brute")
 ARM = platform.machine() in ("aarch64", "arm64")
-ISAS = ("portable", *(("neon", "neon_dot", "neon_i8mm") if ARM else ("avx2", "avx_vnni", "avx512_vnni")))
+ISAS = ("portable", *(("neon", "neon_dot", "neon_i8mm") if ARM else ("avx2", "avx_vnni", "avx512_vnni", "avx512_amx")))
 """Instruction sets with loops of their own, the weakest first. TOKENIZERS_MM_ISA names the strongest one to use."""
 
 _log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tokenizers_mm._files import write_json
+from tokenizers_mm.cli.demo import add_arguments
 
 from ..config import RunConfig, read_config
 from ..state import build_state
@@ -113,8 +114,7 @@ def _seconds(act: Any, count: int) -> float:
 def main(arguments: list[str]) -> int:
     """Run, then print one table and where to look."""
     parser = argparse.ArgumentParser(prog="tokenizers-mm demo")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--quick", action="store_true")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     summary = demo(options.out, options.quick)
     print()
