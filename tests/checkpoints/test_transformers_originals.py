@@ -14,6 +14,7 @@ from tests.weights_by_rule import rule_tensor
 from tokenizers_mm.checkpoints.convert import convert
 from tokenizers_mm.eval.candidates import image_tokens
 
+pytest.importorskip("transformers", reason="its tokenizers are the reference")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL: dict[str, Any] = {

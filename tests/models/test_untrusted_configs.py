@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import _SIZE as WRITABLE_DTYPES
 from safetensors.torch import load_file, save_file
 
 import tokenizers_mm as tmm
@@ -294,6 +295,8 @@ def test_weights_of_several_dtypes_become_float32(saved: dict[str, Path], tmp_pa
         loaded = tmm.load(folder)
         assert {p.dtype for p in loaded.state_dict().values()} == {result}
     for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64):
+        if dtype not in WRITABLE_DTYPES:  # complex64 in safetensors before 0.7
+            continue
         save_file({**whole, names[3]: whole[names[3]].to(dtype)}, file)
         with pytest.raises(ValueError, match=rf"{names[3]}: expected float32 or bfloat16 .*, got {str(dtype)[6:]}"):
             tmm.load(folder)

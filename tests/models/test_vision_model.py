@@ -16,6 +16,7 @@ from tokenizers_mm.models import SemanticConfig, SemanticTokenizer, tokenizer_fr
 from tokenizers_mm.models.starting import build_tokenizer
 from train.config import read_config
 
+pytest.importorskip("transformers", reason="its vision models need transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES: dict[str, Any] = {

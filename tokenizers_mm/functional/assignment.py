@@ -133,7 +133,7 @@ class _Assign(torch.autograd.Function):
     def backward(ctx, *gradients):
         *inputs, mean, ids = ctx.saved_tensors
         found = torch.ops.tokenizers_mm.assign_backward(*inputs, mean, ids, list(gradients), list(ctx.scales))
-        found = [tensor if needed else None for tensor, needed in zip(found, ctx.needs_input_grad, strict=False)]
+        found = [tensor if needed else None for tensor, needed in zip(found, ctx.needs_input_grad[:4], strict=True)]
         return *found, None, None, None, None
 
 

@@ -42,4 +42,5 @@ def nearest_tick(place: float, count: int) -> int:
     """
     first = 1 / (3 if count == 4 else 2) / count
     step = (1 - first - first) / max(1, count - 1)
-    return min(range(count), key=lambda i: abs(i * step + first - place))
+    distances = [abs(i * step + first - place) for i in range(count)]
+    return distances.index(min(distances))

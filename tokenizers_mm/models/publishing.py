@@ -70,7 +70,7 @@ def push(
             directory = Path(folder) / "tokenizer"
             save(tokenizer, directory, report, license, repo_id)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            address = str(api.upload_folder(repo_id=repo_id, folder_path=directory, **options))
+            address = api.upload_folder(repo_id=repo_id, folder_path=directory, **options).commit_url
             if space is not None:
                 place = Path(folder) / "space"
                 for name, text in _app_files(tokenizer, repo_id).items():

@@ -92,7 +92,7 @@ class SharedIndexQuantizer(Quantizer):
             names=self.query_names,
         )
         vectors = look_up(codebook, ids)
-        terms = vq_terms(z, vectors) | self._entropy(z, codebook) if self.training else None
+        terms = {**vq_terms(z, vectors), **self._entropy(z, codebook)} if self.training else None
         return Quantized(straight_through(z, vectors), ids, terms, queries=z.detach())
 
     def look_up(self, ids: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class VQ(CodebookQuantizer):
             return terms
         if self.config.distance == "cosine":
             z, codebook = F.normalize(z, dim=-1), F.normalize(codebook, dim=-1)
-        return terms | {"entropy": codebook_entropy(z.reshape(-1, self.dim), codebook, temperature)}
+        return {**terms, "entropy": codebook_entropy(z.reshape(-1, self.dim), codebook, temperature)}
 
 
 @dataclass(frozen=True)
