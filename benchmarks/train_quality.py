@@ -73,9 +73,9 @@ def ours(warm: bool) -> dict[str, Any]:
     objective["model"]["config"]["quantizer"]["normalize"] = False
     objective["loss"]["weights"] = {"pixel": 20.0, "codebook": 1.0, "commitment": 0.25}
     objective["optimizer"] = {"lr": 2e-3, "betas": [0.9, 0.99], "clip": 10.0, "schedule": "cosine", "warmup": 20}
-    objective["revival"] = {"every": 20, "until": 0.7}
+    objective["revival"] = {"every": 5, "until": 0.95}
     if warm:
-        objective["warm_start"] = {"images": 256, "iterations": 4}
+        objective["warm_start"] = {"images": 256, "iterations": 1}
         objective["trainable"] = ["quantizer", "pixel_decoder"]
     return data
 

@@ -91,8 +91,8 @@ class Metric(ABC):
     default: ClassVar[bool] = True
     reads_features: bool = False
     reads_semantic: bool = False
-    apart: ClassVar[bool] = False
-    """True if it takes much time and shares nothing with other metrics: a thread of its own may update it."""
+    small: ClassVar[bool] = False
+    """True if it computes with the values of one image at a time, so that one thread is faster than several."""
 
     least: ClassVar[int] = 1
     """Pixels that both sides of an image need."""

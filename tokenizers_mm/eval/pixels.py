@@ -15,7 +15,7 @@ class PSNR(PerImage):
     """Peak signal-to-noise ratio, mean over images that differ from their reconstruction."""
 
     name, label, unit, better = "psnr", "PSNR", "dB", "higher"
-    infinite, apart = True, True
+    infinite, small = True, True
 
     def scores(self, batch: Batch) -> Tensor:
         return image.psnr(batch.originals, batch.reconstructions)
@@ -24,7 +24,7 @@ class PSNR(PerImage):
 class SSIM(PerImage):
     """Structural similarity by the window and the range of the protocol."""
 
-    name, label, better, least, apart = "ssim", "SSIM", "higher", 11, True
+    name, label, better, least, small = "ssim", "SSIM", "higher", 11, True
 
     def scores(self, batch: Batch) -> Tensor:
         protocol = self.setup.protocol
@@ -34,7 +34,7 @@ class SSIM(PerImage):
 class UniformSSIM(PerImage):
     """Structural similarity with scikit-image's default: a uniform 7 x 7 window, range 1."""
 
-    name, label, better, least, apart = "ssim_uniform", "SSIM (uniform 7 x 7)", "higher", 7, True
+    name, label, better, least, small = "ssim_uniform", "SSIM (uniform 7 x 7)", "higher", 7, True
 
     def scores(self, batch: Batch) -> Tensor:
         return image.ssim(batch.originals, batch.reconstructions, "uniform7")
@@ -43,7 +43,7 @@ class UniformSSIM(PerImage):
 class MultiScaleSSIM(PerImage):
     """Multi-scale structural similarity."""
 
-    name, label, better, least, apart = "ms_ssim", "MS-SSIM", "higher", image.MS_SSIM_SIDE, True
+    name, label, better, least, small = "ms_ssim", "MS-SSIM", "higher", image.MS_SSIM_SIDE, True
 
     def scores(self, batch: Batch) -> Tensor:
         return image.ms_ssim(batch.originals, batch.reconstructions)

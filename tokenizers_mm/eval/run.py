@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,10 @@ class Measured:
 
 @dataclass
 class Run:
-    """An evaluation: source, protocol, setup, candidates with their metrics, and how far it is."""
+    """An evaluation: source, protocol, setup, candidates with their metrics, and how far it is.
+
+    threads: for networks. All else computes with the values of one image, where several threads take longer than one.
+    """
 
     source: ImageSource
     setup: Setup
@@ -72,6 +75,7 @@ class Run:
     digest: str = ""
     next: int = 0
     seconds: float = 0.0
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def protocol(self) -> Protocol:
@@ -180,22 +184,23 @@ def carry_out(
         restore(run, partial)
     saved, cost, start = time.monotonic(), 0.0, time.monotonic() - run.seconds
     pixels = min(BATCH_PIXELS.get(m.candidate.device.type, BATCH_PIXELS["cuda"]) for m in run.measured)
-    for loaded in ahead(batches(run.source, run.prepare, pixels, run.next)):
-        if loaded.indices:
-            _measure(run, loaded)
-        for image in to_bytes(loaded.images).numpy():
-            run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
-        run.next = loaded.following
-        run.used += loaded.indices
-        run.skipped += loaded.skipped
-        run.seconds = time.monotonic() - start
-        if progress is not None:
-            progress(run.next, len(run.source))
-        if partial is not None and time.monotonic() - saved > save_every * max(1.0, cost):
-            begun = time.monotonic()
-            save(run, partial)
-            saved = time.monotonic()
-            cost = saved - begun
+    with using_threads(1):
+        for loaded in ahead(batches(run.source, run.prepare, pixels, run.next)):
+            if loaded.indices:
+                _measure(run, loaded)
+            for image in to_bytes(loaded.images).numpy():
+                run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
+            run.next = loaded.following
+            run.used += loaded.indices
+            run.skipped += loaded.skipped
+            run.seconds = time.monotonic() - start
+            if progress is not None:
+                progress(run.next, len(run.source))
+            if partial is not None and time.monotonic() - saved > save_every * max(1.0, cost):
+                begun = time.monotonic()
+                save(run, partial)
+                saved = time.monotonic()
+                cost = saved - begun
     if not run.used:
         fail("images", "at least one that can be used", f"none ({len(run.skipped)} refused; {run.skipped[:1]})")
     return run
@@ -212,25 +217,24 @@ def _measure(run: Run, loaded: Loaded) -> None:
             measured.timed += len(x)
         candidate = measured.candidate
         metrics, taken = measured.metrics.values(), _resized(x, candidate.image_size)
-        features = candidate.features(taken) if any(metric.reads_features for metric in metrics) else None
-        semantic = candidate.semantic(taken) if any(metric.reads_semantic for metric in metrics) else None
+        with using_threads(run.threads):
+            features = candidate.features(taken) if any(metric.reads_features for metric in metrics) else None
+            semantic = candidate.semantic(taken) if any(metric.reads_semantic for metric in metrics) else None
         batch = Batch(x, made, encoded.ids, encoded.bits, features, labels, loaded.captions, semantic, shared)
-        _update_together([metric for metric in metrics if metric.apart], batch)
         for metric in metrics:
-            if not metric.apart:
+            with using_threads(1 if metric.small else run.threads):
                 metric.update(batch)
 
 
-def _update_together(metrics: Sequence[Metric], batch: Batch) -> None:
-    """Update several metrics at once, each in one thread: operations on one image are too small to be divided."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # new threads begin with it; this one waits
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """So many threads for the operations of the block, and for threads that begin in it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(lambda metric: metric.update(batch), metrics):
-                pass
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def reconstructions(run: Run, x: Tensor) -> Iterator[tuple[Tensor, Encoded, tuple[float, float], int]]:
@@ -258,13 +262,13 @@ def reconstruct(
     run: Run, candidate: Candidate, x: Tensor, target: Sequence[float] | None
 ) -> tuple[Tensor, Encoded, tuple[float, float]]:
     """Reconstructions as the protocol finishes them, the codes, and the seconds of encoding and decoding."""
-    times = [_now(candidate)]
-    encoded = candidate.encode(_resized(x, candidate.image_size), target)
-    times.append(_now(candidate))
-    made = candidate.decode(encoded)
-    times.append(_now(candidate))
-    name = f"reconstruction by {candidate.name}"
-    made = run.protocol.finish(_resized(made, (x.shape[-2], x.shape[-1])), name)
+    times, name = [_now(candidate)], f"reconstruction by {candidate.name}"
+    with using_threads(1 if isinstance(candidate, CodecCandidate) else run.threads):
+        encoded = candidate.encode(_resized(x, candidate.image_size), target)
+        times.append(_now(candidate))
+        made = candidate.decode(encoded)
+        times.append(_now(candidate))
+        made = run.protocol.finish(_resized(made, (x.shape[-2], x.shape[-1])), name)
     require(made.shape == x.shape, name, f"{list(x.shape)}", made)
     return made, encoded, (times[1] - times[0], times[2] - times[1])
 
