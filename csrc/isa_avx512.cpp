@@ -3,6 +3,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
+#include "mask_512.h"
 #include "scan_512.h"
 
 namespace tmm {
@@ -107,13 +108,14 @@ int32_t largest(const int32_t* values, int64_t n, bool two) {  // n is a multipl
   const __m512i top = _mm512_max_epi32(a, b);
   const int32_t first = _mm512_reduce_max_epi32(top);
   if (!two) return first;
-  const unsigned mask = _mm512_cmpeq_epi32_mask(top, _mm512_set1_epi32(first));
+  const uint32_t mask = bits_of(_mm512_cmpeq_epi32_mask(top, _mm512_set1_epi32(first)));
   return mask & (mask - 1) ? first : _mm512_mask_reduce_max_epi32(static_cast<__mmask16>(~mask), top);
 }
 
 int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* out, int64_t capacity) {
   const __m512i limit = _mm512_set1_epi32(threshold);
   int64_t count = 0, i = 0;
+  const auto reached = [&](__m512i v) -> uint64_t { return bits_of(_mm512_cmpge_epi32_mask(v, limit)); };
   const auto emit = [&](int64_t base, uint64_t mask) {
     for (; mask; mask &= mask - 1, ++count)
       if (count < capacity) out[count] = static_cast<int32_t>(base + __builtin_ctzll(mask));
@@ -123,12 +125,9 @@ int64_t collect(const int32_t* values, int64_t n, int32_t threshold, int32_t* ou
     const __m512i c = _mm512_loadu_si512(values + i + 32), d = _mm512_loadu_si512(values + i + 48);
     const __m512i top = _mm512_max_epi32(_mm512_max_epi32(a, b), _mm512_max_epi32(c, d));
     if (!_mm512_cmpge_epi32_mask(top, limit)) continue;
-    emit(i, static_cast<uint64_t>(_mm512_cmpge_epi32_mask(a, limit)) |
-                static_cast<uint64_t>(_mm512_cmpge_epi32_mask(b, limit)) << 16 |
-                static_cast<uint64_t>(_mm512_cmpge_epi32_mask(c, limit)) << 32 |
-                static_cast<uint64_t>(_mm512_cmpge_epi32_mask(d, limit)) << 48);
+    emit(i, reached(a) | reached(b) << 16 | reached(c) << 32 | reached(d) << 48);
   }
-  for (; i < n; i += 16) emit(i, _mm512_cmpge_epi32_mask(_mm512_loadu_si512(values + i), limit));
+  for (; i < n; i += 16) emit(i, reached(_mm512_loadu_si512(values + i)));
   return count;
 }
 

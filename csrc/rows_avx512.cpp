@@ -3,7 +3,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
-#include <immintrin.h>
+#include "mask_512.h"
 
 #define TMM_LANES 16
 #define TMM_MULTIPLY_ADD(a, b, c) ((Floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
@@ -33,7 +33,9 @@ Floats reduce(const Floats* s) {
   return (Floats)_mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
 }
 
-uint32_t not_above(Floats v, float limit) { return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NGT_UQ); }
+uint32_t not_above(Floats v, float limit) {
+  return bits_of(_mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_NGT_UQ));
+}
 
 Floats load_first(const float* p, int64_t count) {
   return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);

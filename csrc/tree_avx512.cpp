@@ -3,8 +3,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
-#include <immintrin.h>
-
+#include "mask_512.h"
 #include "tree_search.h"
 
 namespace tmm {
@@ -52,7 +51,7 @@ struct Avx512 {
   static inline Mask at_most(Ints a, Ints b) { return _mm512_cmple_epi32_mask(a, b); }
   static inline Mask at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
   static inline Mask equal(Ints a, Ints b) { return _mm512_cmpeq_epi32_mask(a, b); }
-  static inline uint32_t bits(Mask m) { return m; }
+  static inline uint32_t bits(Mask m) { return bits_of(m); }
   static inline Ints choose(Mask m, Ints without, Ints with) { return _mm512_mask_mov_epi32(without, m, with); }
   static inline Floats choose(Mask m, Floats without, Floats with) { return _mm512_mask_mov_ps(without, m, with); }
   static inline int32_t least(Ints v) { return _mm512_reduce_min_epi32(v); }
@@ -60,7 +59,7 @@ struct Avx512 {
   // Writes the lanes of `mask` in order, and up to 16 values past them; returns how many there are.
   static inline int64_t compress(int32_t* list, Ints v, Mask mask) {
     _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(mask, v));
-    return __builtin_popcount(mask);
+    return __builtin_popcount(bits(mask));
   }
 };
 

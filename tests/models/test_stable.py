@@ -149,7 +149,7 @@ def test_what_cannot_promise_says_so() -> None:
     tokenizer = dualvitok(FSQConfig((4, 4), 8))
     plain = kernels.finite_ids
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "finite_ids", lambda z, ids, name, margin: plain(z, ids, name))
+        patch.setattr(kernels, "finite_ids", lambda z, ids, name, *rest: plain(z, ids, name))
         with pytest.raises(ValueError, match="stable: expected a margin for each of"):
             tokenizer.encode(torch.zeros(1, 3, 32, 32), stable=True)
 
