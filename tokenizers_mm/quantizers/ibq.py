@@ -94,6 +94,6 @@ class IBQ(Quantizer):
 
     def _checked(self, z: Tensor, codes: Tensor, ids: Tensor, margin: Callable[[], Tensor] | None = None) -> Tensor:
         """The ids, features and codes that are not finite refused."""
-        least, most = codes.detach().amin(), codes.detach().amax()
-        spoilt = (least * 0 + most * 0).expand(*ids.shape, 1)  # NaN for NaN or infinity in a code, else 0
+        values = codes.detach().flatten()
+        spoilt = (values.amin(0) * 0 + values.amax(0) * 0).expand(*ids.shape, 1)  # NaN for NaN or infinity, else 0
         return kernels.finite_ids(z, ids, self.query_names[0], margin, ("codebook", spoilt))
