@@ -73,6 +73,7 @@ void order_tokens(const ScanArgs& args, int64_t chunks, int32_t* rows) {
 void scan(const ScanArgs& args) {
   const int64_t chunks = (args.steps - args.wide + kSteps - 1) / kSteps, pairs = (args.tiles * kTileRows + kPair - 1) / kPair;
   if (chunks > kMostChunks) return avx512_isa()->scan[kInt8](args);
+  // On the stack: 24 KB, and 6 KB for every chunk that there is.
   alignas(64) int32_t rows[kMostChunks * kBlockRows * kSteps];
   alignas(64) int32_t sums[kBlockRows * kPanel];
   order_tokens(args, chunks, rows);
@@ -87,8 +88,7 @@ void scan(const ScanArgs& args) {
     const int64_t calls = pairs * (kVectors / 2) * chunks, lines = (args.steps * kVectors + calls - 1) / calls;
     int64_t tile = 0;
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      for (int v = 0; v < kVectors; v += 2)
-      {
+      for (int v = 0; v < kVectors; v += 2) {
         multiply_pair(rows + pair * kPair * kSteps, codes + args.wide * kPanel + v * kLanes, chunks,
                       sums + (pair * kPair * kVectors + v) * kLanes, coming, lines);
         coming += chunks * lines * 64;
