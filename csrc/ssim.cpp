@@ -11,7 +11,7 @@
 #include "tokenizers_mm.h"
 
 int tmm_ssim(const void* x, const void* y, int dtype, int64_t planes, int64_t height, int64_t width, const double* line, int64_t k,
-             double c1, double c2, double* whole, double* contrast, int threads) {
+             double c1, double c2, double offset, double* whole, double* contrast, int threads) {
   if (planes < 0 || k < 1 || k > tmm::kSsimTaps || height < k || width < k || threads < 1) return TMM_BAD_ARGUMENT;
   for (int64_t i = 0; i < k / 2; ++i)
     if (line[i] != line[k - 1 - i]) return TMM_BAD_ARGUMENT;
@@ -24,9 +24,9 @@ int tmm_ssim(const void* x, const void* y, int dtype, int64_t planes, int64_t he
     tmm::for_chunks(planes * strips, 1, height * width < 4096 ? 1 : threads, [&](int64_t first, int64_t last) {
       std::vector<double> memory(4 * (tmm::kSsimColumns + tmm::kSsimTaps) + 4 * k * tmm::kSsimColumns);
       for (int64_t task = first; task < last; ++task) {
-        const int64_t start = task % strips * tmm::kSsimColumns, offset = (task / strips * height * width + start) * size;
-        tmm::SsimStrip strip{static_cast<const char*>(x) + offset, static_cast<const char*>(y) + offset, size == 8, width, rows,
-                             std::min(columns - start, int64_t{tmm::kSsimColumns}), line, k, equal, c1, c2, memory.data()};
+        const int64_t start = task % strips * tmm::kSsimColumns, place = (task / strips * height * width + start) * size;
+        tmm::SsimStrip strip{static_cast<const char*>(x) + place, static_cast<const char*>(y) + place, size == 8, width, rows,
+                             std::min(columns - start, int64_t{tmm::kSsimColumns}), line, k, equal, c1, c2, offset, memory.data()};
         kernels->ssim(strip, lost.data() + 2 * task);
       }
     });

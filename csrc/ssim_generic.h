@@ -28,6 +28,7 @@ void ssim_rows(const SsimStrip& strip, double* lost) {
   constexpr int64_t kStep = 2 * kWords, kLine = kSsimColumns + kSsimTaps, kRow = 4 * kSsimColumns;
   const int64_t k = strip.k, padded = (strip.columns + kStep - 1) / kStep * kStep;
   const double mass = kEqual ? static_cast<double>(k * k) : 1.0, c1 = strip.c1 * mass * mass, c2 = strip.c2 * mass * mass;
+  const double twice = 2 * strip.offset;
   double* maps = strip.memory;          // [4][kLine]: x - y, x + y and their squares, of one row
   double* ring = maps + 4 * kLine;      // [k][4][kSsimColumns]: sums along the last k rows
   double whole[kSsimColumns] = {}, contrast[kSsimColumns] = {};
@@ -38,7 +39,7 @@ void ssim_rows(const SsimStrip& strip, double* lost) {
     double *__restrict__ gaps = maps, *__restrict__ totals = gaps + kLine;
     double *__restrict__ gap_squares = totals + kLine, *__restrict__ total_squares = gap_squares + kLine;
     for (int64_t i = 0; i < strip.columns + k - 1; ++i) {
-      const double a = static_cast<double>(x[i]), b = static_cast<double>(y[i]), gap = a - b, total = a + b;
+      const double a = static_cast<double>(x[i]), b = static_cast<double>(y[i]), gap = a - b, total = a + b + twice;
       gaps[i] = gap, totals[i] = total, gap_squares[i] = gap * gap, total_squares[i] = total * total;
     }
     double* to = ring + row % k * kRow;

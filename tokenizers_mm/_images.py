@@ -267,7 +267,12 @@ def tensor_to_images(x: Tensor) -> list[Image.Image]:
 
 def to_bytes(x: Tensor) -> Tensor:
     """Values in [-1, 1] as uint8, rounded; those outside are clamped."""
-    return x.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
+    return to_levels(x).to(torch.uint8)
+
+
+def to_levels(x: Tensor) -> Tensor:
+    """Values in [-1, 1] as whole numbers from 0 to 255, float32, rounded; those outside are clamped."""
+    return x.float().mul(127.5).add_(128).clamp_(0, 255).floor_()
 
 
 def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Image:

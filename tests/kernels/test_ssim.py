@@ -70,6 +70,15 @@ def test_native_equals_reference(line: torch.Tensor) -> None:
         torch.testing.assert_close(found["native"], found["reference"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_offset_is_added_to_both(mode: str) -> None:
+    x, y = pair(2, 20, 90)
+    with kernels.use_kernels(mode):
+        found = torch.stack(kernels.ssim(2 * x - 1, 2 * y - 1, gaussian_line(), 4 * C1, 4 * C2, offset=1.0))
+        expected = torch.stack(kernels.ssim(x, y, gaussian_line(), C1, C2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_same_bits_everywhere(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +140,4 @@ def test_arguments() -> None:
 
 def test_opcheck() -> None:
     x, y = pair(2, 12, 13)
-    torch.library.opcheck(torch.ops.tokenizers_mm.ssim.default, (x, y, gaussian_line(), C1, C2))
+    torch.library.opcheck(torch.ops.tokenizers_mm.ssim.default, (x, y, gaussian_line(), C1, C2, 0.5))

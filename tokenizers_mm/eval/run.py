@@ -38,7 +38,7 @@ PARTIAL = "partial.safetensors"
 SAVE_EVERY = 20.0
 """Seconds between two saves of the state, times the seconds that one takes where these are more than one."""
 
-VERSION = 2
+VERSION = 3
 """Raised when a metric changes its values: states of other versions are not continued."""
 
 

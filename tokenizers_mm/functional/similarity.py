@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,15 +35,17 @@ def ssim_parts(
     line: Float[Tensor, "k"],
     data_range: float = 1.0,
     sample_covariance: bool = False,
+    offset: float = 0.0,
 ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c"]]:
     """Means over windows of SSIM and of its contrast-structure factor, by image and channel (Wang et al. 2004, eq. 13).
 
     line: of the window along one axis; only windows inside the image count. K1 is 0.01 and K2 0.03.
     sample_covariance: variances of a window of n pixels are multiplied by n / (n - 1), as scikit-image does by default.
+    offset: is added to all pixels, so that the lowest value that one can have becomes 0.
     """
     count = len(line) ** 2
     scale = count / (count - 1) if sample_covariance else 1.0
-    return kernels.ssim(a, b, line, (0.01 * data_range) ** 2, (0.03 * data_range) ** 2 / scale)
+    return kernels.ssim(a, b, line, (0.01 * data_range) ** 2, (0.03 * data_range) ** 2 / scale, offset)
 
 
 def ms_ssim(
@@ -52,18 +53,30 @@ def ms_ssim(
     b: Float[Tensor, "b c h w"],
     data_range: float = 1.0,
     weights: Sequence[float] = SCALE_WEIGHTS,
+    offset: float = 0.0,
+    first: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "b"]:
     """Multi-scale SSIM, mean over channels: negative factors as zero, sides halved by 2 x 2 means between scales.
 
-    Both sides need at least 11 pixels at the coarsest scale. Source: Wang, Simoncelli and Bovik 2003, eq. 7.
+    Both sides need at least 11 pixels at the coarsest scale. offset: as of `ssim_parts`. first: what that finds for
+    these images with a Gaussian line, where it is known. Source: Wang, Simoncelli and Bovik 2003, eq. 7.
     """
     line, factors = gaussian_line(), []
     for index in range(len(weights)):
-        whole, contrast = ssim_parts(a, b, line, data_range)
+        if index:
+            a, b = halved(a), halved(b)
+        known = first if index == 0 else None
+        whole, contrast = ssim_parts(a, b, line, data_range, offset=offset) if known is None else known
         factors.append((whole if index == len(weights) - 1 else contrast).clamp_min(0))
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     exponents = torch.tensor(tuple(weights), dtype=torch.float64).view(-1, 1, 1).to(factors[0])
     return (torch.stack(factors) ** exponents).prod(0).mean(1)
+
+
+def halved(x: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b u v"]:
+    """Means of 2 x 2 pixels; the last of an odd number of rows or columns is left out."""
+    height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+    rows = x[..., 0:height:2, :width] + x[..., 1:height:2, :width]
+    return (rows[..., 0::2] + rows[..., 1::2]).mul_(0.25)
 
 
 def structure_and_texture(

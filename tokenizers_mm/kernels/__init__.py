@@ -221,13 +221,14 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
     return counts, sums
 
 
-def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float) -> tuple[Tensor, Tensor]:
+def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """Means over windows of SSIM and of its contrast-structure factor, float64 [...] each (Wang et al. 2004, eq. 13).
 
     x, y: planes of images, float [..., H, W], measured in float64, each by itself. line: weights of a window along one
     axis, float [k], symmetric, sum 1, k at most 64; only windows inside the planes count. c1, c2: the squared constants
-    of the luminance and of the contrast, above 0. The same bits for any number of threads and planes. Not
-    differentiable. Raises ValueError for wrong shapes and dtypes, and for a line that is not symmetric.
+    of the luminance and of the contrast, above 0. offset: is added to both planes. The same bits for any number of
+    threads and planes. Not differentiable. Raises ValueError for wrong shapes and dtypes, and for a line that is not
+    symmetric.
     """
     k = line.numel()
     require(line.ndim == 1 and 1 <= k <= 64 and line.dtype in _FLOATS, "line", "1 to 64 weights, float [k]", line)
@@ -237,7 +238,7 @@ def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float) -> tuple[Tens
     require(y.shape == x.shape and y.dtype in _FLOATS, "y", f"float {list(x.shape)}", y)
     require(y.device == x.device, "y", f"on {x.device}, as x", str(y.device))
     require(c1 > 0 and c2 > 0, "c1, c2", "above 0", (c1, c2))
-    return _ssim(x.detach(), y.detach(), line, c1, c2)
+    return _ssim(x.detach(), y.detach(), line, c1, c2, offset)
 
 
 @contextmanager

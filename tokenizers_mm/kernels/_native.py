@@ -74,7 +74,7 @@ class CpuLibrary:
         self.ssim = _function(
             library.tmm_ssim,
             number,
-            *(pointer, pointer, number, size, size, size, pointer, size, real, real, pointer, pointer, number),
+            *(pointer, pointer, number, size, size, size, pointer, size, real, real, real, pointer, pointer, number),
         )
         self._library = library
         if (found := library.tmm_abi_version()) != ABI_VERSION:

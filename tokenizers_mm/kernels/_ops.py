@@ -342,14 +342,14 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
     return sums, counts
 
 
-def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float) -> tuple[Tensor, Tensor]:
+def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """Both means of planes [..., H, W], float64 [...]; x and y of one shape, with a window inside."""
     library = _library(x.device)
     shape, planes = x.shape[:-2], (-1, *x.shape[-2:])
     if library is None:
         if mode.get() == "native":
             raise _native.NativeUnavailableError(f"there is no native ssim for {x.device.type} tensors")
-        whole, contrast = reference.ssim(x.reshape(planes), y.reshape(planes), line, c1, c2)
+        whole, contrast = reference.ssim(x.reshape(planes), y.reshape(planes), line, c1, c2, offset)
         return whole.view(shape), contrast.view(shape)
     dtype = common_dtype((x, y))
     x, y, weights = x.to(dtype).contiguous(), y.to(dtype).contiguous(), line.to("cpu", torch.float64).contiguous()
@@ -366,6 +366,7 @@ def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float) -> tuple[Tens
         len(weights),
         c1,
         c2,
+        offset,
         whole.data_ptr(),
         contrast.data_ptr(),
         torch.get_num_threads(),

@@ -110,14 +110,15 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
     return counts, sums
 
 
-def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float) -> tuple[Tensor, Tensor]:
+def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """Means over windows of SSIM and of its contrast-structure factor.
 
-    x, y [P, H, W] of any float dtype, line [k] symmetric weights with sum 1; returns float64 [P] twice. Both factors
-    are 1 - (difference of moments) / (sum of moments), from the moments of x - y and x + y: equal planes give 1 exactly.
+    x, y [P, H, W] of any float dtype, line [k] symmetric weights with sum 1, offset added to both planes; returns
+    float64 [P] twice. Both factors are 1 - (difference of moments) / (sum of moments), from the moments of x - y and
+    x + y: equal planes give 1 exactly.
     Source: Wang et al. 2004, eq. 13.
     """
-    maps = torch.stack([x.double() - y.double(), x.double() + y.double()])
+    maps = torch.stack([x.double() - y.double(), x.double() + y.double() + 2 * offset])
     maps = _weighted(_weighted(torch.cat([maps, maps.square()]), line, 3), line, 2)
     gap, total = maps[0].square(), maps[1].square()
     varying = maps[2] - gap
