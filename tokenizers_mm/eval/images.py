@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_mm._images import image_to_tensor
+from tokenizers_mm._images import image_levels
 from tokenizers_mm.data.files import FileList
 from tokenizers_mm.data.image_sets import ImageFiles, Sample
 from tokenizers_mm.data.photographs import fixed_crops
@@ -85,6 +86,8 @@ class ImageSource:
 class Loaded:
     """Consecutive images of one size. images: [B, 3, H, W] in [-1, 1]. captions: of each, "" for none.
 
+    levels: uint8 [B, 3, H, W], from which `images` were made.
+
     skipped: errors of images that were left out, and of captions.
 
     following: index of the first image that is in no batch yet.
@@ -92,6 +95,7 @@ class Loaded:
 
     indices: list[int]
     images: Tensor
+    levels: np.ndarray
     captions: list[str]
     skipped: list[str]
     following: int
@@ -105,27 +109,33 @@ def batches(
     prepare: makes an image ready, by image and name; a ValueError leaves it out. pixels: of a batch, or one image.
     """
     indices: list[int] = []
-    waiting: list[Tensor] = []
+    waiting: list[np.ndarray] = []
     captions: list[str] = []
     skipped: list[str] = []
+
+    def made(following: int) -> Loaded:
+        levels = np.stack(waiting) if waiting else np.zeros((0, 3, 1, 1), dtype=np.uint8)
+        images = torch.from_numpy(levels).float().div_(127.5).sub_(1)
+        return Loaded(indices, images, levels, captions, skipped, following)
+
     for index in range(start, len(source)):
         try:
             sample = source.read(index)
-            x = image_to_tensor(prepare(sample.image, source.names[index]))
+            image = prepare(sample.image, source.names[index])
+            levels = np.ascontiguousarray(image_levels(image).transpose(2, 0, 1))
         except ValueError as error:
             skipped.append(str(error))
             continue
-        full = (len(waiting) + 1) * x[0].numel() > pixels
-        if waiting and (full or waiting[0].shape != x.shape):
-            yield Loaded(indices, torch.stack(waiting), captions, skipped, index)
+        full = (len(waiting) + 1) * levels[0].size > pixels
+        if waiting and (full or waiting[0].shape != levels.shape):
+            yield made(index)
             indices, waiting, captions, skipped = [], [], [], []
         indices.append(index)
-        waiting.append(x)
+        waiting.append(levels)
         captions.append(sample.caption)
         skipped += sample.skipped
     if waiting or skipped:
-        images = torch.stack(waiting) if waiting else torch.zeros(0, 3, 1, 1)
-        yield Loaded(indices, images, captions, skipped, len(source))
+        yield made(len(source))
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

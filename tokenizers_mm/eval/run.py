@@ -24,7 +24,6 @@ from torch import Tensor
 
 from tokenizers_mm._check import expecting, fail, naming, require
 from tokenizers_mm._files import atomic_path, regular_file
-from tokenizers_mm._images import to_bytes
 from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
 from tokenizers_mm.eval.images import ImageSource, Loaded, ahead, batches
@@ -188,7 +187,7 @@ def carry_out(
         for loaded in ahead(batches(run.source, run.prepare, pixels, run.next)):
             if loaded.indices:
                 _measure(run, loaded)
-            for image in to_bytes(loaded.images).numpy():
+            for image in loaded.levels:
                 run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
             run.next = loaded.following
             run.used += loaded.indices
