@@ -53,7 +53,7 @@ def by_ours(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
 
 
 def loop_over(folder: Path) -> list[tuple[float, float, float]]:
-    """What a script with scikit-image does with a folder."""
+    """The three numbers of each image of a folder, as a script with scikit-image computes them."""
     found = []
     for path in sorted(folder.iterdir()):
         with Image.open(path) as file:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, finite_extremes, require
-from tokenizers_mm._images import Fit, fit_image, fit_multiple, to_levels
+from tokenizers_mm._images import Fit, fit_image, fit_multiple, to_bytes
 from tokenizers_mm.data.transforms import center_crop
 from tokenizers_mm.eval.image import Window
 
@@ -73,7 +73,7 @@ class Protocol:
 
 def round_to_bytes(x: Tensor) -> Tensor:
     """Values in [-1, 1] rounded as `tensor_to_images` does for a file; those outside are clamped."""
-    return to_levels(x).div_(127.5).sub_(1)
+    return to_bytes(x, torch.float32).div_(127.5).sub_(1)
 
 
 def truncate_to_bytes(x: Tensor) -> Tensor:
