@@ -112,6 +112,7 @@ def common_size(candidates: Sequence[Candidate], protocol: Protocol) -> tuple[tu
     own = fixed[0].image_size if fixed else None
     size = (protocol.size, protocol.size) if protocol.size else own
     if size is None:
+        require(protocol.fit != "adm", f"protocol {protocol.name}", "a size for the crop of ADM (--size)", "none")
         return None, multiple
     for candidate in fixed:
         same = candidate.image_size == size or protocol.other_size == "bicubic"
