@@ -28,6 +28,9 @@ from tokenizers_mm.eval import image as metric
 from tokenizers_mm.functional.similarity import gaussian_line, ssim_parts, uniform_line
 
 GAUSSIAN = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+CROPS = 64
+"""Different images at most; more files repeat them."""
+
 METRICS = "bits,bits_per_pixel,psnr,ssim,ssim_uniform"
 
 
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     about, clock = harness.machine(), "wall" if options.wall else "cpu"
     torch.set_num_threads(options.threads)
-    crops = fixed_crops("heldout", options.images, options.side)
+    crops = fixed_crops("heldout", min(options.images, CROPS), options.side)
     some = [(crop, by_jpeg(crop)) for crop in crops[:8]]
     arrays = [tuple(np.asarray(image) / 255 for image in pair) for pair in some]
     tensors = [tuple(image_to_tensor(image)[None] for image in pair) for pair in some]
@@ -98,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
         folder.mkdir()
-        for index, crop in enumerate(crops):
-            crop.save(folder / f"{index:05d}.png")
+        for index in range(options.images):
+            crops[index % len(crops)].save(folder / f"{index:05d}.png")
         cases: dict[str, tuple[int, dict[str, Callable[[], Any]]]] = {
             "kernel, Gaussian": (
                 8,
