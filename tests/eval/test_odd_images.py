@@ -182,3 +182,20 @@ def test_an_interrupt_at_any_stage_costs_nothing(
     assert again == first
     shown = 12
     assert len(seen) <= shown + (13 if stage == "before the table" else 9)
+
+
+def test_images_that_changed_since_an_interrupt_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = folder_of(tmp_path / "images", **{f"grey{v}": Image.fromarray(noise(16, 16 + v)) for v in range(4)})
+    command = ["eval", "jpeg@q75", "--images", str(images), "--metrics", "psnr", "--out"]
+    monkeypatch.setattr(running.carry_out, "__defaults__", (None, None, 0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES["after the images"], lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert main([*command, str(tmp_path / "out")]) == 130
+    Image.fromarray(noise(16, 16)[::-1].copy()).save(images / "grey0.png")
+    for name in ("out", "whole"):
+        assert main([*command, str(tmp_path / name)]) == 0
+    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "out"))
+    assert again["images"] == first["images"]
+    assert again["per_image"] == first["per_image"]

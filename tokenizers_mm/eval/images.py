@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenizers_mm._images import image_levels
 from tokenizers_mm.data.files import FileList
-from tokenizers_mm.data.image_sets import ImageFiles, Sample
+from tokenizers_mm.data.image_sets import ImageFiles, Sample, digest
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.shards import Shards
@@ -35,7 +35,8 @@ class ImageSource:
     """Images by index. names: of each, relative to `place`. read: an image with its caption, by index.
 
     classes: names of classes, by default the folders that images stand in where there are several. labels: index of
-    the class of each image, -1 for none.
+    the class of each image, -1 for none. marks: a digest of sizes and times of the files, by which an unfinished run
+    knows that they are the same.
     """
 
     place: str
@@ -43,6 +44,7 @@ class ImageSource:
     read: Callable[[int], Sample]
     labels: list[int]
     classes: list[str] = field(default_factory=list)
+    marks: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,14 +65,16 @@ class ImageSource:
             shards = Shards(place)
             count = min(len(shards), limit or len(shards))
             names = [shards.name(index) for index in range(count)]
-            return cls(place, names, shards.read, [-1] * count)
+            return cls(place, names, shards.read, [-1] * count, marks=shards.fingerprint())
         files = FileList.below(place)
         count = min(len(files), limit or len(files))
         names = [str(files[index].relative_to(place)) for index in range(count)]
         folders = [str(Path(name).parent) for name in names]
         classes = sorted(set(folders)) if len(set(folders)) > 1 else []
         numbers = {folder: number for number, folder in enumerate(classes)}
-        return cls(place, names, ImageFiles(files).read, [numbers.get(folder, -1) for folder in folders], classes)
+        labels = [numbers.get(folder, -1) for folder in folders]
+        marks = digest(_mark(files[index]) for index in range(count))
+        return cls(place, names, ImageFiles(files).read, labels, classes, marks)
 
     @classmethod
     def _scenes(cls, names: list[str], side: int) -> "ImageSource":
@@ -80,6 +84,15 @@ class ImageSource:
         classes = sorted(set(found))
         labels = [classes.index(name) for name in found]
         return cls(SCENES, names, lambda i: Sample(scenes[i].render(side), scenes[i].caption), labels, classes)
+
+
+def _mark(path: Path) -> str:
+    """Size and time of a file; nothing for one that is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 @dataclass(frozen=True)

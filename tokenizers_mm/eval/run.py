@@ -87,7 +87,7 @@ class Run:
             "version": VERSION,
             "protocol": self.protocol.hash,
             "size": self.size,
-            "images": [self.source.place, self.source.names],
+            "images": [self.source.place, self.source.names, self.source.marks],
             "candidates": [[m.candidate.name, m.candidate.identity, sorted(m.metrics)] for m in self.measured],
             "weights": dict(self.setup.weights),
             "classes": list(self.setup.classes),
