@@ -141,3 +141,13 @@ def test_arguments() -> None:
 def test_opcheck() -> None:
     x, y = pair(2, 12, 13)
     torch.library.opcheck(torch.ops.tokenizers_mm.ssim.default, (x, y, gaussian_line(), C1, C2, 0.5))
+
+
+def test_it_compiles() -> None:
+    x, y = pair(2, 12, 13)
+    line = gaussian_line()
+
+    def measure(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return kernels.ssim(a, b, line, C1, C2)[0] * 2
+
+    assert torch.equal(torch.compile(measure, backend="eager", fullgraph=True)(x, y), measure(x, y))

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tokenizers_mm._check import require_finite
+from tokenizers_mm._check import require, require_finite
 from tokenizers_mm.kernels import _cuda, _native, reference
 from tokenizers_mm.kernels._packed import Answer, Cache, PackedCodebook, joint_rows, plain_rows
 
@@ -344,6 +344,7 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
 
 def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """Both means of planes [..., H, W], float64 [...]; x and y of one shape, with a window inside."""
+    require(bool((line == line.flip(0)).all()), "line", "symmetric weights", line.tolist())
     library = _library(x.device)
     shape, planes = x.shape[:-2], (-1, *x.shape[-2:])
     if library is None:
