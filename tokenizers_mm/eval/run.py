@@ -189,7 +189,9 @@ def carry_out(
             if loaded.indices:
                 _measure(run, loaded)
             for image in loaded.levels:
-                run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
+                digest = hashlib.sha256(run.digest.encode())
+                digest.update(image)
+                run.digest = digest.hexdigest()
             run.next = loaded.following
             run.used += loaded.indices
             run.skipped += loaded.skipped
