@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenizers_mm._check import require
 from tokenizers_mm.checkpoints.cnn import shape_of, shapes_of
 from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
-from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
+from tokenizers_mm.checkpoints.upstream import FILES, Link, Rule, Shape, link, take
 from tokenizers_mm.config import checked
 from tokenizers_mm.decoders.features import ConvFeatureConfig
 from tokenizers_mm.encoders.plain_vit import PlainViTConfig
@@ -115,4 +115,6 @@ FAMILY = Family(
             "transformers' classes at a small size: features, ids and vectors",
         ),
     ),
+    names=tuple(f"vision_language_encoder/{name}" for name in FILES),
+    prefixes=tuple(f"model.{part}" for part in PARTS),
 )

@@ -111,4 +111,5 @@ BITDANCE_FAMILY = Family(
             _BITDANCE,
         ),
     ),
+    names=("ae.safetensors",),
 )

@@ -67,7 +67,7 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
     unused = _unused(schema, shape_of(tensors, "projection.weight", where)[0])
     ours = take(links_of(shapes_of(tokenizer.state_dict())), tensors, where, unused)
     # one vector for all positions (zeros in the published file) is part of the bias before it
-    ours["encoder.pool.bias"] = ours["encoder.pool.bias"] + tensors["encoder.pos_embed"].flatten()
+    ours["encoder.pool.bias"] = ours["encoder.pool.bias"].float() + tensors["encoder.pos_embed"].float().flatten()
     fill(tokenizer, ours, where)
     part = schema.quantizer.part
     facts = {"vocab_size": part.codebook_size * schema.quantizer.count, "vocab_width": schema.quantizer.dim}
