@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import kind_of
 from tokenizers_mm.checkpoints import (
     apertus,
     bsq_vit,
@@ -86,11 +87,11 @@ def convert(
     check_plain(config, "config")
     found = FAMILIES[family]
     options = _checked(found.convert, options)
-    if found.parts is not None and Path(file).is_dir():
+    if found.parts is not None and kind_of(file) == "a folder":
         file, parts = found.parts(Path(file))
         options = {**parts, **options}
     files = upstream.files_of(file, found.names, found.prefixes)
-    tokenizer = found.convert(upstream.read(files, found.wrappers), str(file), config, **options)
+    tokenizer = found.convert(upstream.read(files, found.wrappers, found.prefixes), str(file), config, **options)
     tokenizer.provenance = dataclasses.replace(tokenizer.provenance, sha256=upstream.sha256(*files))
     write(tokenizer, out, dtype=torch.float32)
     return out

@@ -128,18 +128,25 @@ def within(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> Mapping[st
     return tensors
 
 
-def read(checkpoint: str | os.PathLike[str] | Sequence[Path], wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their published names; checkpoint: a path of any kind, or its `files_of`."""
+def read(
+    checkpoint: str | os.PathLike[str] | Sequence[Path],
+    wrappers: Sequence[str] = WRAPPERS,
+    prefixes: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their published names; checkpoint: a path of any kind, or its `files_of`.
+
+    Where names of a safetensors file begin with one of `prefixes`, the others are left out.
+    """
     tensors: dict[str, Tensor] = {}
     for file in files_of(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint:
-        part = _read(file, wrappers)
+        part = _read(file, wrappers, prefixes)
         twice = tensors.keys() & part.keys()
         require(not twice, str(file), "other tensors than the shards before it", first_few(sorted(twice)))
         tensors |= part
     return tensors
 
 
-def _read(path: Path, wrappers: Sequence[str]) -> dict[str, Tensor]:
+def _read(path: Path, wrappers: Sequence[str], prefixes: Sequence[str]) -> dict[str, Tensor]:
     """The tensors of one file; `.safetensors`, or a file of `torch.save`.
 
     Pickles are read with weights_only; beside tensors they may hold an argparse Namespace, and the configuration
@@ -149,7 +156,7 @@ def _read(path: Path, wrappers: Sequence[str]) -> dict[str, Tensor]:
     """
     file = regular_file(path, "a checkpoint file")
     if file.suffix == ".safetensors":
-        return read_safetensors(file)
+        return read_safetensors(file, prefixes)
     try:
         with _mappable(file) as (place, sizes):
             _check_tuples(place)
