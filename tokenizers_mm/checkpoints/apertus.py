@@ -84,7 +84,8 @@ FAMILY = Family(
             (256, 256),
             ((256, 1 << 17),),
             "Apache-2.0",
-            "transformers' class at a small size: ids (it has no decoder; Emu3.5's is shown there)",
+            "transformers' class at a small size: ids (it has no decoder; Emu3.5's is shown there); "
+            "names, shapes and memory of the full size",
         ),
     ),
     prefixes=PREFIXES,

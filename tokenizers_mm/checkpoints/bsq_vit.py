@@ -98,7 +98,7 @@ FAMILY = Family(
             (256, 256),
             ((1024, 1 << bits),),
             "MIT",
-            "the original code at a small size: ids, vectors and pixels; names and shapes of the full size",
+            "the original code at a small size: ids, vectors and pixels; names, shapes and memory of the full size",
         )
         for bits in (18, 36)
     ),

@@ -49,7 +49,8 @@ FAMILY = Family(
             (512, 512),
             ((1024, 1 << 13),),
             "Chameleon Research License",
-            "transformers' class at a small size: ids (it has no decoder; the decoder is IBQ's, shown there)",
+            "transformers' class at a small size: ids (it has no decoder; the decoder is IBQ's, shown there); "
+            "names, shapes and memory of the full size",
         ),
     ),
     names=("vqgan.ckpt", "tokenizer/vqgan.ckpt"),

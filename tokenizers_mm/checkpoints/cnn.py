@@ -89,8 +89,10 @@ class _Probe:
         """The shape of a convolution's weight that every file of the family has."""
         shape = self.find(ours) or fail(self.where, f"a tensor {self.name(ours)}", "none")
         require(len(shape) == 4, f"{self.where}: {self.name(ours)}", "a convolution's weight", list(shape))
-        bias = (self.find(ours.replace(".weight", ".bias")) or shape)[0]
-        require(bias == shape[0], f"{self.where}: {self.name(ours)}", f"{bias} channels, as its bias has", shape[0])
+        bias = ours.replace(".weight", ".bias")
+        channels = (self.find(bias) or shape)[0]
+        expected = f"{channels} channels, as {self.name(bias)} has"
+        require(channels == shape[0], f"{self.where}: {self.name(ours)}", expected, shape[0])
         return shape
 
     def has(self, part: str, tensors: Sequence[str]) -> bool:
@@ -133,9 +135,8 @@ def read_networks(
     )
     around = [f"{part}.{name}" for part in ("head", "embed") for name in ("weight", "bias")]
     head = probe.find("head.weight")
-    require(
-        head is not None or not any(map(probe.find, around)), where, f"a tensor {probe.name('head.weight')}", "none"
-    )
+    whole = head is not None or not any(map(probe.find, around))
+    require(whole, where, f"a tensor {probe.name('head.weight')}", "none")
     kernel = (head or (0,))[-1]
     require(kernel in (0, 1, 3), f"{where}: {probe.name('head.weight')}", "a kernel of 1 or 3", kernel)
     return encoder, decoder, kernel  # type: ignore[return-value]

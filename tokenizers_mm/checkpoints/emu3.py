@@ -110,7 +110,10 @@ _FOLDS: list[tuple[str, Callable[[Shape], Shape], Callable[[Tensor], Tensor]]] =
 ]
 """Our names, the published shape from ours, and what makes our tensor."""
 
-_SHOWN = "transformers' class and the original code at small sizes: ids and pixels"
+_SHOWN = (
+    "transformers' class and the original code at small sizes: ids and pixels; "
+    "names, shapes and memory of the full size (of the original's)"
+)
 
 FAMILY = Family(
     convert,

@@ -93,7 +93,10 @@ def read_tower(
 
     positions: name of its table, [N, C] or, with 3 axes, [1, N, C]. known: what no shape tells.
     """
-    width, _, patch, _ = shape_of(tensors, f"{prefix}patch_embed.proj.weight", where, 4)
+    embed = f"{prefix}patch_embed.proj"
+    width, _, patch, _ = shape_of(tensors, f"{embed}.weight", where, 4)
+    channels = shape_of(tensors, f"{embed}.bias", where, 1)[0]
+    require(channels == width, f"{where}: {embed}.weight", f"{channels} channels, as {embed}.bias has", width)
     count = shape_of(tensors, positions, where, axes)[-2]
     side = math.isqrt(count)
     require(side * side == count, f"{where}: {positions}", "a square grid of positions", f"{count}")
@@ -112,7 +115,8 @@ FAMILY = Family(
             (512, 512),
             ((1024, 1 << 14),),
             "Apache-2.0",
-            "transformers' classes at a small size: features, ids and vectors",
+            "transformers' classes at a small size: features, ids and vectors; "
+            "names, shapes and memory of the full size",
         ),
     ),
     names=tuple(f"vision_language_encoder/{name}" for name in FILES),

@@ -88,7 +88,8 @@ FAMILY = Family(
             (1024, 1024),
             ((groups * sum(n * n for n in SIDES), 1 << (bits // groups)),),
             "MIT",
-            "the original code at a small size: bits, vectors and pixels; names and shapes of the full size (d32)",
+            "the original code at a small size: bits, vectors and pixels; "
+            "names, shapes and memory of the full size (d32)",
         )
         for name, bits, groups in (("d16", 16, 1), ("d24", 24, 1), ("d32", 32, 1), ("d32reg", 32, 1), ("d64", 64, 2))
     ),

@@ -71,8 +71,11 @@ def convert_janus(tensors: Mapping[str, Tensor], where: str, config: Mapping[str
     return tokenizer
 
 
-_SHOWN = "the original code at a small size: ids and pixels; names and shapes of the full size"
-_JANUS = "transformers' class at a small size: ids and pixels; names of the original, which are LlamaGen's"
+_SHOWN = "the original code at a small size: ids and pixels; names, shapes and memory of the full size"
+_JANUS = (
+    "transformers' class at a small size: ids and pixels; names of the original, which are LlamaGen's; "
+    "names, shapes and memory of the full size"
+)
 
 LLAMAGEN_FAMILY = Family(
     convert,

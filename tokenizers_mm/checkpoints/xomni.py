@@ -92,7 +92,7 @@ FAMILY = Family(
             (512, 512),
             ((1024, 1 << 14),),
             "Apache-2.0",
-            "the original code at a small size: features, ids and vectors; names and shapes of the full size",
+            "the original code at a small size: features, ids and vectors; names, shapes and memory of the full size",
         ),
     ),
     parts=parts,
