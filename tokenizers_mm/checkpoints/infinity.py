@@ -57,7 +57,7 @@ def convert(
     image_size: side of the images; the published models draw 256, 512 and 1024. `config` may give any scales
     ("scale_schedule", entries (1, rows, columns) from coarse to fine) in their place.
     """
-    infix = "encoder.conv_in.conv.weight" in tensors
+    infix = any(name.startswith(("encoder.conv_in.conv.", "encoder.conv_out.conv.")) for name in tensors)
     dim = shape_of(tensors, f"encoder.conv_out{'.conv' if infix else ''}.weight", where, 4)[0]
     with description_errors():
         schedule = (config or {}).get("scale_schedule")
