@@ -190,9 +190,8 @@ def test_wrong_files_get_one_sentence(family: str) -> None:
     prefix = "model." if family == "glm_image" else next(p for p in FAMILIES[family].prefixes if names[0].startswith(p))
     for name in names[:: len(names) // 4]:
         short, rest = re.escape(name.removeprefix(prefix)), {key: t for key, t in found.items() if key != name}
-        sentence = rf"^the file(: {short}: expected |: expected .*{short})"
         for changed in (rest, {**rest, f"{name}_x": found[name]}, {**rest, name: found[name][None]}):
-            with pytest.raises(ValueError, match=sentence) as raised:
+            with pytest.raises(ValueError, match=rf"^the file: .*{short}") as raised:
                 read(changed, "the file", config)
             assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="expected a tensor"):

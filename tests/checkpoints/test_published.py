@@ -366,3 +366,15 @@ def test_wrong_files_get_one_sentence(converted: Converted) -> None:
             family.convert(changed, "the file", config)
     with pytest.raises(ValueError, match="a tensor"):
         family.convert({"a": torch.zeros(1)}, "the file")
+
+
+def test_a_missing_tensor_is_no_sign_of_another_form(converted: Converted) -> None:
+    """Any one that is missing is named, those included whose presence tells how a network is built."""
+    reference, theirs = converted.reference, converted.weights
+    kept = [name for name in theirs if not re.search(reference.left_out, name)]
+    telling = [name for name in kept if re.search(r"conv_in|attn_1\.proj_out|ln_pre|\.block\.0\.conv1", name)]
+    for missing in (*kept[:: len(kept) // 3], *telling[:: max(1, len(telling) // 3)]):
+        changed = {name: t for name, t in theirs.items() if name != missing}
+        with pytest.raises(ValueError, match=rf"expected .*{re.escape(missing)}") as raised:
+            FAMILIES[reference.family].convert(changed, "the file", converted.case.config)
+        assert "\n" not in str(raised.value)
