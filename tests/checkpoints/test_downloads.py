@@ -78,6 +78,14 @@ def test_shards_of_a_whole_model(family: str, tmp_path: Path) -> None:
     index = shard({**found, **{f"model.last.{i}": torch.zeros(1) for i in range(len(found))}}, place, 4)
     for path in sorted(index.parent.glob("*.safetensors"))[2:]:
         path.unlink()
+    if family == "glm_image":
+        (tmp_path / "in" / "processor").mkdir()
+        settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "patch_size": 16}
+        (tmp_path / "in" / "processor" / "preprocessor_config.json").write_text(json.dumps(settings))
+        tower = tmm.load(convert(family, tmp_path / "in", tmp_path / "set", config)).config.tower
+        assert (tower.mean, tower.std) == (tuple(settings["image_mean"]), tuple(settings["image_std"]))
+        with pytest.raises(ValueError, match=r"config: expected sizes .*, got TypeError"):
+            convert(family, tmp_path / "in", tmp_path / "no", {**(config or {}), "image_mean": 3})
     for number, source in enumerate((tmp_path / "in", index)):
         out = convert(family, source, tmp_path / f"out{number}", config)
         assert same(out, whole)

@@ -70,7 +70,7 @@ def convert(
 
 
 def _near(codes: Tensor, others: Tensor) -> bool:
-    """Whether two codebooks are equal up to rounding; in blocks of rows, which need little memory."""
+    """True if two codebooks are equal up to rounding; in blocks of rows, which need little memory."""
     limit = 1e-2 * max(-float(others.min()), float(others.max()))
     blocks = zip(codes.split(ROWS), others.split(ROWS), strict=True)
     return all(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=limit) for a, b in blocks)

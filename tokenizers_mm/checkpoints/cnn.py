@@ -96,7 +96,7 @@ class _Probe:
         return shape
 
     def has(self, part: str, tensors: Sequence[str]) -> bool:
-        """Whether the file has any of these tensors of a part: one that is missing is no sign of another form."""
+        """True if the file has any of these tensors of a part: one that is missing is no sign of another form."""
         return any(self.find(f"{part}.{tensor}") is not None for tensor in tensors)
 
     def count(self, part: str) -> int:

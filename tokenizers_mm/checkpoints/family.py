@@ -45,7 +45,8 @@ class Family:
 
     convert: (tensors, where, config, **options) -> tokenizer; its options are keyword-only parameters. wrappers: keys
     of a file of `torch.save` under which the weights are looked for, in order; `a.b` for a key inside another.
-    names, prefixes: see `upstream.files_of`. parts: (a folder with several checkpoints) -> the file, and options.
+    names, prefixes: see `upstream.files_of`. parts: (a downloaded folder) -> the checkpoint in it, and options that
+    other files of it say.
     """
 
     convert: Converter
