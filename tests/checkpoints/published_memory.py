@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,8 @@ def main(family: str, folder: str, *options: str) -> None:
         torch.nn.functional.normalize(torch.randn(4, 4) * 0.5, dim=-1).uniform_(-1, 1)
         torch.nn.MultiheadAttention(4, 1)
     before = peak()
-    convert(family, folder, Path(folder).with_name("out"), **dict(item.split("=", 1) for item in options))
+    found: dict[str, Any] = dict(item.split("=", 1) for item in options)
+    convert(family, folder, Path(folder).with_name("out"), **found)
     print(json.dumps({"before": before, "after": peak()}))
 
 
