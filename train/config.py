@@ -56,7 +56,8 @@ class RunConfig:
     compile: backend of torch.compile for encoders, decoders and language models, "" for none.
     gradient_checkpointing: compute the activations of blocks again in the backward pass instead of keeping them.
     ema: decay of the moving average of weights that is saved, 0 for none. non_finite: "stop" ends the run at a gradient
-    that is not finite, "skip" leaves the step out.
+    that is not finite, "skip" leaves the step out; fp16's scaler leaves such steps out, and "stop" ends the run when a
+    scale below 1 did not help.
     trackers: accelerate's trackers beside log.jsonl: "tensorboard", "wandb", "trackio".
     log_every, sample_every, validate_every, save_every: in steps, 0 for never (but for the first). keep: number of
     checkpoints. async_save: write them while training goes on, from a copy in memory. best: the measurement of the
@@ -149,6 +150,7 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
     require(not config.validate_every or measured, "config.validate_every", f"0 (kind: {kind.kind})", "a number")
     known = config.best in kind.MEASURES and config.validate_every > 0
     require(not config.best or known, "config.best", f"one of {list(kind.MEASURES)}, with validate_every", config.best)
+    require(not config.sample_every or kind.SHOWS, "config.sample_every", f"0 (kind: {kind.kind})", "a number")
     require(not config.ema or bool(kind.AVERAGED), "config.ema", f"0 (kind: {config.objective.kind})", config.ema)
     scaled = config.engine == "fsdp" and config.precision == "fp16"
     require(not scaled, "config.precision", "fp32 or bf16 for engine: fsdp", config.precision)

@@ -87,10 +87,15 @@ class Objective(ABC):
     MEASURES: ClassVar[Mapping[str, int]] = {}
     """Names of what `validate` measures: 1 where a higher value is better, -1 where a lower one is."""
 
+    SHOWS: ClassVar[bool] = False
+    """True if `show` writes images."""
+
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Keys of its configuration that must stay as they are when a run goes on."""
 
     networks: dict[str, nn.Module]
+    shown: Tensor | None = None
+    """The first images of the run, for `show`; a part of its checkpoints, so that all grids show the same."""
 
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         self.run, self.config, self.accelerator = run, run.objective, accelerator
@@ -167,8 +172,13 @@ class Objective(ABC):
         """Values gathered since the last call, for a line of the log."""
         return {}
 
+    def keep_shown(self, images: Tensor) -> None:
+        """Remember images [B, 3, H, W] for `show`, if they are the first and samples are asked for."""
+        if self.shown is None and self.run.sample_every:
+            self.shown = images[:8].to("cpu")
+
     def show(self, networks: Networks, path: Path) -> None:  # noqa: B027
-        """Write a few samples to a PNG file, where the objective has any."""
+        """Write a few samples to a PNG file."""
 
     def validate(self, networks: Networks) -> dict[str, float]:
         """Measurements on held-out samples, by the names of `MEASURES`."""

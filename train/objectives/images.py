@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
-from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
+from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, list_images, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
 
 from ..optim import Learner, OptimizerConfig
-from .base import Moment, Objective, Player, Terms
+from .base import Moment, Networks, Objective, Player, Terms
 from .terms import ImageTerms
 
 DISCRIMINATOR = Player("discriminator", ("discriminator",), ("discriminator",))
@@ -34,6 +34,7 @@ class TokenizerObjective(Objective):
     """
 
     tokenizer: ImageTokenizer[Any]
+    SHOWS = True
     terms: ImageTerms
     health: CodebookHealth
 
@@ -42,7 +43,12 @@ class TokenizerObjective(Objective):
 
         size: (height, width) of an image that the tokenizer takes.
         """
-        self.terms = ImageTerms(self.config.loss, self.tokenizer, size)
+        loss = self.config.loss
+        if loss.semantic == "contrastive":
+            check_captions(self.config.data)
+        self.terms = ImageTerms(loss, self.tokenizer, size)
+        related = not loss.adaptive or self.tokenizer.last_layer.requires_grad
+        require(related, "config.objective.loss.adaptive", "false where the decoder's last layer is frozen", True)
         self.health = CodebookHealth(self.tokenizer.quantizers(), revival, "config.objective.revival")
         self.networks = {**networks, **self.terms.learning}
         if self.terms.adversary is not None:
@@ -98,11 +104,16 @@ class TokenizerObjective(Objective):
         return self.health.window()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"health": self.health.state_dict(), "terms": self.terms.state_dict()}
+        return {"health": self.health.state_dict(), "terms": self.terms.state_dict(), "shown": self.shown}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.health.load_state_dict(state["health"])
         self.terms.load_state_dict(state["terms"])
+        self.shown = state["shown"]
+
+    def show(self, networks: Networks, path: Path) -> None:
+        if self.shown is not None:
+            show_reconstructions(networks["tokenizer"], self.shown, path)
 
 
 def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, int] | None:
@@ -114,9 +125,27 @@ def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, i
         fail(where, "image_size or buckets for a tokenizer of any size", "neither")
     if size is not None:
         tokenizer.check_size(*size)
+    square = size is not None and size[0] == size[1]
+    turned = any(source.turns for source in data.sources)
+    require(square or not turned, f"{where}.sources.turns", "false for images that are not square", True)
     if data.buckets is not None:
         require(size is None, f"{where}.buckets", "a tokenizer of any size and no image_size", size)
+        stored = {s.weight for s in data.sources if s.kind not in ("photographs", "scenes", "text")}
+        require(len(stored) < 2, f"{where}.sources.weight",
+                "one weight of all stored sources (each of their images is in a pass once, with buckets)",
+                sorted(stored))  # fmt: skip
     return size
+
+
+def check_captions(data: DataConfig) -> None:
+    """Refuse a mixture without any captions."""
+    captioned = any(
+        source.kind not in ("photographs", "text", "folder")
+        or (source.kind == "folder" and any(p.with_suffix(".txt").is_file() for p in list_images(source.path)))
+        for source in data.sources
+    )
+    where = "config.objective.data.sources"
+    require(captioned, where, "images with captions (scenes, or a folder, shards or Parquet files with texts)", "none")
 
 
 def image_batches(
@@ -133,7 +162,9 @@ def image_batches(
         dataset, positions = Mixture(data, size, run.seed), Positions(run.batch_size, start, rank, world)
     else:
         sources = [SOURCES[source.kind](source) for source in data.sources]
-        dataset = AnySize(sources, data.buckets, data.workers, [source.weight for source in data.sources])
+        weights = [source.weight for source in data.sources]
+        augmentations = [source.augmentation for source in data.sources]
+        dataset = AnySize(sources, data.buckets, data.workers, weights, augmentations)
         first = start // (run.batch_size * world)
         positions = BucketBatches(dataset.sizes, run.batch_size, run.seed, first, rank, world)
     unread = dataset.skipped if isinstance(dataset, AnySize) and not start and not rank else []
@@ -145,8 +176,9 @@ def image_batches(
 @torch.no_grad()
 def show_reconstructions(tokenizer: Any, images: Tensor, path: Path) -> None:
     """Originals over reconstructions, as a PNG file."""
-    was_training = tokenizer.training
+    modes = [(module, module.training) for module in tokenizer.modules()]
     tokenizer.eval()
-    decoded = tokenizer.decode(tokenizer.encode(images)).float().clamp(-1, 1).cpu()
-    tokenizer.train(was_training)
-    save_picture(comparison_grid(images.cpu(), decoded), path)
+    decoded = tokenizer.decode(tokenizer.encode(images.to(tokenizer.device))).float().clamp(-1, 1).cpu()
+    for module, training in modes:  # a frozen part may be in evaluation mode on its own
+        module.training = training
+    save_picture(comparison_grid(images, decoded), path)

@@ -16,7 +16,7 @@ from torch import nn
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import Range
-from tokenizers_mm.data.sources import Batch, DataConfig, list_images
+from tokenizers_mm.data.sources import Batch, DataConfig
 from tokenizers_mm.eval.validation import held_out
 from tokenizers_mm.llm import Batch as Rows
 from tokenizers_mm.llm import FeatureProjector, ProjectorConfig
@@ -37,7 +37,7 @@ from ..optim import Learner, OptimizerConfig
 from ..step import weighted_sum
 from .base import Moment, Networks, Player, Stage, Terms
 from .guard import Guard, GuardConfig
-from .images import FIXED_DATA, TokenizerObjective, image_batches, image_size
+from .images import FIXED_DATA, TokenizerObjective, check_captions, image_batches, image_size
 from .language import LANGUAGE_MODEL, RecordConfig, record_batches
 from .terms import LossConfig, check_loss
 
@@ -114,7 +114,10 @@ class Joint(TokenizerObjective):
         require(len(config.stages) > 0, "config.objective.stages", "at least one stage", "none")
         for index, stage in enumerate(config.stages):
             _check_stage(stage, f"config.objective.stages[{index}]")
-        check_loss(config.loss, config.discriminator_optimizer is not None)
+        check_loss(config.loss, config.discriminator_optimizer is not None, run.batch_size)
+        bounded = bool(config.guard.inception) or config.guard.max_fid_ratio == GuardConfig.max_fid_ratio
+        require(bounded, "config.objective.guard.max_fid_ratio", "nothing where inception names no file",
+                config.guard.max_fid_ratio)  # fmt: skip
         require(config.data.buckets is None, "config.objective.data.buckets", "nothing (one image size)", "buckets")
 
     @classmethod
@@ -128,7 +131,7 @@ class Joint(TokenizerObjective):
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         super().__init__(run, accelerator)
         config, device = self.config, accelerator.device
-        _check_captions(config.data)
+        check_captions(config.data)
         self.tokenizer = tokenizer = load(config.tokenizer).to(device).train()
         size = image_size(tokenizer, config.data)
         assert size is not None
@@ -148,8 +151,9 @@ class Joint(TokenizerObjective):
         if not source:
             return FeatureProjector(ProjectorConfig(dims, width, self.config.activation))
         projector = FeatureProjector.load(source)
-        fitting = projector.config.dims == dims and projector.config.width == width
-        require(fitting, "config.objective.projector_from", f"one from {dims} to {width} channels", projector.config)
+        fitting = projector.config == ProjectorConfig(dims, width, self.config.activation)
+        require(fitting, "config.objective.projector_from",
+                f"one from {dims} to {width} channels with {self.config.activation}", projector.config)  # fmt: skip
         return projector
 
     def learning(self, stage: int) -> dict[str, OptimizerConfig]:
@@ -204,6 +208,7 @@ class Joint(TokenizerObjective):
         if isinstance(batch, Rows):
             return {"caption": caption_loss(self.model, self.projector, batch.to(device))}, {}
         x = batch.images.to(device)
+        self.keep_shown(x)
         output = self.tokenizer.reconstruct(x) if self.tunes(moment.stage) else None
         rows = caption_batch(
             self.processor, read_codes(self.tokenizer, x, output), self.size, batch.captions, self.config.prompt
@@ -270,13 +275,3 @@ def _check_stage(stage: StageConfig, where: str) -> None:
     if stage.stage == "chat":
         require("tokenizer" not in learning, where, "no optimizer for the tokenizer (stage: chat)", learning)
     require(not stage.records or stage.stage != "joint", f"{where}.records", "none in a joint stage", "some")
-
-
-def _check_captions(data: DataConfig) -> None:
-    captioned = any(
-        source.kind == "scenes"
-        or (source.kind == "folder" and any(p.with_suffix(".txt").is_file() for p in list_images(source.path)))
-        for source in data.sources
-    )
-    where = "config.objective.data.sources"
-    require(captioned, where, "images with captions (scenes, or a folder with texts)", "none")

@@ -93,6 +93,7 @@ class MARTraining(Objective):
     kind = "mar"
     Config = MARTrainingConfig
     AVERAGED = "generator"
+    SHOWS = True
     FIXED = (*FIXED_DATA, "model", "start_from", "captions", "autoencoder.steps", "autoencoder.kl16")
     config: MARTrainingConfig
 
@@ -123,7 +124,6 @@ class MARTraining(Objective):
         tokenizer = _tokenizer(self.config)
         self.model = Generator(tokenizer, _captions(self.config, tokenizer.feature_dim)).to(accelerator.device)
         self.networks: dict[str, nn.Module] = {"generator": self.model}
-        self._shown: Tensor | None = None
 
     def learns_latents(self, stage: int) -> bool:
         """True if a stage is MAR's own, with the autoencoder frozen."""
@@ -155,7 +155,7 @@ class MARTraining(Objective):
 
     def losses(self, player: str, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
         x, rows = batch.images.to(self.accelerator.device), moment.rows(len(batch.images))
-        self._shown = x[:8] if self._shown is None else self._shown
+        self.keep_shown(x)
         if player == "mar":
             return self._mar_terms(x, batch.captions, rows, moment), {}
         with torch.autocast(x.device.type, enabled=False):
@@ -202,19 +202,20 @@ class MARTraining(Objective):
         return self.learns_latents(stage)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"latent_scale": self.model.tokenizer.config.latent_scale}
+        return {"latent_scale": self.model.tokenizer.config.latent_scale, "shown": self.shown}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._set_scale(self.model, state["latent_scale"])
+        self.shown = state["shown"]
 
     def _set_scale(self, model: Generator, latent_scale: float) -> None:
         model.tokenizer.config = dataclasses.replace(model.tokenizer.config, latent_scale=latent_scale)
 
     def show(self, networks: Networks, path: Path) -> None:
         """Images through the autoencoder; drawing comes at the end."""
-        if self._shown is not None:
+        if self.shown is not None:
             self._set_scale(networks["generator"], self.model.tokenizer.config.latent_scale)
-            show_reconstructions(networks["generator"].tokenizer, self._shown, path)
+            show_reconstructions(networks["generator"].tokenizer, self.shown, path)
 
     def save(self, networks: Networks, folder: Path) -> None:
         """The tokenizer in our format, the captions' embedding beside it, and drawn scenes."""

@@ -87,10 +87,10 @@ class LossConfig:
         return self.weights.get(name, 0.0)
 
 
-def check_loss(loss: LossConfig, own_optimizer: bool) -> None:
+def check_loss(loss: LossConfig, own_optimizer: bool, batch_size: int) -> None:
     """Refuse a weight without a term, a term without a weight, and options of a term that is off.
 
-    own_optimizer: whether the discriminator has one.
+    own_optimizer: whether the discriminator has one. batch_size: samples that a contrast compares.
     """
     where = "config.objective.loss"
     require(not own_optimizer or bool(loss.weight("generator")), "config.objective.discriminator_optimizer",
@@ -111,6 +111,10 @@ def check_loss(loss: LossConfig, own_optimizer: bool) -> None:
             require(not idle, f"{where}.{key}", f"nothing where weights.{term} is 0", getattr(loss, key))
     require(loss.semantic == "contrastive" or loss.text_encoder == plain.text_encoder, f"{where}.text_encoder",
             "nothing where semantic is not contrastive", "some values")  # fmt: skip
+    alone = loss.semantic == "contrastive" and batch_size < 2
+    require(not alone, "config.batch_size", "at least 2 for semantic: contrastive", batch_size)
+    related = loss.weight("pixel") or loss.weight("perceptual") or not loss.adaptive
+    require(bool(related), f"{where}.adaptive", "false where weights of pixel and perceptual are 0", True)
     smooth = loss.discriminator.kind == "patchgan" or not loss.r1
     require(smooth, f"{where}.r1", "0 for a dino discriminator (attention has no second derivative)", loss.r1)
     require(any(loss.weights.values()), f"{where}.weights", "a weight above 0", "none")
