@@ -20,18 +20,19 @@ OBJECTIVES = {
 }
 """Module of `train.objectives` and class of every kind."""
 
+_WITHIN = [
+    "model", "data", "loss", "optimizer", "discriminator_optimizer", "noise", "scale_drop", "trainable", "tokenizer",
+    "language_model", "records", "fit", "mask_token", "learns", "lora_rank", "projector", "features", "pack",
+    "start_from", "captions", "autoencoder", "sampling", "posterior", "drop", "scenes",
+]  # fmt: skip
+
 MOVED = {
-    **{key: f"objective.{key}" for key in ("model", "data", "loss", "optimizer", "discriminator_optimizer", "noise")},
-    **{key: f"objective.{key}" for key in ("scale_drop", "trainable", "tokenizer", "language_model", "records", "fit")},
-    **{key: f"objective.{key}" for key in ("mask_token", "learns", "lora_rank", "projector", "features", "pack")},
-    **{key: f"objective.{key}" for key in ("start_from", "captions", "autoencoder", "sampling")},
-    **{key: f"objective.{key}" for key in ("posterior", "drop", "scenes")},
+    **{key: f"objective.{key}" for key in _WITHIN},
     "image_size": "objective.data.image_size",
     "upkeep": "objective.revival",
     "joint": "objective (kind: joint), key by key",
 }
 """Keys of older files and their places now."""
-
 
 RENAMED = {
     "objective.model.fresh": "objective.model.reinit",
@@ -90,24 +91,10 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
 
 
-HARMLESS = frozenset(
-    [
-        "out",
-        "trackers",
-        "log_every",
-        "sample_every",
-        "save_every",
-        "keep",
-        "async_save",
-        "resume",
-        "device",
-        "engine",
-        "compile",
-        "gradient_checkpointing",
-        "non_finite",
-        "objective.data.workers",
-    ]
-)
+HARMLESS = frozenset([
+    "out", "trackers", "log_every", "sample_every", "save_every", "keep", "async_save", "resume", "device", "engine",
+    "compile", "gradient_checkpointing", "non_finite", "objective.data.workers",
+])  # fmt: skip
 """Keys that change nothing that is learned."""
 
 

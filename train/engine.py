@@ -2,6 +2,10 @@
 
 Accelerate makes the process group, autocast and the gradient scaler. It has FSDP2 for accelerators alone and for one
 model with its optimizers at a time, so torch's own `fully_shard` and DDP are called here, on the same process group.
+
+In the order of a run: `state.build_state` recomputes and compiles; at the first step `State.module` shards (`shard`,
+and the moments and the average alike) and wraps (`average_gradients`); `step` holds gradients back between
+micro-batches; whoever measures, shows or saves reads `whole` tensors or `filled` copies.
 """
 
 import contextlib

@@ -13,6 +13,8 @@ from tokenizers_mm.config import Range
 
 from .engine import local, whole
 
+Beta = Annotated[float, Range(0, 1, high_open=True)]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -23,10 +25,7 @@ class OptimizerConfig:
     """
 
     lr: Annotated[float, Range(0)] = 1e-4
-    betas: tuple[
-        Annotated[float, Range(0, 1, high_open=True)],
-        Annotated[float, Range(0, 1, high_open=True)],
-    ] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Annotated[float, Range(0)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Range(0)] = 0

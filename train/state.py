@@ -197,18 +197,11 @@ class State:
         if self.config.non_finite == "skip":
             return
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        named = [
-            (f"{network}.{name}", p)
-            for network, module in self.objective.networks.items()
-            for name, p in module.named_parameters()
-        ]
-        bad = [f"weights of {name}" for name, p in named if not bool(torch.isfinite(local(p)).all())]
-        bad += [
-            f"gradients of {name}"
-            for name, p in named
-            if id(p) in mine and p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
-        ]
-        raise FloatingPointError(f"{bad[0] if bad else 'gradients'} are not finite at step {self.step}")
+        named = list(nn.ModuleDict(self.objective.networks).named_parameters())
+        tensors = [(f"weights of {name}", p) for name, p in named]
+        tensors += [(f"gradients of {name}", p.grad) for name, p in named if id(p) in mine and p.grad is not None]
+        bad = (name for name, tensor in tensors if not bool(torch.isfinite(local(tensor)).all()))
+        raise FloatingPointError(f"{next(bad, 'gradients')} are not finite at step {self.step}")
 
     def tensors(self) -> dict[str, Any]:
         """Everything with a state_dict, by name."""

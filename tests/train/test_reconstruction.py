@@ -154,7 +154,10 @@ NO_GAN |= {"objective.loss.discriminator": {}}
         ({WEIGHTS: {"pixel": 1.0, "semantic": 0.2, "generator": 0.1}}, "weights.codebook: expected a weight for each"),
         (FSQ, "weights.codebook: expected a term of this tokenflow model (its quantizers compute [])"),
         (MAR | {"objective.scale_drop": 0.0}, "expected a term of this mar model"),
-        ({"objective.trainable": ["nothing."]}, "trainable: expected prefixes of parameter names, got ['nothing.']"),
+        (
+            {"objective.trainable": ["nothing."]},
+            "trainable: expected prefixes of names of parameters that can learn, got ['nothing.']",
+        ),
         ({"objective.model.start_from": "nowhere"}, "source: expected a directory written by save"),
     ],
 )
@@ -343,7 +346,7 @@ def test_the_discriminator_is_seen_to_learn(gan: str, kind: str, tmp_path: Path)
     assert all(report["lecam"] >= 0 and report.get("r1", 1.0) > 0 for report in reports)
     assert all(not torch.equal(a, b) for a, b in zip(before, learning, strict=True))
     assert all(p.requires_grad for p in learning)
-    means = state.objective.state_dict()["terms"]
+    means = state.objective.state_dict()["adversary"]
     assert float(means["real"]) > float(means["fake"])  # real images got higher logits
 
 

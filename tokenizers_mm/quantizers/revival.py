@@ -25,11 +25,6 @@ class RevivalConfig:
     every: Annotated[int, Range(0)] = 0
     until: Annotated[float, Range(0, 1)] = 0.8
 
-    def check(self) -> None:
-        """Refuse an end of what does not begin."""
-        idle = not self.every and self.until != RevivalConfig.until
-        require(not idle, "until", "nothing where every is 0", self.until)
-
 
 MAX_COUNTED = 1 << 22
 """Limit of the codes whose use is counted. Larger codebooks are made of bits: nothing in them can be revived."""

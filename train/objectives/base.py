@@ -192,12 +192,19 @@ class Objective(ABC):
         """Everything with a state_dict that belongs in a checkpoint, by name, but for optimizers and the average."""
         return self.networks
 
-    def state_dict(self) -> dict[str, Any]:
-        """Further values that change, as numbers, texts and tensors."""
+    def changing(self) -> Mapping[str, Any]:
+        """What changes beside all that, by name; each has `state_dict` and `load_state_dict`."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+    def state_dict(self) -> dict[str, Any]:
+        """Further values that change, as numbers, texts and tensors."""
+        return {"shown": self.shown} | {name: part.state_dict() for name, part in self.changing().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self.shown = state["shown"]
+        for name, part in self.changing().items():
+            part.load_state_dict(state[name])
 
     def fixed_here(self) -> frozenset[str]:
         """Further keys of the whole configuration that must stay, given the rest of it."""

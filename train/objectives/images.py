@@ -1,6 +1,5 @@
 """Parts of objectives that train on images: their batches, and a tokenizer with its terms and its discriminator."""
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,48 +67,31 @@ class TokenizerObjective(Objective):
         network = self.networks.get("discriminator")
         return {} if network is None else {"discriminator": Learner(options, list(network.parameters()), begins)}
 
-    @abstractmethod
-    def main_player(self, moment: Moment) -> Player:
-        """The backward pass in which the tokenizer learns."""
-
-    @abstractmethod
-    def main_weights(self, moment: Moment) -> dict[str, float]:
-        """Weights of its terms."""
-
-    @abstractmethod
-    def main_losses(self, batch: Any, moment: Moment) -> tuple[Terms, Terms]:
-        """Its terms, and further values to report."""
-
     def players(self, moment: Moment) -> Sequence[Player]:
-        first = self.main_player(moment)
-        return (first, DISCRIMINATOR) if self.adversarial(moment) else (first,)
+        """The discriminator where it acts. The tokenizer, whose pass comes before, is the subclass's."""
+        return (DISCRIMINATOR,) if self.adversarial(moment) else ()
 
     def weights(self, player: str, moment: Moment) -> dict[str, float]:
-        if player != DISCRIMINATOR.name:
-            return self.main_weights(moment)
+        """Those of the discriminator's terms."""
         assert self.terms.adversary is not None
         return self.terms.adversary.weights()
 
     def losses(self, player: str, batch: Any, moment: Moment) -> tuple[Terms, Terms]:
-        if player != DISCRIMINATOR.name:
-            return self.main_losses(batch, moment)
+        """The discriminator's terms."""
         assert self.terms.adversary is not None
         return self.terms.adversary.terms(), {}
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        self.terms.after_step()
+        if self.terms.adversary is not None:
+            self.terms.adversary.after_step()
         return self.health.after_step(moment.step + 1, moment.progress, moment.once(3)), []
 
     def window(self) -> dict[str, float]:
         return self.health.window()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"health": self.health.state_dict(), "terms": self.terms.state_dict(), "shown": self.shown}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.health.load_state_dict(state["health"])
-        self.terms.load_state_dict(state["terms"])
-        self.shown = state["shown"]
+    def changing(self) -> dict[str, Any]:
+        adversary = self.terms.adversary
+        return {"health": self.health} | ({} if adversary is None else {"adversary": adversary})
 
     def show(self, networks: Networks, path: Path) -> None:
         if self.shown is not None:

@@ -202,11 +202,11 @@ class MARTraining(Objective):
         return self.learns_latents(stage)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"latent_scale": self.model.tokenizer.config.latent_scale, "shown": self.shown}
+        return super().state_dict() | {"latent_scale": self.model.tokenizer.config.latent_scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._set_scale(self.model, state["latent_scale"])
-        self.shown = state["shown"]
 
     def _set_scale(self, model: Generator, latent_scale: float) -> None:
         model.tokenizer.config = dataclasses.replace(model.tokenizer.config, latent_scale=latent_scale)
@@ -239,6 +239,9 @@ def _tokenizer(config: MARTrainingConfig) -> MAR:
     tokenizer = load(Path(config.start_from) / "tokenizer") if config.start_from else MAR.from_config(config.model)
     if not isinstance(tokenizer, MAR):
         fail(f"{where}.start_from", "a MAR tokenizer", tokenizer.family)
+    given = dataclasses.replace(config.model, latent_scale=tokenizer.config.latent_scale)
+    same = config.model == MARConfig() or given == tokenizer.config
+    require(same, f"{where}.model", f"nothing, or that of {config.start_from}", "another")
     if config.autoencoder.kl16:
         state = read_kl16(config.autoencoder.kl16).state_dict()
         try:

@@ -1,6 +1,6 @@
 """Training of an image tokenizer: reconstruct images; optionally semantics, quantizer terms and a discriminator."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -162,13 +162,18 @@ class Reconstruction(TokenizerObjective):
         begins = config.loss.gan_start if own else 0  # its own schedule begins with its first step
         return found | self.discriminator(own or config.optimizer, begins)
 
-    def main_player(self, moment: Moment) -> Player:
-        return Player("tokenizer", ("tokenizer", *self.terms.learning), ("tokenizer",))
+    def players(self, moment: Moment) -> Sequence[Player]:
+        tokenizer = Player("tokenizer", ("tokenizer", *self.terms.learning), ("tokenizer",))
+        return (tokenizer, *super().players(moment))
 
-    def main_weights(self, moment: Moment) -> dict[str, float]:
+    def weights(self, player: str, moment: Moment) -> dict[str, float]:
+        if player != "tokenizer":
+            return super().weights(player, moment)
         return self.terms.weights(self.adversarial(moment))
 
-    def main_losses(self, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
+    def losses(self, player: str, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
+        if player != "tokenizer":
+            return super().losses(player, batch, moment)
         x = batch.images.to(self.accelerator.device)
         self.keep_shown(x)
         output = self.tokenizer.reconstruct(x, self._disturbance(moment, len(x)))
@@ -218,9 +223,9 @@ def _check_watched(run: RunConfig, tokenizer: ImageTokenizer[Any]) -> None:
 
 
 def _freeze(tokenizer: nn.Module, trainable: tuple[str, ...]) -> None:
-    names = [name for name, _ in tokenizer.named_parameters()]
-    unknown = [prefix for prefix in trainable if not any(name.startswith(prefix) for name in names)]
-    require(not unknown, "config.objective.trainable", "prefixes of parameter names", unknown)
-    for name, parameter in tokenizer.named_parameters():
-        if trainable:
-            parameter.requires_grad_(name.startswith(trainable))
+    """Freeze all but some parameters. A frozen tower stays frozen, whatever names it."""
+    learning = {name: p for name, p in tokenizer.named_parameters() if p.requires_grad}
+    unknown = [prefix for prefix in trainable if not any(name.startswith(prefix) for name in learning)]
+    require(not unknown, "config.objective.trainable", "prefixes of names of parameters that can learn", unknown)
+    for name, parameter in learning.items():
+        parameter.requires_grad_(not trainable or name.startswith(trainable))

