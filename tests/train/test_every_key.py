@@ -3,9 +3,7 @@
 The keys of the tokenizers themselves (`objective.model.config`) are walked in tests/models.
 """
 
-import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from benchmarks.tiny import dualvitok_config
+from tests.keys import another, at, changed, dotted, fields
 from tests.train.kinds import make_place, plain
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.data.sources import DataConfig, SourceConfig
@@ -36,20 +35,36 @@ ELSEWHERE = {
 """Keys that change neither what is learned nor which files there are, or that need a network; see other tests."""
 
 
-def debug(place: Path) -> tuple[str, dict[str, Any]]:
-    """A tokenizer with everything on, and all that every run has."""
+def running(place: Path) -> tuple[str, dict[str, Any]]:
+    """The smallest tokenizer, and all that every run has."""
     sources = [
-        {"kind": "photographs", "zoom": [0.5, 1.5], "colour": 0.2, "channels": 0.5, "turns": True, "weight": 1.0},
+        {"kind": "photographs", "zoom": [0.5, 1.5], "colour": 0.2, "channels": 1.0, "turns": True, "weight": 1.0},
         {"kind": "folder", "path": str(place), "weight": 1.0},
-        {"kind": "scenes", "weight": 1.0},
     ]
+    part = {"channels": 8, "multipliers": [1], "num_blocks": 1, "attention_levels": [], "middle": False,
+            "num_groups": 4}  # fmt: skip
+    model = {
+        "encoder": {"out_channels": 8, "stem_patch": 4, **part},
+        "quantizer": {"kind": "vq", "codebook_size": 32, "dim": 4},
+        "decoder": {"in_channels": 8, "head_patch": 4, **part},
+    }
     return "reconstruction", {
-        "steps": 4, "batch_size": 4, "ema": 0.9, "save_every": 1, "keep": 2, "sample_every": 2, "validate_every": 2,
-        "best": "psnr", "objective.validation": {"images": 2}, "objective.loss.gan_start": 1,
-        "objective.loss.lecam": 0.1, "objective.loss.r1": 0.1,
-        "objective.revival": {"every": 2, "until": 0.9}, "objective.optimizer.schedule": "cosine",
-        "objective.optimizer.warmup": 3, "objective.loss.text_encoder.hard_negatives": 1, "objective.data.workers": 0,
-        "objective.loss.text_encoder.swaps": [["red", "blue", "green", "yellow"]], "objective.data.sources": sources,
+        "steps": 4, "batch_size": 2, "ema": 0.9, "log_every": 2, "save_every": 1, "keep": 2, "sample_every": 2,
+        "validate_every": 2, "best": "psnr", "objective.validation": {"images": 2},
+        "objective.model": {"family": "vqgan", "config": model},
+        "objective.data": {"sources": sources, "image_size": [16, 16]},
+        "objective.optimizer": {"lr": 0.003, "schedule": "cosine", "warmup": 3, "clip": 0.1, "weight_decay": 0.1},
+        "objective.loss": {}, "objective.revival": {"every": 2, "until": 0.9}, "objective.scale_drop": 0.0,
+    }  # fmt: skip
+
+
+def debug(place: Path) -> tuple[str, dict[str, Any]]:
+    """A tokenizer with a discriminator and captions."""
+    return "reconstruction", {
+        "steps": 2, "batch_size": 4, "save_every": 0, "ema": 0.0, "objective.loss.gan_start": 1,
+        "objective.loss.lecam": 0.1, "objective.loss.r1": 0.1, "objective.loss.text_encoder.hard_negatives": 1,
+        "objective.loss.text_encoder.swaps": [["red", "blue", "green", "yellow"]], "objective.revival": {},
+        "objective.data.sources": [{"kind": "scenes"}], "objective.model.config.semantic_encoder.options.depth": 1,
     }  # fmt: skip
 
 
@@ -58,8 +73,8 @@ def buckets(place: Path) -> tuple[str, dict[str, Any]]:
     return "reconstruction", {
         "steps": 2, "batch_size": 2, "save_every": 0, "ema": 0.0,
         "objective.data": {
-            "sources": [{"kind": "scenes"}, {"kind": "photographs", "colour": 0.2}],
-            "buckets": {"min_pixels": 1024, "max_pixels": 4096, "cell": 16, "step": 32},
+            "sources": [{"kind": "folder", "path": str(place)}, {"kind": "photographs", "colour": 0.2}],
+            "buckets": {"min_pixels": 1024, "max_pixels": 4096, "cell": 16, "step": 64},
         },
         "objective.model": {"family": "dualvitok", "config": to_mapping(dualvitok_config())},
         "objective.noise": {"sample_rate": 0.5, "position_rate": 0.5}, "objective.scale_drop": 0.0,
@@ -87,7 +102,8 @@ def teacher(place: Path) -> tuple[str, dict[str, Any]]:
 def mar(place: Path) -> tuple[str, dict[str, Any]]:
     """Both stages of MAR, and a drawing at the end."""
     return "mar", {
-        "steps": 3, "save_every": 0, "objective.autoencoder.steps": 2, "objective.scenes": 1,
+        "steps": 5, "save_every": 0, "ema": 0.0, "objective.autoencoder.steps": 2, "objective.scenes": 1,
+        "objective.optimizer": {"lr": 0.02, "clip": 100.0},
         "objective.sampling": {"steps": 2, "diffusion": "4", "guidance": 2.0, "guidance_schedule": "constant"},
     }  # fmt: skip
 
@@ -122,11 +138,13 @@ OTHER: dict[str, Any] = {
     "data.image_size": [40, 40],
     "data.buckets": {},
     "buckets.max_pixels": 2048,
-    "buckets.cell": 32,
+    "buckets.min_pixels": 4096,
+    "buckets.cell": 64,
+    "buckets.step": 32,
     "loss.weights": {"pixel": 1.0},
     "loss.teacher": SMALL_TOWER,
     "loss.pixel": "l1",
-    "loss.semantic": "none",
+    "loss.semantic": "teacher",
     "loss.gan": "non_saturating",
     "loss.lpips_weights": "nowhere",
     "loss.discriminator": {"kind": "dino"},
@@ -135,8 +153,7 @@ OTHER: dict[str, Any] = {
     "discriminator.options": {**TOWER, "num_heads": 4},
     "discriminator.blocks": [1],
     "discriminator.kernel": 11,
-    "discriminator.name": "vit_small_patch16_224",
-    "name": "vit_small_patch16_224",
+    "name": "nothing",
     "mean": [0.1, 0.2, 0.3],
     "std": [0.1, 0.2, 0.3],
     "teacher.options": {**TOWER, "num_heads": 4},
@@ -160,9 +177,11 @@ OTHER: dict[str, Any] = {
     "validation.folder": "nowhere",
     "validation.lpips_weights": "nowhere",
     "precision": "bf16",
-    "best": "usage",
+    "best": "",
     "objective.start_from": "nowhere",
     "autoencoder.kl16": "nowhere",
+    "captions.max_words": 1,
+    "objective.drop": 1.0,
     "sampling.diffusion": "3",
     "sampling.guidance_schedule": "linear",
     "objective.tokenizer": "nowhere",
@@ -172,6 +191,9 @@ OTHER: dict[str, Any] = {
     "language_model.config": {"n_embd": 64, "n_layer": 1, "n_head": 2},
     "language_model.sizes": [[16, 16]],
     "records.path": "nowhere",
+    "objective.records": [],
+    "stages.records": [{"path": "nowhere"}],
+    "objective.stages": [],
     "objective.method": "masked_diffusion",
     "objective.mask_token": "<mask>",
     "objective.learns": "lora",
@@ -191,40 +213,6 @@ OTHER: dict[str, Any] = {
     "guard.max_psnr_drop": 0.0001,
 }
 """Other values, by the end of a key, where a little more will not do."""
-
-
-def another(key: str, value: Any) -> Any:
-    for end in sorted(OTHER, key=len, reverse=True):
-        if f".{key}".endswith(f".{end}"):
-            return OTHER[end]
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + 1
-    if isinstance(value, float):
-        return value * 0.5 if value else 0.5
-    raise AssertionError(f"{key}: another value than {value}")
-
-
-def fields(config: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, str]]:
-    """Paths of all keys of a configuration with values of their own, with the class and the name of each."""
-    for field in dataclasses.fields(config):
-        value, here = getattr(config, field.name), (*path, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from fields(value, here)
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for index, item in enumerate(value):
-                yield from fields(item, (*here, index))
-        if not dataclasses.is_dataclass(value) or field.name in OTHER:
-            yield here, type(config), field.name
-
-
-def changed(data: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy with the value at a path replaced."""
-    first, *rest = path
-    copy = dict(data) if isinstance(data, dict) else list(data)
-    copy[first] = changed(copy[first], tuple(rest), value) if rest else value
-    return copy
 
 
 def outcome(data: dict[str, Any], out: Path) -> Any:
@@ -253,7 +241,9 @@ def place(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("place"))
 
 
-@pytest.mark.parametrize("base", [debug, buckets, teacher, mar, language, joint], ids=lambda base: base.__name__)
+@pytest.mark.parametrize(
+    "base", [running, debug, buckets, teacher, mar, language, joint], ids=lambda base: base.__name__
+)
 def test_another_value_is_another_run_or_an_error(base: Any, place: Path, tmp_path: Path) -> None:
     kind, edits = base(place)
     config = parse_config(plain(kind, place, tmp_path, edits))
@@ -262,16 +252,13 @@ def test_another_value_is_another_run_or_an_error(base: Any, place: Path, tmp_pa
     assert isinstance(expected, tuple), expected
     silent = []
     for path, schema, name in fields(config):
-        key = ".".join(part for part in path if isinstance(part, str))
+        key = dotted(path)
         of_model = "model.config" in key or ("objective.model" in key and kind == "mar")
         fixed = name == "kind" and schema is not SourceConfig
         if of_model or fixed or (schema, name) in WALKED | ELSEWHERE:
             continue
         WALKED.add((schema, name))
-        value: Any = data
-        for part in path:
-            value = value[part]
-        found = outcome(changed(data, path, another(key, value)), tmp_path)
+        found = outcome(changed(data, path, another(path, schema, at(data, path), OTHER)), tmp_path)
         if found == expected:
             silent.append(key)
         if isinstance(found, str) and ": expected " not in found and "unknown key" not in found:

@@ -214,7 +214,3 @@ class Objective(ABC):
     def stopped(self) -> bool:
         """True if the objective ended the run before its last step."""
         return False
-
-    def rank(self) -> tuple[int, int]:
-        """Rank of this process and number of processes."""
-        return self.accelerator.process_index, self.accelerator.num_processes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._ranks import rank_and_world
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, list_images, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
@@ -137,7 +138,7 @@ def image_batches(
 
     The first one of a run with buckets also reports the images whose header could not be read.
     """
-    run, (rank, world) = objective.run, objective.rank()
+    run, (rank, world) = objective.run, rank_and_world()
     size = image_size(tokenizer, data)
     if data.buckets is None:
         assert size is not None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm import load
 from tokenizers_mm._check import require
+from tokenizers_mm._ranks import rank_and_world
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Positions
 from tokenizers_mm.llm import (
@@ -223,7 +224,7 @@ def record_batches(
     causal: bool = True,
 ) -> Iterator[Batch]:
     """Micro-batches of this process from row `start` of the mixture on, without end; a row's position decides it."""
-    run, (rank, world) = objective.run, objective.rank()
+    run, (rank, world) = objective.run, rank_and_world()
     sources = [(Records(source.path, processor.tokenizer, source.outside), source.weight) for source in records]
     mixture = RecordMixture(sources, run.seed)
     for positions in Positions(run.batch_size, start, rank, world):

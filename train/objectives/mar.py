@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import write_json
-from tokenizers_mm._ranks import sum_over_ranks
+from tokenizers_mm._ranks import rank_and_world, sum_over_ranks
 from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig
@@ -188,7 +188,7 @@ class MARTraining(Objective):
             return []
         sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         batches = itertools.islice(self.batches(stage, start), self.run.accumulate)
-        rank, world = self.rank()
+        rank, world = rank_and_world()
         for index, batch in enumerate(batches):
             posterior = networks["generator"].tokenizer.autoencoder.posterior(batch.images.to(sums.device))
             moment = Moment(self.run.seed, stage, 0, row=(index * world + rank) * self.run.batch_size)
