@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tokenizers_mm._files import atomic_path, file_place
+from tokenizers_mm.cli.progress import duration
 
 from .distributed import count_over_ranks
 from .signs import Signs
@@ -49,18 +50,6 @@ class Pace:
             return limit
         left = (steps - last) * (now - begun) / (last - first)
         return left if limit is None else max(0.0, min(left, limit))
-
-
-def brief(seconds: float | None) -> str:
-    """Seconds as `1 d 2 h`, `1 h 20 min`, `3 min` or `20 s`; `?` for None."""
-    if seconds is None:
-        return "?"
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24} h"
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 class Log:
@@ -116,7 +105,8 @@ class Log:
         line |= values
         self._append(line)
         limit = state.config.max_seconds - state.stage_seconds if state.timed else None
-        shown = {"left": brief(self._pace.left(state.steps, limit))}
+        left = self._pace.left(state.steps, limit)
+        shown = {} if left is None else {"left": duration(left)}
         shown |= {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)

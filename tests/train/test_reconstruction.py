@@ -181,7 +181,7 @@ NO_GAN |= {"objective.loss.discriminator": {}}
         ),
         ({"objective.trainable": ["pixel"]}, "revival.every: expected 0 where the codes of shared are not trainable"),
         (DUALVITOK | TURNED, "data.sources.turns: expected false for images that are not square"),
-        (DUALVITOK | STORED, "data.sources.weight: expected one weight of all stored sources"),
+        (DUALVITOK | STORED, "data.sources: expected one weight of all stored sources, with buckets"),
         (
             {"objective.trainable": ["nothing."]},
             "trainable: expected prefixes of names of parameters that can learn, got ['nothing.']",

@@ -109,6 +109,22 @@ class DataConfig:
     image_size: tuple[Annotated[int, Range(1)], Annotated[int, Range(1)]] | None = None
     buckets: BucketConfig | None = None
 
+    def check(self) -> None:
+        """Refuse different weights of stored sources with buckets, which show each of their images once in a pass."""
+        stored = {source.weight for source in self.sources if BUILT_IN.get(source.kind, ((), ()))[0]}
+        even = self.buckets is None or len(stored) < 2
+        require(even, "sources", "one weight of all stored sources, with buckets", sorted(stored))
+
+    def require_captions(self, where: str) -> None:
+        """Refuse a mixture in which no image has a caption; shards and Parquet files are not looked into."""
+        captioned = any(
+            source.kind not in ("photographs", "text", "folder")
+            or (source.kind == "folder" and any(p.with_suffix(".txt").is_file() for p in list_images(source.path)))
+            for source in self.sources
+        )
+        expected = "images with captions (scenes, or a folder, shards or Parquet files with texts)"
+        require(captioned, f"{where}.sources", expected, "none")
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._ranks import rank_and_world
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
-from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, list_images, make_loader
+from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
 from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
@@ -45,7 +45,7 @@ class TokenizerObjective(Objective):
         """
         loss = self.config.loss
         if loss.semantic == "contrastive":
-            check_captions(self.config.data)
+            self.config.data.require_captions("config.objective.data")
         self.terms = ImageTerms(loss, self.tokenizer, size)
         related = not loss.adaptive or self.tokenizer.last_layer.requires_grad
         require(related, "config.objective.loss.adaptive", "false where the decoder's last layer is frozen", True)
@@ -113,22 +113,7 @@ def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, i
     require(square or not turned, f"{where}.sources.turns", "false for images that are not square", True)
     if data.buckets is not None:
         require(size is None, f"{where}.buckets", "a tokenizer of any size and no image_size", size)
-        stored = {s.weight for s in data.sources if s.kind not in ("photographs", "scenes", "text")}
-        require(len(stored) < 2, f"{where}.sources.weight",
-                "one weight of all stored sources (each of their images is in a pass once, with buckets)",
-                sorted(stored))  # fmt: skip
     return size
-
-
-def check_captions(data: DataConfig) -> None:
-    """Refuse a mixture without any captions."""
-    captioned = any(
-        source.kind not in ("photographs", "text", "folder")
-        or (source.kind == "folder" and any(p.with_suffix(".txt").is_file() for p in list_images(source.path)))
-        for source in data.sources
-    )
-    where = "config.objective.data.sources"
-    require(captioned, where, "images with captions (scenes, or a folder, shards or Parquet files with texts)", "none")
 
 
 def image_batches(

@@ -37,7 +37,7 @@ from ..optim import Learner, OptimizerConfig
 from ..step import weighted_sum
 from .base import Moment, Networks, Player, Stage, Terms
 from .guard import Guard, GuardConfig
-from .images import FIXED_DATA, TokenizerObjective, check_captions, image_batches, image_size
+from .images import FIXED_DATA, TokenizerObjective, image_batches, image_size
 from .language import LANGUAGE_MODEL, RecordConfig, record_batches
 from .terms import LossConfig, check_loss
 
@@ -131,7 +131,7 @@ class Joint(TokenizerObjective):
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         super().__init__(run, accelerator)
         config, device = self.config, accelerator.device
-        check_captions(config.data)
+        config.data.require_captions("config.objective.data")
         self.tokenizer = tokenizer = load(config.tokenizer).to(device).train()
         size = image_size(tokenizer, config.data)
         assert size is not None
