@@ -1,7 +1,7 @@
 """Nothing in a configuration is silent: another value of any key is another run, or one sentence before its first step.
 
-The keys of the tokenizers themselves (`objective.model.config`) are not walked here. The bases that take longest are part
-of the whole suite alone (marker `full`).
+The keys of the tokenizers themselves (`objective.model.config`) are not walked here. The bases that take longest are
+part of the whole suite alone (marker `full`).
 """
 
 import json
