@@ -17,14 +17,29 @@ from benchmarks.tiny import dualvitok_config
 from tests.keys import another, at, changed, dotted, fields
 from tests.train.kinds import make_place, plain
 from tokenizers_mm.config import to_mapping
+from tokenizers_mm.data.buckets import BucketConfig
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.sources import DataConfig, SourceConfig
-from tokenizers_mm.losses.discriminators import DINOConfig
-from train.config import RunConfig, parse_config
+from tokenizers_mm.encoders.captions import CaptionEmbeddingConfig
+from tokenizers_mm.eval.validation import ValidationConfig
+from tokenizers_mm.llm.building import LanguageModelConfig
+from tokenizers_mm.losses.captions import CaptionConfig
+from tokenizers_mm.losses.discriminators import DINOConfig, PatchGANConfig
+from tokenizers_mm.models.mar import MARConfig
+from tokenizers_mm.models.mar_sampling import SamplingConfig
+from tokenizers_mm.models.starting import ModelConfig
+from tokenizers_mm.models.warm_start import WarmStartConfig
+from tokenizers_mm.quantizers.revival import RevivalConfig
+from train.config import OBJECTIVES, RunConfig, objective_class, parse_config
 from train.log import read_log
 from train.loop import run
-from train.objectives.language import RecordConfig
-from train.objectives.terms import TeacherConfig
+from train.objectives.guard import GuardConfig
+from train.objectives.joint import JointConfig, StageConfig
+from train.objectives.language import LanguageConfig, RecordConfig
+from train.objectives.mar import AutoencoderStage, MARTrainingConfig
+from train.objectives.reconstruction import NoiseConfig, ReconstructionConfig
+from train.objectives.terms import LossConfig, TeacherConfig
+from train.optim import OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOWER = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -68,7 +83,8 @@ def debug(place: Path) -> tuple[str, dict[str, Any]]:
         "steps": 2, "batch_size": 4, "save_every": 0, "ema": 0.0, "objective.loss.gan_start": 1,
         "objective.loss.lecam": 0.1, "objective.loss.r1": 0.1, "objective.loss.text_encoder.hard_negatives": 1,
         "objective.loss.text_encoder.swaps": [["red", "blue", "green", "yellow"]], "objective.revival": {},
-        "objective.data.sources": [{"kind": "scenes"}], "objective.model.config.semantic_encoder.options.depth": 1,
+        "objective.scale_drop": 1.0, "objective.data.sources": [{"kind": "scenes"}],
+        "objective.model.config.semantic_encoder.options.depth": 1,
     }  # fmt: skip
 
 
@@ -152,7 +168,7 @@ OTHER: dict[str, Any] = {
     "buckets.step": 32,
     "loss.weights": {"pixel": 1.0},
     "loss.teacher": SMALL_TOWER,
-    "loss.pixel": "l1",
+    "loss.pixel": "l2",
     "loss.semantic": "teacher",
     "loss.gan": "non_saturating",
     "loss.lpips_weights": "nowhere",
@@ -176,7 +192,7 @@ OTHER: dict[str, Any] = {
     "optimizer.weight_decay": 0.5,
     "reconstruction.optimizer": {"lr": 0.01},
     "discriminator_optimizer": {"lr": 0.5},
-    "scale_drop": 0.9,
+    "scale_drop": 0.0,
     "warm_start": {},
     "revival.until": 0.1,
     "objective.revival": {"every": 1},
@@ -239,7 +255,18 @@ def outcome(data: dict[str, Any], out: Path) -> Any:
     return log, files
 
 
-WALKED: set[tuple[type, str]] = set()
+WALKS: dict[Any, tuple[type, ...]] = {
+    running: (RunConfig, ValidationConfig, OptimizerConfig, DataConfig, SourceConfig, RevivalConfig, ModelConfig),
+    debug: (ReconstructionConfig, LossConfig, CaptionConfig, PatchGANConfig),
+    teacher: (TeacherConfig, WarmStartConfig),
+    language: (LanguageConfig, LanguageModelConfig, RecordConfig),
+    buckets: (BucketConfig, NoiseConfig, DINOConfig),
+    mar: (MARTrainingConfig, AutoencoderStage, SamplingConfig, CaptionEmbeddingConfig),
+    joint: (JointConfig, StageConfig, GuardConfig),
+}
+"""Classes whose keys are changed in each base."""
+
+BASES = [pytest.param(base, marks=pytest.mark.full) if base in (buckets, mar, joint) else base for base in WALKS]
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +274,16 @@ def place(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("place"))
 
 
-QUICK, THOROUGH = [running, debug, teacher, language], [buckets, mar, joint]
-BASES = [*QUICK, *(pytest.param(base, marks=pytest.mark.full) for base in THOROUGH)]
+def test_every_class_of_a_configuration_is_walked(place: Path, tmp_path: Path) -> None:
+    """The classes of tokenizers are in `tokenizers_mm.models` and below."""
+    walked = {schema for schemas in WALKS.values() for schema in schemas}
+    found = set()
+    for base in WALKS:
+        kind, edits = base(place)
+        found |= {schema for _, schema, _ in fields(parse_config(plain(kind, place, tmp_path, edits)))}
+    tokenizers = {schema for _, schema, _ in fields(MARConfig())}
+    assert found - tokenizers <= walked
+    assert {objective_class(kind).Config for kind in OBJECTIVES} <= walked
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
@@ -259,13 +294,12 @@ def test_another_value_is_another_run_or_an_error(base: Any, place: Path, tmp_pa
     expected = outcome(data, tmp_path)
     assert isinstance(expected, tuple), expected
     silent = []
+    seen = ELSEWHERE | {(ModelConfig, "config")}
     for path, schema, name in fields(config):
-        key = dotted(path)
-        of_model = "model.config" in key or ("objective.model" in key and kind == "mar")
-        fixed = name == "kind" and schema is not SourceConfig
-        if of_model or fixed or (schema, name) in WALKED | ELSEWHERE:
+        key, fixed = dotted(path), name == "kind" and schema is not SourceConfig
+        if schema not in WALKS[base] or fixed or (schema, name) in seen:
             continue
-        WALKED.add((schema, name))
+        seen = seen | {(schema, name)}
         found = outcome(changed(data, path, another(path, schema, at(data, path), OTHER)), tmp_path)
         if found == expected:
             silent.append(key)
