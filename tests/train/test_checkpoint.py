@@ -278,11 +278,13 @@ def test_a_line_of_the_log_and_a_grid_of_images_span_a_restart(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Means over steps before and after a checkpoint, and the same images in all grids, bit for bit."""
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    make_scene(0).render(40).save(tmp_path / "good.png")
-    (tmp_path / "good.txt").write_text("a circle")
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "broken.png").write_bytes(b"no image")
+    make_scene(0).render(40).save(images / "good.png")
+    (images / "good.txt").write_text("a circle")
     edits = {"steps": 6, "save_every": 3, "log_every": 5, "sample_every": 2}
-    edits |= {"objective.data.sources": [{"kind": "folder", "path": str(tmp_path)}, {"kind": "scenes"}]}
+    edits |= {"objective.data.sources": [{"kind": "folder", "path": str(images)}, {"kind": "scenes"}]}
     run(config(place, tmp_path / "whole", edits))
     step = train.loop.train_step
 
