@@ -148,7 +148,7 @@ def joint(place: Path) -> tuple[str, dict[str, Any]]:
             {"stage": "joint", "steps": 2, "tokenizer": {"lr": 0.5}, "projector": {}, "language_model": {}},
             {**chat, "records": [{"path": str(place / "records.jsonl")}]},
         ],
-        "objective.guard": {"every": 1, "pictures": 2, "max_psnr_drop": 0.0001, "action": "freeze"},
+        "objective.guard": {"every": 2, "pictures": 2, "max_psnr_drop": 0.0001, "action": "freeze"},
     }  # fmt: skip
 
 
@@ -232,6 +232,7 @@ OTHER: dict[str, Any] = {
     "objective.projector_from": "nowhere",
     "guard.folder": "nowhere",
     "guard.inception": "nowhere",
+    "guard.every": 1,
     "guard.max_psnr_drop": 90.0,
 }
 """Other values, by the end of a key, where a little more will not do."""
