@@ -281,8 +281,9 @@ def test_a_line_of_the_log_and_a_grid_of_images_span_a_restart(
     images = tmp_path / "images"
     images.mkdir()
     (images / "broken.png").write_bytes(b"no image")
-    make_scene(0).render(40).save(images / "good.png")
-    (images / "good.txt").write_text("a circle")
+    for index in range(4):
+        make_scene(index).render(40).save(images / f"{index}.png")
+        (images / f"{index}.txt").write_text("a circle")
     edits = {"steps": 6, "save_every": 3, "log_every": 5, "sample_every": 2}
     edits |= {"objective.data.sources": [{"kind": "folder", "path": str(images)}, {"kind": "scenes"}]}
     run(config(place, tmp_path / "whole", edits))
