@@ -4,7 +4,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
@@ -90,6 +90,31 @@ def keys_of(schema: Any, depth: int = 0) -> Iterator[Key]:
         yield Key(field.name, kind_of(hints[field.name]), _default(field), meaning, depth)
         for other in inside:
             yield from keys_of(other, depth + 1)
+
+
+def as_text(sections: Iterable[tuple[str, type]]) -> str:
+    """Titles and the keys of their dataclasses as plain text, for a terminal."""
+    parts = []
+    for title, schema in sections:
+        lines = [title, "=" * len(title)]
+        for key in keys_of(schema):
+            indent = "  " * key.depth
+            lines.append(f"{indent}{key.name}: {key.kind} [{key.default}]")
+            lines += [f"{indent}    {key.meaning}"] if key.meaning else []
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def as_markdown(sections: Iterable[tuple[str, type]]) -> str:
+    """Titles and the keys of their dataclasses as headings and tables."""
+    parts = []
+    for title, schema in sections:
+        parts += [f"## {title}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in keys_of(schema):
+            cells = [f"`{'. ' * key.depth}{key.name}`", key.kind, f"`{key.default}`", key.meaning]
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
 
 
 def meanings_of(schema: Any) -> dict[str, str]:

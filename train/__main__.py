@@ -121,7 +121,7 @@ def _keep_existing(config: RunConfig, overwrite: bool) -> None:
     there = bool(found) or (Path(config.out) / "log.jsonl").is_file()
     if overwrite:
         with one_writer(config.out, "config.out"):
-            for name in ("checkpoints", "samples", "tensorboard", "best"):
+            for name in ("checkpoints", "samples", "trackers", "best"):
                 shutil.rmtree(Path(config.out) / name, ignore_errors=True)
             (Path(config.out) / "log.jsonl").unlink(missing_ok=True)
     elif there and config.resume == "never":

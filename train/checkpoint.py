@@ -5,8 +5,6 @@ config.json and sha256.json. Tensors are whole whatever the engine, so any numbe
 torch.distributed.checkpoint is not used: the metadata that it reads first is a pickle.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import re
@@ -20,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenizers_mm._check import expecting, fail
+from tokenizers_mm.checkpoints.upstream import sha256
 from tokenizers_mm.config import read_json, to_mapping
 from tokenizers_mm.models.loading import read_safetensors
 from tokenizers_mm.models.saving import save_tensors
@@ -59,13 +58,6 @@ class Checkpoints:
     def close(self) -> None:
         """Wait, without an error of its own, and end the thread."""
         self._thread.shutdown()
-
-
-def save_checkpoint(state: State) -> None:
-    """Save the checkpoint of a step, and wait until it is written."""
-    with contextlib.closing(Checkpoints()) as checkpoints:
-        checkpoints.save(state)
-        checkpoints.finish()
 
 
 def _gather(state: State) -> tuple[Any, dict[str, Tensor]]:
@@ -148,7 +140,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             fail(str(path), "a whole checkpoint", "no such file")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             fail(str(path), "a whole checkpoint", "contents of another hash")
     # The parameters of a large model exceed the limits of `read_json`.
     with expecting(str(folder / STATE), "the state of a run", RecursionError):
@@ -159,7 +151,7 @@ def _write(folder: Path, config: RunConfig, skeleton: Any, tensors: dict[str, Te
     save_tensors(_apart(tensors), folder / TENSORS)
     (folder / STATE).write_text(json.dumps(skeleton), encoding="utf-8")
     (folder / CONFIG).write_text(json.dumps(to_mapping(config), indent=2), encoding="utf-8")
-    hashes = {name: _sha256(folder / name) for name in (TENSORS, STATE, CONFIG)}
+    hashes = {name: sha256(folder / name) for name in (TENSORS, STATE, CONFIG)}
     (folder / HASHES).write_text(json.dumps(hashes), encoding="utf-8")
     for path in folder.iterdir():
         with open(path, "rb") as stream:
@@ -200,14 +192,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return found
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _differences(before: Any, now: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

@@ -20,18 +20,19 @@ OBJECTIVES = {
 }
 """Module of `train.objectives` and class of every kind."""
 
+_WITHIN = [
+    "model", "data", "loss", "optimizer", "discriminator_optimizer", "noise", "scale_drop", "trainable", "tokenizer",
+    "language_model", "records", "fit", "mask_token", "learns", "lora_rank", "projector", "features", "pack",
+    "start_from", "captions", "autoencoder", "sampling", "posterior", "drop", "scenes",
+]  # fmt: skip
+
 MOVED = {
-    **{key: f"objective.{key}" for key in ("model", "data", "loss", "optimizer", "discriminator_optimizer", "noise")},
-    **{key: f"objective.{key}" for key in ("scale_drop", "trainable", "tokenizer", "language_model", "records", "fit")},
-    **{key: f"objective.{key}" for key in ("mask_token", "learns", "lora_rank", "projector", "features", "pack")},
-    **{key: f"objective.{key}" for key in ("start_from", "captions", "autoencoder", "sampling")},
-    **{key: f"objective.{key}" for key in ("posterior", "drop", "scenes")},
+    **{key: f"objective.{key}" for key in _WITHIN},
     "image_size": "objective.data.image_size",
     "upkeep": "objective.revival",
     "joint": "objective (kind: joint), key by key",
 }
 """Keys of older files and their places now."""
-
 
 RENAMED = {
     "objective.model.fresh": "objective.model.reinit",
@@ -56,7 +57,8 @@ class RunConfig:
     compile: backend of torch.compile for encoders, decoders and language models, "" for none.
     gradient_checkpointing: compute the activations of blocks again in the backward pass instead of keeping them.
     ema: decay of the moving average of weights that is saved, 0 for none. non_finite: "stop" ends the run at a gradient
-    that is not finite, "skip" leaves the step out.
+    that is not finite, "skip" leaves the step out; fp16's scaler leaves such steps out, and "stop" ends the run when a
+    scale below 1 did not help.
     trackers: accelerate's trackers beside log.jsonl: "tensorboard", "wandb", "trackio".
     log_every, sample_every, validate_every, save_every: in steps, 0 for never (but for the first). keep: number of
     checkpoints. async_save: write them while training goes on, from a copy in memory. best: the measurement of the
@@ -89,24 +91,10 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
 
 
-HARMLESS = frozenset(
-    [
-        "out",
-        "trackers",
-        "log_every",
-        "sample_every",
-        "save_every",
-        "keep",
-        "async_save",
-        "resume",
-        "device",
-        "engine",
-        "compile",
-        "gradient_checkpointing",
-        "non_finite",
-        "objective.data.workers",
-    ]
-)
+HARMLESS = frozenset([
+    "out", "trackers", "log_every", "sample_every", "save_every", "keep", "async_save", "resume", "device", "engine",
+    "compile", "gradient_checkpointing", "non_finite", "objective.data.workers",
+])  # fmt: skip
 """Keys that change nothing that is learned."""
 
 
@@ -149,6 +137,7 @@ def parse_config(data: dict[str, Any]) -> RunConfig:
     require(not config.validate_every or measured, "config.validate_every", f"0 (kind: {kind.kind})", "a number")
     known = config.best in kind.MEASURES and config.validate_every > 0
     require(not config.best or known, "config.best", f"one of {list(kind.MEASURES)}, with validate_every", config.best)
+    require(not config.sample_every or kind.SHOWS, "config.sample_every", f"0 (kind: {kind.kind})", "a number")
     require(not config.ema or bool(kind.AVERAGED), "config.ema", f"0 (kind: {config.objective.kind})", config.ema)
     scaled = config.engine == "fsdp" and config.precision == "fp16"
     require(not scaled, "config.precision", "fp32 or bf16 for engine: fsdp", config.precision)

@@ -32,6 +32,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(config.out, str(Path(config.out) / "trackers")),
     )
+    missing = sorted(set(config.trackers) - {str(tracker) for tracker in accelerator.log_with})
+    require(not missing, "config.trackers", "trackers that accelerate finds", missing)
     here = accelerator.device.type
     require(kind in ("", here), "config.device", f"a device of this machine, such as {here}", device)
     return accelerator

@@ -2,6 +2,10 @@
 
 Accelerate makes the process group, autocast and the gradient scaler. It has FSDP2 for accelerators alone and for one
 model with its optimizers at a time, so torch's own `fully_shard` and DDP are called here, on the same process group.
+
+In the order of a run: `state.build_state` recomputes and compiles; at the first step `State.module` shards (`shard`,
+and the moments and the average alike) and wraps (`average_gradients`); `step` holds gradients back between
+micro-batches; whoever measures, shows or saves reads `whole` tensors or `filled` copies.
 """
 
 import contextlib
@@ -40,32 +44,38 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(module)
 
 
-def compile_networks(networks: Iterable[nn.Module], backend: str) -> None:
-    """Compile, in place, every part that runs through its `forward`: encoders, decoders, language models.
+def compile_networks(networks: Iterable[nn.Module], backend: str) -> int:
+    """Compile, in place, every part that runs through its `forward`: encoders, decoders, language models. Returns how
+    many there are.
 
     A tokenizer runs through other methods, so its parts are compiled one by one. A quantizer reads back its ids, and
     the networks of captions read texts: these are not compiled, nor are single layers.
     """
+    found = 0
     for network in networks:
         if isinstance(network, (Quantizer, CaptionContrast, CaptionEmbedding)):
             continue
         if isinstance(network, ImageTokenizer) or type(network).forward is nn.Module.forward:
-            compile_networks(network.children(), backend)
+            found += compile_networks(network.children(), backend)
         elif not type(network).__module__.startswith("torch."):
             network.compile(backend=backend)
+            found += 1
+    return found
 
 
-def recompute_activations(network: nn.Module) -> None:
-    """Keep the inputs of blocks alone and compute the rest again in the backward pass.
+def recompute_activations(network: nn.Module) -> int:
+    """Keep the inputs of blocks alone and compute the rest again in the backward pass. Returns the number of blocks.
 
     Language models of transformers switch it on themselves, since their caches must be off. timm's towers and the
     package's own blocks are wrapped alike, but for those with batch norm, whose statistics would move twice.
     """
     if transformers_api.recompute_activations(network):
-        return
-    for block in blocks(network):
-        if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in block.modules()):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        return 1
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    found = [block for block in blocks(network) if not any(isinstance(part, batch_norm) for part in block.modules())]
+    for block in found:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(found)
 
 
 def average_gradients(module: nn.Module, device: torch.device) -> nn.Module:

@@ -28,6 +28,7 @@ def export_checkpoint(run: str, out: str, step: int | None = None) -> int:
         fail("step", f"one of {sorted(found)}", step)
     config = parse_config(read_json(found[step] / CONFIG))
     plain: dict[str, Any] = {"device": "cpu", "precision": "fp32", "engine": "ddp", "compile": "", "trackers": ()}
+    plain |= {"validate_every": 0}  # nothing is measured, and held-out images may be elsewhere
     state = build_state(dataclasses.replace(config, out=out, **plain))
     with expecting(str(found[step]), "a checkpoint of its own configuration", RuntimeError):
         state.load_state_dict(read_checkpoint(found[step]))

@@ -1,4 +1,4 @@
-"""Traces of a run: a JSON line per report, a progress bar, sample images, accelerate's trackers."""
+"""Traces of a run: a JSON line per report, a progress bar, sample images."""
 
 import json
 import math
@@ -13,11 +13,12 @@ from typing import Any
 from tqdm import tqdm
 
 from tokenizers_mm._files import atomic_path, file_place
-from tokenizers_mm.config import to_mapping
+from tokenizers_mm.cli.progress import duration
 
 from .distributed import count_over_ranks
 from .signs import Signs
 from .state import State
+from .trackers import Trackers
 
 TOTALS = ("revived", "skipped_steps")
 """Names of values that are added up between two lines of the log; of all others the mean counts."""
@@ -51,18 +52,6 @@ class Pace:
         return left if limit is None else max(0.0, min(left, limit))
 
 
-def brief(seconds: float | None) -> str:
-    """Seconds as `1 d 2 h`, `1 h 20 min`, `3 min` or `20 s`; `?` for None."""
-    if seconds is None:
-        return "?"
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24} h"
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
 class Log:
     """Writer of rank 0; on other ranks it writes nothing."""
 
@@ -71,10 +60,7 @@ class Log:
         self.active = state.accelerator.is_main_process
         self.folder = Path(state.config.out)
         self.path = self.folder / "log.jsonl"
-        self._sums: dict[str, float] = {}
-        self._counted: dict[str, int] = {}
         self._bar: Any = None
-        self._skipped: Counter[str] = Counter()
         self._shown_skips = 0
         if not self.active:
             return
@@ -87,46 +73,43 @@ class Log:
             self._bar.write(f"resumed from step {state.step}", file=sys.stderr)
         self._pace = Pace()
         self._signs = Signs(read_log(self.path) if self.path.exists() else [])
-        self._accelerator = state.accelerator
-        if state.config.trackers:
-            again = {"tensorboard": {"purge_step": state.step}}
-            self._accelerator.init_trackers(self.folder.name, _flat(to_mapping(state.config)), again)
+        self._trackers = Trackers(state, resumed)
 
     def step(self, state: State, report: dict[str, float], batches: Sequence[Any]) -> None:
         """Take the report of a step; every `log_every` steps, and at the end of a stage, write the means."""
         due = state.step % state.config.log_every == 0 or state.stage_over or state.finished
-        window = state.objective.window() if due else {}
+        line = state.objective.window() if due else {}
         for sentence in (sentence for batch in batches for sentence in state.objective.skipped(batch)):
-            self._skipped.update(["skipped", f"skipped_{_cause(sentence)}"])
+            state.skipped.update(["skipped", f"skipped_{_cause(sentence)}"])
             self._shown_skips += 1
             if self.active and self._shown_skips <= SHOWN_SKIPS:
                 self._bar.write(f"skipped: {sentence}", file=sys.stderr)
+        for name, value in report.items():
+            total, count = state.reported.get(name, (0.0, 0))
+            state.reported[name] = (total + value, count + 1)
         if due:
-            window, self._skipped = window | count_over_ranks(self._skipped), Counter()
+            means = {n: total if n in TOTALS else total / count for n, (total, count) in state.reported.items()}
+            line = means | line | count_over_ranks(state.skipped)
+            state.reported, state.skipped = {}, Counter()
         if not self.active:
             return
-        for name, value in report.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counted[name] = self._counted.get(name, 0) + 1
         self._bar.update(1)
         self._pace.note(state.step)
         if due:
-            self._write(state, window)
+            self._write(state, line)
 
-    def _write(self, state: State, window: dict[str, float]) -> None:
+    def _write(self, state: State, values: dict[str, float]) -> None:
         line: dict[str, float] = {"step": state.step, "seconds": round(state.seconds, 3)}
         if len(state.objective.stages) > 1:
             line["stage"] = state.stage
-        line |= {n: v if n in TOTALS else v / self._counted[n] for n, v in self._sums.items()} | window
-        self._sums, self._counted = {}, {}
+        line |= values
         self._append(line)
         limit = state.config.max_seconds - state.stage_seconds if state.timed else None
-        shown = {"left": brief(self._pace.left(state.steps, limit))}
+        left = self._pace.left(state.steps, limit)
+        shown = {} if left is None else {"left": duration(left)}
         shown |= {n: f"{line[n]:.4g}" for n in ("loss", "psnr", "semantic", "data_wait") if n in line}
         shown |= {n: f"{v:.0%}" for n, v in line.items() if n.startswith("usage_")}
         self._bar.set_postfix(shown)
-        if state.config.trackers:
-            self._accelerator.log(line, step=state.step)
         signs = self._signs.look(line)
         self.notes(state, [{"sign": sentence, "message": f"sign of trouble: {sentence}"} for sentence in signs])
 
@@ -139,29 +122,24 @@ class Log:
                 self._bar.write(message, file=sys.stderr)
 
     def _append(self, line: dict[str, Any]) -> None:
-        """One line of strict JSON: a value that is not finite is null."""
+        """One line of strict JSON, in which a value that is not finite is null; its numbers go to the trackers too."""
+        self._trackers.log(line["step"], line)
         with open(self.path, "a", encoding="utf-8") as stream:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             stream.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def show(self, state: State, networks: Mapping[str, Any]) -> None:
         """Sample images of the present step by these networks."""
+        path = self.folder / "samples" / f"step_{state.step:09d}.png"
         if self.active:
-            state.objective.show(networks, self.folder / "samples" / f"step_{state.step:09d}.png")
+            state.objective.show(networks, path)
+            self._trackers.image(state.step, path)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._bar is not None:
+        if self.active:
             self._bar.close()
-        for tracker in self._accelerator.trackers if self.active else []:
-            tracker.finish()
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Numbers and texts of nested mappings by dotted key, as trackers take them."""
-    if isinstance(value, Mapping):
-        return {name: item for part in value for name, item in _flat(value[part], f"{key}.{part}").items()}
-    return {key.removeprefix("."): value if isinstance(value, (bool, int, float)) else str(value)}
+            self._trackers.close()
 
 
 def _cause(sentence: str) -> str:

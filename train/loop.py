@@ -1,4 +1,7 @@
-"""The only training loop. It knows when: to step, log, show, save, change the stage, end."""
+"""The only training loop. It knows when: to step, log, show, validate, save, change the stage, end.
+
+What a step is stands in `step.py`, what a run is made of in `state.py`, what is learned in `objectives`.
+"""
 
 import contextlib
 import time
@@ -25,7 +28,11 @@ class InterruptedRunError(Exception):
 
 
 def run(config: RunConfig) -> State:
-    """Train to the end; leaves log.jsonl, samples, checkpoints and the finished networks in the run's folder."""
+    """Train to the end, from the newest checkpoint where there is one.
+
+    Leaves log.jsonl, samples, checkpoints and the finished networks in the run's folder.
+    Raises: InterruptedRunError after SIGINT or SIGTERM, with a checkpoint of the last step.
+    """
     state = build_state(config)
     with contextlib.ExitStack() as stack:
         if state.accelerator.is_main_process:
@@ -47,16 +54,16 @@ def run(config: RunConfig) -> State:
 def _train(state: State, log: Log, signals: Signals, checkpoints: Checkpoints) -> None:
     """Step after step to the end of the run, or to a signal, with a checkpoint at the end of what was done."""
     config, objective = state.config, state.objective
-    saved, stop = state.step, 0
+    saved_step, signal = state.step, 0
     batches: Any = None
-    while not state.finished and not stop:
-        if batches is None:
+    while not state.finished and not signal:
+        if batches is None:  # at the start of the program and of every stage
             batches = objective.batches(state.stage, state.samples)
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(config.accumulate)]
         waited = time.perf_counter() - started
         report, notes = train_step(state, micro_batches)
-        spent, stop = agree(time.perf_counter() - started, signals.received, state.accelerator.device)
+        spent, signal = agree(time.perf_counter() - started, signals.received, state.accelerator.device)
         state.seconds, state.stage_seconds = state.seconds + spent, state.stage_seconds + spent
         log.step(state, report | {"data_wait": waited / spent}, micro_batches)
         log.notes(state, notes)
@@ -70,16 +77,16 @@ def _train(state: State, log: Log, signals: Signals, checkpoints: Checkpoints) -
             batches = None
         if config.save_every and state.step % config.save_every == 0:
             checkpoints.save(state)
-            saved = state.step
-    if saved != state.step and (config.save_every or stop):
+            saved_step = state.step
+    if saved_step != state.step and (config.save_every or signal):
         checkpoints.save(state)
     checkpoints.finish()
-    if stop and not state.finished:
-        raise InterruptedRunError(stop, state.step)
+    if signal and not state.finished:
+        raise InterruptedRunError(signal, state.step)
 
 
 def _validate(state: State) -> dict[str, float]:
-    """Measure held-out samples; the best networks so far go to `out/best`."""
+    """Measure held-out samples; the best networks so far go to `out/best`. Returns a line for the log."""
     networks = state.whole()
     found = state.objective.validate(networks)
     value, better = found.get(state.config.best), state.objective.MEASURES.get(state.config.best, 1)

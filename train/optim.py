@@ -13,6 +13,8 @@ from tokenizers_mm.config import Range
 
 from .engine import local, whole
 
+Beta = Annotated[float, Range(0, 1, high_open=True)]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -23,10 +25,7 @@ class OptimizerConfig:
     """
 
     lr: Annotated[float, Range(0)] = 1e-4
-    betas: tuple[
-        Annotated[float, Range(0, 1, high_open=True)],
-        Annotated[float, Range(0, 1, high_open=True)],
-    ] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Annotated[float, Range(0)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Range(0)] = 0
@@ -87,7 +86,8 @@ def descend(
     """Clip, step, clear; returns the norm before clipping. A step whose norm is not finite is left out.
 
     scaler: of float16 gradients; it leaves such a step out itself and tries a smaller scale; None without one.
-    not_finite: called for such a step when there is no scaler; it may raise. By default it is an error.
+    not_finite: called for such a step, with a scaler only when a scale below 1 did not help; it may raise. By default
+    it is an error.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -103,9 +103,9 @@ def descend(
         scaler.update()
     elif math.isfinite(norm):
         optimizer.step()
-    elif not_finite is not None:
+    if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+        if not_finite is None:
+            raise FloatingPointError("gradients are not finite")
         not_finite()
-    else:
-        raise FloatingPointError("gradients are not finite")
     optimizer.zero_grad(set_to_none=True)
     return norm

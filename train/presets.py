@@ -42,12 +42,12 @@ def scales(cells: int) -> list[list[int]]:
     return [[side, side] for side in sorted(sides)]
 
 
-def fit_vqgan(data: dict[str, Any], size: int, codebook: int | None) -> None:
-    """One grid of any size: only the data say the size."""
-    objective = data["objective"]
-    objective["data"]["image_size"] = [size, size]
+def fit_any_size(data: dict[str, Any], size: int, codebook: int | None) -> None:
+    """A tokenizer of any size: only the data say the size. The codes are those of the pixels."""
+    data["objective"]["data"]["image_size"] = [size, size]
+    config = data["objective"]["model"]["config"]
     if codebook is not None:
-        objective["model"]["config"]["quantizer"]["codebook_size"] = codebook
+        config["quantizer" if "quantizer" in config else "pixel_quantizer"]["codebook_size"] = codebook
 
 
 def fit_tokenflow(data: dict[str, Any], size: int, codebook: int | None) -> None:
@@ -63,13 +63,6 @@ def fit_tokenflow(data: dict[str, Any], size: int, codebook: int | None) -> None
         config["quantizer"]["codebook_size"] = codebook
 
 
-def fit_dualvitok(data: dict[str, Any], size: int, codebook: int | None) -> None:
-    """Any size is taken; the codes are those of the pixel stream."""
-    data["objective"]["data"]["image_size"] = [size, size]
-    if codebook is not None:
-        data["objective"]["model"]["config"]["pixel_quantizer"]["codebook_size"] = codebook
-
-
 def fit_mar(data: dict[str, Any], size: int, codebook: int | None) -> None:
     """The grid of the latents; the autoencoder is trained first, since no weights of one are in the package."""
     require(codebook is None, "--codebook", "none with this preset, whose latents are continuous", codebook)
@@ -81,14 +74,14 @@ def fit_mar(data: dict[str, Any], size: int, codebook: int | None) -> None:
 
 
 PRESETS = {
-    "small": Preset("vqgan_small", 128, 8, fit_vqgan, "A small convolutional tokenizer with a codebook, for a CPU."),
-    "base": Preset("vqgan_base", 256, 16, fit_vqgan, "A VQGAN of usual size for one GPU."),
+    "small": Preset("vqgan_small", 128, 8, fit_any_size, "A small convolutional tokenizer with a codebook, for a CPU."),
+    "base": Preset("vqgan_base", 256, 16, fit_any_size, "A VQGAN of usual size for one GPU."),
     "tokenflow": Preset(
         "tokenflow_clipb_224", 224, 16, fit_tokenflow,
         "TokenFlow with CLIP ViT-B/16: timm downloads its weights; VGG16 must be in torch.hub's cache.",
     ),
     "dualvitok": Preset(
-        "dualvitok_fix256", 256, 32, fit_dualvitok,
+        "dualvitok_fix256", 256, 32, fit_any_size,
         "DualViTok; give objective.model.start_from a converted tokenizer for the weights of its tower.",
     ),
     "mar": Preset("mar_b", 256, 16, fit_mar, "MAR-B; its autoencoder is trained first (objective.autoencoder)."),

@@ -1,5 +1,6 @@
 """Early signs of a training that goes wrong, found in the lines of its log, each with advice."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import fmean
@@ -29,7 +30,7 @@ class Signs:
         """Sentences about what a new line shows, most often none."""
         found = []
         for name, value in line.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 series = self._series[name]
                 series.append(float(value))
                 sentence = _sign(name, series)

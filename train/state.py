@@ -1,5 +1,6 @@
 """Everything that changes during a run: networks, optimizers, moving average and counters."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tokenizers_mm._check import require
 from tokenizers_mm._ranks import several
 from tokenizers_mm.functional.precision import at_least_float32
 
 from .config import RunConfig, objective_class
-from .distributed import make_accelerator
+from .distributed import count_over_ranks, make_accelerator
 from .engine import (
     average_gradients,
     compile_networks,
@@ -30,7 +32,8 @@ from .engine import (
 from .objectives.base import Moment, Objective, Player, Stage, Terms
 from .optim import Learner, adamw, load_optimizer
 
-COUNTERS = ("step", "stage", "stage_step", "samples", "seconds", "stage_seconds", "best")
+COUNTERS = ("step", "stage", "stage_step", "samples", "seconds", "stage_seconds", "best", "reported")
+"""Fields of a state that a checkpoint holds as they are."""
 
 
 class Pass(nn.Module):
@@ -70,7 +73,8 @@ class State:
     """A run.
 
     step: over all stages. samples: that all processes together have used. seconds: of training, over all stages.
-    best: the best validated value of `config.best` so far.
+    best: the best validated value of `config.best` so far. reported: sum and number of the values of every name since
+    the last line of the log. skipped: inputs that this process left out since then, by cause.
     """
 
     config: RunConfig
@@ -86,6 +90,8 @@ class State:
     seconds: float = 0.0
     stage_seconds: float = 0.0
     best: float | None = None
+    reported: dict[str, Any] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
     _passes: dict[Player, nn.Module] = field(default_factory=dict)
     _sharded: Pass | None = None
     _skeletons: dict[str, nn.Module] = field(default_factory=dict)
@@ -191,18 +197,11 @@ class State:
         if self.config.non_finite == "skip":
             return
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        named = [
-            (f"{network}.{name}", p)
-            for network, module in self.objective.networks.items()
-            for name, p in module.named_parameters()
-        ]
-        bad = [f"weights of {name}" for name, p in named if not bool(torch.isfinite(local(p)).all())]
-        bad += [
-            f"gradients of {name}"
-            for name, p in named
-            if id(p) in mine and p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())
-        ]
-        raise FloatingPointError(f"{bad[0] if bad else 'gradients'} are not finite at step {self.step}")
+        named = list(nn.ModuleDict(self.objective.networks).named_parameters())
+        tensors = [(f"weights of {name}", p) for name, p in named]
+        tensors += [(f"gradients of {name}", p.grad) for name, p in named if id(p) in mine and p.grad is not None]
+        bad = (name for name, tensor in tensors if not bool(torch.isfinite(local(tensor)).all()))
+        raise FloatingPointError(f"{next(bad, 'gradients')} are not finite at step {self.step}")
 
     def tensors(self) -> dict[str, Any]:
         """Everything with a state_dict, by name."""
@@ -214,7 +213,7 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Contents of a checkpoint. RNG state is not in it: randomness is a function of seed, stage, step and row."""
-        counters = {name: getattr(self, name) for name in COUNTERS}
+        counters = {name: getattr(self, name) for name in COUNTERS} | {"skipped": count_over_ranks(self.skipped)}
         return {"counters": counters, **{name: thing.state_dict() for name, thing in self.tensors().items()}}
 
     def load_state_dict(self, data: dict[str, Any]) -> None:
@@ -236,6 +235,7 @@ class State:
                 raise ValueError(f"checkpoint: expected {name} of this configuration, got {why}") from None
         for name in COUNTERS:
             setattr(self, name, counters[name])
+        self.skipped = Counter(counters["skipped"] if self.accelerator.is_main_process else {})
         self.objective.enter(self.stage)  # the restored state may say what learns
 
 
@@ -252,9 +252,10 @@ def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> St
         state.average.eval()
     learning = [network for name, network in objective.networks.items() if name != "discriminator"]
     if config.gradient_checkpointing:
-        for network in learning:
-            recompute_activations(network)
+        blocks = sum(map(recompute_activations, learning))
+        require(blocks > 0, "config.gradient_checkpointing", "false (these networks have no blocks)", True)
     if config.compile:
-        compile_networks(learning, config.compile)
+        parts = compile_networks(learning, config.compile)
+        require(parts > 0, "config.compile", "nothing (no part of these networks can be compiled)", config.compile)
     state.enter(0)
     return state

@@ -1,4 +1,8 @@
-"""One training step, the same for every objective: losses, weighted sum, backward, clip, optimizers, after_step."""
+"""One training step, the same for every objective: losses, weighted sum, backward, clip, optimizers, after_step.
+
+The page to read first; `loop.py` calls it. A step has one or more players (`objectives.base.Player`), such as a
+tokenizer and then its discriminator. Each makes its own losses and backward passes and steps its own optimizers.
+"""
 
 import contextlib
 import math
@@ -17,7 +21,11 @@ from .state import State
 
 
 def train_step(state: State, batches: Sequence[Any]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One step over the micro-batches; returns values to report (means over all ranks) and lines for the log."""
+    """One optimizer step of every player.
+
+    batches: the micro-batches of this process, `accumulate` of them; their gradients are summed up.
+    Returns: values to report (means over all ranks), and further lines for the log.
+    """
     moment = state.moment()
     report: dict[str, float] = {}
     for index, player in enumerate(state.objective.players(moment)):
@@ -30,14 +38,18 @@ def train_step(state: State, batches: Sequence[Any]) -> tuple[dict[str, float], 
 
 
 def _play(state: State, player: Player, batches: Sequence[Any], moment: Moment, main: bool) -> dict[str, float]:
-    """The backward passes of one player, then its optimizers."""
+    """The backward passes of one player, one for each micro-batch, then its optimizers; returns values to report.
+
+    main: whether it is the first player, whose sum of losses is "loss" in the log.
+    """
     objective, accelerator, config = state.objective, state.accelerator, state.config
     module, weights, report = state.module(player), objective.weights(player.name, moment), Means()
-    shares, labels = _shares(state, player, batches)
+    shares, labels = _label_shares(state, player, batches)
     for index, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+        # The batch of a step is the first micro-batch of every process, then the second of every process, and so on.
         place = moment.at((index * accelerator.num_processes + accelerator.process_index) * config.batch_size)
         torch.manual_seed(place.number(place.row))  # dropout, and all else that a network draws by itself
-        last = index == len(batches) - 1
+        last = index == len(batches) - 1  # only its backward pass exchanges gradients with other processes
         with contextlib.nullcontext() if last else gradients_stay_here(module):
             terms, values = module(batch, place)
             terms = {name: share.get(name, 1 / len(batches)) * term for name, term in terms.items()}
@@ -58,7 +70,7 @@ def weighted_sum(terms: Terms, weights: Mapping[str, float]) -> Tensor:
 
 
 def _descend(state: State, name: str, moment: Moment, suffix: str) -> dict[str, float]:
-    """One step of one optimizer; returns what to report."""
+    """One step of one optimizer; returns its rate and the norm of its gradients, by names that end with `suffix`."""
     learner, optimizer, scaler = state.learners[name], state.optimizers[name], state.scaler
     rate = learning_rate(learner.options, moment.step - learner.begins, moment.progress)
     norm = descend(optimizer, rate, learner.options.clip, scaler, lambda: state.not_finite(optimizer))
@@ -67,10 +79,14 @@ def _descend(state: State, name: str, moment: Moment, suffix: str) -> dict[str, 
     return {f"grad_norm{suffix}": norm, f"lr{suffix}": rate}
 
 
-def _shares(state: State, player: Player, batches: Sequence[Any]) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Share of every micro-batch in each term that is a mean over labels, and the number of labels of the whole step.
+def _label_shares(
+    state: State, player: Player, batches: Sequence[Any]
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Factor of each term that is a mean over labels, by micro-batch, and the number of labels of the whole step.
 
-    Engines average gradients over the ranks, hence the factor.
+    Micro-batches differ in their labels (words of captions, say). A mean over n of the N labels of all micro-batches of
+    all ranks counts n / N, times the number of ranks, since engines average the gradients of the ranks. Terms that are
+    not named here are means over samples, and every micro-batch counts alike.
     """
     counts = [state.objective.counts(player.name, batch) for batch in batches]
     names = sorted(counts[0])

@@ -6,16 +6,19 @@ import os
 import pickle
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.train.kinds import final, make_place, plain, start, tiny
+import train.loop
+from tests.train.kinds import assert_same, final, make_place, plain, start, tiny
 from tokenizers_mm._files import one_writer
+from tokenizers_mm.data.scenes import make_scene
 from train.__main__ import main
-from train.checkpoint import HASHES, STATE, TENSORS, list_checkpoints, read_checkpoint, resume, save_checkpoint
+from train.checkpoint import HASHES, STATE, TENSORS, Checkpoints, list_checkpoints, read_checkpoint, resume
 from train.config import RunConfig, parse_config
 from train.log import _forget_after, read_log
 from train.loop import run
@@ -32,6 +35,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(place: Path, out: Path, edits: dict[str, Any] | None = None) -> RunConfig:
     return tiny("reconstruction", place, out, {"steps": 4, "save_every": 2, **(edits or {})})
+
+
+def save_checkpoint(state: State) -> None:
+    """Save the checkpoint of a step, and wait until it is written."""
+    with closing(Checkpoints()) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.finish()
 
 
 @pytest.fixture
@@ -262,6 +272,41 @@ def test_a_run_started_anew_forgets_the_one_before(place: Path, tmp_path: Path) 
     run(config(place, tmp_path, {"steps": 3, "resume": "never", "seed": 1}))
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3]
+
+
+def test_a_line_of_the_log_and_a_grid_of_images_span_a_restart(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means over steps before and after a checkpoint, and the same images in all grids, bit for bit."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "broken.png").write_bytes(b"no image")
+    for index in range(4):
+        make_scene(index).render(40).save(images / f"{index}.png")
+        (images / f"{index}.txt").write_text("a circle")
+    edits = {"steps": 6, "save_every": 3, "log_every": 5, "sample_every": 2}
+    edits |= {"objective.data.sources": [{"kind": "folder", "path": str(images)}, {"kind": "scenes"}]}
+    run(config(place, tmp_path / "whole", edits))
+    step = train.loop.train_step
+
+    def broken(state: State, batches: Any) -> Any:
+        if state.step == 4:
+            raise KeyboardInterrupt
+        return step(state, batches)
+
+    monkeypatch.setattr(train.loop, "train_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(place, tmp_path / "broken", edits))
+    monkeypatch.setattr(train.loop, "train_step", step)
+    run(config(place, tmp_path / "broken", edits))
+    one, other = (read_log(tmp_path / name / "log.jsonl") for name in ("whole", "broken"))
+    assert [line["step"] for line in one] == [line["step"] for line in other] == [5, 6]
+    assert one[0]["skipped"] > 1
+    for a, b in zip(one, other, strict=True):
+        assert {k: v for k, v in a.items() if k not in ("seconds", "data_wait")}.items() <= b.items()
+    for path in (tmp_path / "whole" / "samples").iterdir():
+        assert path.read_bytes() == (tmp_path / "broken" / "samples" / path.name).read_bytes()
+    assert_same(final(tmp_path / "whole"), final(tmp_path / "broken"))
 
 
 def test_another_batch_size_goes_on_at_the_next_sample(place: Path, tmp_path: Path) -> None:

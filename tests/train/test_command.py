@@ -21,7 +21,7 @@ from train.checkpoint import list_checkpoints, read_checkpoint
 from train.config import read_config
 from train.export import export_checkpoint
 from train.export import main as export_main
-from train.log import Pace, brief, read_log
+from train.log import Pace, read_log
 from train.presets import PRESETS, make_preset, scales
 from train.reference import markdown, sections
 from train.summary import curves_of, last_lines
@@ -269,17 +269,6 @@ def test_time_left_is_that_of_the_clock() -> None:
     assert pace.left(100) == pytest.approx(75 * 3.0), "the last ten steps count"
     assert pace.left(100, limit=50.0) == 50.0
     assert pace.left(25) == 0.0
-    words = {
-        None: "?",
-        0.4: "0 s",
-        89.0: "89 s",
-        90.0: "2 min",
-        3600.0: "60 min",
-        4800.0: "1 h 20 min",
-        93600.0: "26 h",
-    }
-    assert [brief(seconds) for seconds in words][:6] == ["?", "0 s", "89 s", "2 min", "1 h 0 min", "1 h 20 min"]
-    assert brief(93600.0) == "1 d 2 h"
 
 
 def test_the_end_is_told_from_the_log() -> None:

@@ -127,7 +127,7 @@ def test_killed_at_random_and_resumed_is_unbroken(kind: str, place: Path, unbrok
 
 FAULTS = {
     "tensors of a checkpoint are written": ("train.checkpoint.save_tensors", 3),
-    "hashes of a checkpoint are taken": ("train.checkpoint._sha256", 8),
+    "hashes of a checkpoint are taken": ("train.checkpoint.sha256", 8),
     "a checkpoint is about to be rotated": ("train.checkpoint.list_checkpoints", 4),
     "a checkpoint is moved away to be deleted": ("os.replace", 4),
     "a network has stepped and its discriminator has not": ("train.step.descend", 9),
@@ -281,6 +281,7 @@ def test_two_ranks_end_with_the_same_bits(kind: str, edits: dict[str, Any], plac
     if kind == "reconstruction":
         for index in range(7):
             make_scene(index).render(40).save(tmp_path / f"{index}.png")
+            (tmp_path / f"{index}.txt").write_text(make_scene(index).caption)
         (tmp_path / "3.png").write_bytes(b"no image")
         edits |= {"objective.data.sources": [{"kind": "folder", "path": str(tmp_path)}]}
     assert same_on_all_ranks(plain(kind, place, tmp_path / "run", edits), tmp_path / "run.yaml", 2)

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, Sampler
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._images import image_to_tensor
 from tokenizers_mm.data.image_sets import Source
+from tokenizers_mm.data.transforms import Augmentation, augmented
 from tokenizers_mm.data.transforms import random_cut as random_cut
-from tokenizers_mm.data.transforms import random_flip
 from tokenizers_mm.resolutions import Resolutions, Size
 
 ENDLESS_PASS = 1024
@@ -102,20 +102,27 @@ class BucketBatches(Sampler[list[Draw]]):
 class AnySize(Dataset[dict[str, Any]]):
     """Images of sources, stored or without end; a sample is drawn at the size that its `Draw` says.
 
-    A stored image is scaled until it covers the size and cut at a random place; those of sources that are augmented are
-    mirrored half of the time. One that cannot be read is replaced by the next one and reported.
+    A stored image is scaled until it covers the size and cut at a random place, then changed at random where its source
+    is augmented. One that cannot be read is replaced by the next one and reported.
     """
 
     def __init__(
-        self, sources: Sequence[Source], config: BucketConfig, workers: int = 0, weights: Sequence[float] = ()
+        self,
+        sources: Sequence[Source],
+        config: BucketConfig,
+        workers: int = 0,
+        weights: Sequence[float] = (),
+        augmentations: Sequence[Augmentation] = (),
     ) -> None:
         """Reads the header of every stored image for its size; `workers` processes of a loader will decode.
 
         weights: of the sources, for those without end: how many of their images are in a pass, compared with the
         stored ones, each of which is in a pass once; without stored ones, `ENDLESS_PASS` images in all.
+        augmentations: of the sources; by default images are mirrored half of the time.
         """
         self.workers, self.sources, self.skipped = workers, list(sources), []
         weights = weights or [1.0] * len(self.sources)
+        self.augmentations = augmentations or [Augmentation()] * len(self.sources)
         ends = [weight for source, weight in zip(self.sources, weights, strict=True) if source.size is not None]
         stored = sum(source.size or 0 for source in self.sources)
         per_weight = stored / sum(ends) if stored and sum(ends) else ENDLESS_PASS / sum(weights)
@@ -153,6 +160,6 @@ class AnySize(Dataset[dict[str, Any]]):
             except ValueError as error:
                 skipped = skipped or [str(error)]
                 continue
-            image = random_flip(image, rng) if source.augmented else image
+            image = augmented(image, self.augmentations[number], rng) if source.augmented else image
             return {"image": image_to_tensor(image), "caption": caption, "skipped": skipped or list(also)}
         fail("data", "at least one readable image", skipped[0])

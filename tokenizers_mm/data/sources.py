@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -30,7 +29,7 @@ from tokenizers_mm.data.photographs import photographs
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.shards import Shards
 from tokenizers_mm.data.text_images import text_image
-from tokenizers_mm.data.transforms import random_crop, random_cut, random_flip, random_patch
+from tokenizers_mm.data.transforms import Augmentation, augmented, random_crop, random_cut, random_patch
 
 MAX_UNREADABLE = 1000
 """Samples in a row that may be unreadable before a source is given up."""
@@ -62,7 +61,7 @@ class SourceConfig:
     "parquet" (columns with the bytes or paths of images, and captions).
     weight: share of the samples. zoom: for photographs, bounds of output pixels per image pixel. colour: strength of
     random brightness, contrast, saturation and hue, from 0 (none) to 1. channels: share of the samples whose colour
-    channels change places. turns: turn by multiples of 90 degrees too.
+    channels change places. turns: turn by multiples of 90 degrees too, for square images.
     """
 
     kind: Annotated[str, KnownSource()]
@@ -72,6 +71,29 @@ class SourceConfig:
     colour: Annotated[float, Range(0, 1)] = 0.0
     channels: Annotated[float, Range(0, 1)] = 0.0
     turns: bool = False
+
+    def check(self) -> None:
+        """Refuse a built-in source without its path, and options that it does not have."""
+        required, unused = BUILT_IN.get(self.kind, ((), ()))
+        for name in required:
+            require(bool(getattr(self, name)), name, f"a folder (kind: {self.kind})", "nothing")
+        for name in unused:
+            value, default = getattr(self, name), getattr(SourceConfig, name)
+            require(value == default, name, f"nothing (kind: {self.kind} has no {name})", value)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The changes that are drawn for every sample of an augmented source."""
+        return Augmentation(self.colour, self.channels, self.turns)
+
+
+BUILT_IN = {
+    "photographs": ((), ("path",)),
+    "scenes": ((), ("path", "zoom", "colour", "channels", "turns")),
+    "text": ((), ("path", "zoom")),
+    **dict.fromkeys(("folder", "shards", "parquet"), (("path",), ("zoom",))),
+}
+"""Options that the sources of this file require, and those that they do not have, by kind."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,22 @@ class DataConfig:
     workers: Annotated[int, Range(0, 1024)] = 0
     image_size: tuple[Annotated[int, Range(1)], Annotated[int, Range(1)]] | None = None
     buckets: BucketConfig | None = None
+
+    def check(self) -> None:
+        """Refuse different weights of stored sources with buckets, which show each of their images once in a pass."""
+        stored = {source.weight for source in self.sources if BUILT_IN.get(source.kind, ((), ()))[0]}
+        even = self.buckets is None or len(stored) < 2
+        require(even, "sources", "one weight of all stored sources, with buckets", sorted(stored))
+
+    def require_captions(self, where: str) -> None:
+        """Refuse a mixture in which no image has a caption; shards and Parquet files are not looked into."""
+        captioned = any(
+            source.kind not in ("photographs", "text", "folder")
+            or (source.kind == "folder" and any(p.with_suffix(".txt").is_file() for p in list_images(source.path)))
+            for source in self.sources
+        )
+        expected = "images with captions (scenes, or a folder, shards or Parquet files with texts)"
+        require(captioned, f"{where}.sources", expected, "none")
 
 
 @dataclass(frozen=True)
@@ -125,7 +163,7 @@ class Scenes(Endless):
     augmented = False
 
     def __init__(self, config: SourceConfig) -> None:
-        require(not config.path, "data.sources.path", "nothing for scenes", config.path)
+        """Every scene is as good as another: there is nothing to configure."""
 
     def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
         scene = make_scene(rng.getrandbits(40))
@@ -137,7 +175,6 @@ class Photographs(Endless):
     """Random patches of the built-in photographs, without end."""
 
     def __init__(self, config: SourceConfig) -> None:
-        require(not config.path, "data.sources.path", "nothing for photographs", config.path)
         low, high = self.zoom = config.zoom
         require(low <= high, "data.sources.zoom", "two numbers in order", config.zoom)
 
@@ -150,7 +187,7 @@ class Text(Endless):
     """Rendered words, without end."""
 
     def __init__(self, config: SourceConfig) -> None:
-        require(not config.path, "data.sources.path", "nothing for text", config.path)
+        """There is nothing to configure."""
 
     def sample(self, index: int, image_size: tuple[int, int], rng: random.Random) -> Sample:
         return Sample(text_image(rng, image_size), "")
@@ -242,23 +279,10 @@ class Mixture(Dataset[dict[str, Any]]):
             except ValueError as error:
                 skipped = skipped or [str(error)]
                 continue
-            image = _augmented(image, self.config.sources[number], rng) if source.augmented else image
+            if source.augmented:
+                image = augmented(image, self.config.sources[number].augmentation, rng)
             return {"image": image_to_tensor(image), "caption": caption, "skipped": list(skipped or also)}
         fail("data.path", "a source with at least one readable image", next(iter(skipped)))
-
-
-def _augmented(image: Image.Image, source: SourceConfig, rng: random.Random) -> Image.Image:
-    image = random_flip(image, rng, source.turns)
-    if source.colour > 0:
-        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhance(image).enhance(1 + source.colour * rng.uniform(-1, 1))
-        hue, saturation, value = image.convert("HSV").split()
-        turn = round(128 * source.colour * rng.uniform(-1, 1))
-        hue = hue.point([(h + turn) % 256 for h in range(256)])
-        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    if source.channels > 0 and rng.random() < source.channels:
-        image = Image.merge("RGB", rng.sample(image.split(), 3))
-    return image
 
 
 class Positions(Sampler[list[int]]):
@@ -293,8 +317,12 @@ def make_loader(dataset: Mixture | AnySize, positions: Positions | BucketBatches
 
 
 def _leave_signals(worker: int) -> None:
-    """Workers go on at an interrupt from the keyboard: the main process ends them when it has saved."""
+    """Workers go on at signals that are sent to all processes of a run: the main process ends them when it has saved.
+
+    The second SIGTERM acts: a loader sends it to workers that do not end by themselves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:

@@ -2,8 +2,9 @@
 
 import math
 import random
+from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from tokenizers_mm._check import require
 from tokenizers_mm._images import middle, scale_and_cut
@@ -52,6 +53,34 @@ def random_flip(image: Image.Image, rng: random.Random, turns: bool = False) -> 
     quarter = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
     turn = rng.choice(quarter) if turns else None
     return image if turn is None else image.transpose(turn)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes beside mirroring.
+
+    colour: strength of those of brightness, contrast, saturation and hue, from 0 to 1. channels: share of the images
+    whose channels change places. turns: by multiples of 90 degrees; of a square image, whose size stays.
+    """
+
+    colour: float = 0.0
+    channels: float = 0.0
+    turns: bool = False
+
+
+def augmented(image: Image.Image, options: Augmentation, rng: random.Random) -> Image.Image:
+    """An RGB image changed at random."""
+    image = random_flip(image, rng, options.turns)
+    if options.colour > 0:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(1 + options.colour * rng.uniform(-1, 1))
+        hue, saturation, value = image.convert("HSV").split()
+        turn = round(128 * options.colour * rng.uniform(-1, 1))
+        hue = hue.point([(h + turn) % 256 for h in range(256)])
+        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if options.channels > 0 and rng.random() < options.channels:
+        image = Image.merge("RGB", rng.sample(image.split(), 3))
+    return image
 
 
 def _halved(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:

@@ -137,7 +137,8 @@ class PixelDecoder(nn.Module):
         z = z.contiguous()  # over channels-last tensors the CPU's group norm loses two digits
         context = None if context is None else context.contiguous()
         if self.still is not None:
-            z, context = self.still(z), None if context is None else self.still(context)
+            unused = context is None or self.config.context_channels is None
+            z, context = self.still(z), None if unused else self.still(context)
         h = self.conv_in(z)
         if self.config.resampling == "dc":
             h = h + z.repeat_interleave(h.shape[1] // z.shape[1], dim=1)

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from tokenizers_mm._check import require
 from tokenizers_mm.config import Depth, Heads, Length, Range, Width, checked
 from tokenizers_mm.functional.alignment import contrastive
 from tokenizers_mm.layers.attention import Block, check_block
@@ -30,8 +31,10 @@ class CaptionConfig:
     hard_negatives: Annotated[int, Range(0, 1024)] = 0
 
     def check(self) -> None:
-        """Refuse sizes that no block has."""
+        """Refuse sizes that no block has, and swaps without hard negatives or the other way round."""
         check_block(self.width, self.heads)
+        both = bool(self.swaps) == (self.hard_negatives > 0)
+        require(both, "hard_negatives", "above 0 where there are swaps, and only there", self.hard_negatives)
 
 
 class CaptionContrast(nn.Module):

@@ -23,11 +23,13 @@ class WarmStartConfig:
     ridge: Annotated[float, Range(0)] = 1e-3
 
 
-def check_warm_start(config: Any, where: str) -> None:
-    """Refuse a model without the linear paths or the codes of a tower that a warm start fills."""
+def check_warm_start(config: Any, options: WarmStartConfig, where: str) -> None:
+    """Refuse a model without the linear paths or the codes of a tower that a warm start fills, and options unused."""
     if isinstance(config, SemanticConfig):
         plain = config.quantizer.kind == "vq" and not config.head
         require(plain, where, "a semantic model with quantizer.kind: vq and head: false", config.quantizer.kind)
+        none = options.ridge == WarmStartConfig.ridge
+        require(none, f"{where}.ridge", "nothing for a semantic model (there is no regression)", options.ridge)
         return
     fits = isinstance(config, TokenFlowConfig) and config.pixel_encoder.linear != "none" and config.pixel_decoder.linear
     require(fits, where, "a tokenflow model with linear paths in its pixel encoder and decoder", "another model")

@@ -4,6 +4,7 @@ from math import isqrt
 
 from torch import Tensor, nn
 
+from tokenizers_mm._check import require
 from tokenizers_mm.functional.positions import resize_positions
 
 
@@ -14,6 +15,8 @@ def copy_weights(source: nn.Module, target: nn.Module, reinit: tuple[str, ...] =
     """
     theirs = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(reinit)}
     state = target.state_dict()
+    unknown = [prefix for prefix in reinit if not any(name.startswith(prefix) for name in state)]
+    require(not unknown, f"{where}: reinit", "beginnings of names of parameters", unknown)
     ours = {name: tensor for name, tensor in state.items() if not name.startswith(reinit)}
     for name in theirs.keys() & ours.keys():
         if theirs[name].shape != ours[name].shape and name.endswith(("pos_embed", "positions")):

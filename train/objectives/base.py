@@ -87,10 +87,15 @@ class Objective(ABC):
     MEASURES: ClassVar[Mapping[str, int]] = {}
     """Names of what `validate` measures: 1 where a higher value is better, -1 where a lower one is."""
 
+    SHOWS: ClassVar[bool] = False
+    """True if `show` writes images."""
+
     FIXED: ClassVar[tuple[str, ...]] = ()
     """Keys of its configuration that must stay as they are when a run goes on."""
 
     networks: dict[str, nn.Module]
+    shown: Tensor | None = None
+    """The first images of the run, for `show`; a part of its checkpoints, so that all grids show the same."""
 
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         self.run, self.config, self.accelerator = run, run.objective, accelerator
@@ -167,8 +172,13 @@ class Objective(ABC):
         """Values gathered since the last call, for a line of the log."""
         return {}
 
+    def keep_shown(self, images: Tensor) -> None:
+        """Remember images [B, 3, H, W] for `show`, if they are the first and samples are asked for."""
+        if self.shown is None and self.run.sample_every:
+            self.shown = images[:8].to("cpu")
+
     def show(self, networks: Networks, path: Path) -> None:  # noqa: B027
-        """Write a few samples to a PNG file, where the objective has any."""
+        """Write a few samples to a PNG file."""
 
     def validate(self, networks: Networks) -> dict[str, float]:
         """Measurements on held-out samples, by the names of `MEASURES`."""
@@ -182,12 +192,19 @@ class Objective(ABC):
         """Everything with a state_dict that belongs in a checkpoint, by name, but for optimizers and the average."""
         return self.networks
 
-    def state_dict(self) -> dict[str, Any]:
-        """Further values that change, as numbers, texts and tensors."""
+    def changing(self) -> Mapping[str, Any]:
+        """What changes beside all that, by name; each has `state_dict` and `load_state_dict`."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+    def state_dict(self) -> dict[str, Any]:
+        """Further values that change, as numbers, texts and tensors."""
+        return {"shown": self.shown} | {name: part.state_dict() for name, part in self.changing().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        self.shown = state["shown"]
+        for name, part in self.changing().items():
+            part.load_state_dict(state[name])
 
     def fixed_here(self) -> frozenset[str]:
         """Further keys of the whole configuration that must stay, given the rest of it."""
@@ -197,7 +214,3 @@ class Objective(ABC):
     def stopped(self) -> bool:
         """True if the objective ended the run before its last step."""
         return False
-
-    def rank(self) -> tuple[int, int]:
-        """Rank of this process and number of processes."""
-        return self.accelerator.process_index, self.accelerator.num_processes

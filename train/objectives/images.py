@@ -1,6 +1,5 @@
 """Parts of objectives that train on images: their batches, and a tokenizer with its terms and its discriminator."""
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._ranks import rank_and_world
 from tokenizers_mm.data.buckets import AnySize, BucketBatches
 from tokenizers_mm.data.sources import SOURCES, Batch, DataConfig, Mixture, Positions, make_loader
 from tokenizers_mm.eval.pictures import comparison_grid, save_picture
@@ -17,7 +17,7 @@ from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.quantizers.revival import CodebookHealth, RevivalConfig
 
 from ..optim import Learner, OptimizerConfig
-from .base import Moment, Objective, Player, Terms
+from .base import Moment, Networks, Objective, Player, Terms
 from .terms import ImageTerms
 
 DISCRIMINATOR = Player("discriminator", ("discriminator",), ("discriminator",))
@@ -34,6 +34,7 @@ class TokenizerObjective(Objective):
     """
 
     tokenizer: ImageTokenizer[Any]
+    SHOWS = True
     terms: ImageTerms
     health: CodebookHealth
 
@@ -42,7 +43,12 @@ class TokenizerObjective(Objective):
 
         size: (height, width) of an image that the tokenizer takes.
         """
-        self.terms = ImageTerms(self.config.loss, self.tokenizer, size)
+        loss = self.config.loss
+        if loss.semantic == "contrastive":
+            self.config.data.require_captions("config.objective.data")
+        self.terms = ImageTerms(loss, self.tokenizer, size)
+        related = not loss.adaptive or self.tokenizer.last_layer.requires_grad
+        require(related, "config.objective.loss.adaptive", "false where the decoder's last layer is frozen", True)
         self.health = CodebookHealth(self.tokenizer.quantizers(), revival, "config.objective.revival")
         self.networks = {**networks, **self.terms.learning}
         if self.terms.adversary is not None:
@@ -62,47 +68,35 @@ class TokenizerObjective(Objective):
         network = self.networks.get("discriminator")
         return {} if network is None else {"discriminator": Learner(options, list(network.parameters()), begins)}
 
-    @abstractmethod
-    def main_player(self, moment: Moment) -> Player:
-        """The backward pass in which the tokenizer learns."""
-
-    @abstractmethod
-    def main_weights(self, moment: Moment) -> dict[str, float]:
-        """Weights of its terms."""
-
-    @abstractmethod
-    def main_losses(self, batch: Any, moment: Moment) -> tuple[Terms, Terms]:
-        """Its terms, and further values to report."""
-
     def players(self, moment: Moment) -> Sequence[Player]:
-        first = self.main_player(moment)
-        return (first, DISCRIMINATOR) if self.adversarial(moment) else (first,)
+        """The discriminator where it acts. The tokenizer, whose pass comes before, is the subclass's."""
+        return (DISCRIMINATOR,) if self.adversarial(moment) else ()
 
     def weights(self, player: str, moment: Moment) -> dict[str, float]:
-        if player != DISCRIMINATOR.name:
-            return self.main_weights(moment)
+        """Those of the discriminator's terms."""
         assert self.terms.adversary is not None
         return self.terms.adversary.weights()
 
     def losses(self, player: str, batch: Any, moment: Moment) -> tuple[Terms, Terms]:
-        if player != DISCRIMINATOR.name:
-            return self.main_losses(batch, moment)
+        """The discriminator's terms."""
         assert self.terms.adversary is not None
         return self.terms.adversary.terms(), {}
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        self.terms.after_step()
+        if self.terms.adversary is not None:
+            self.terms.adversary.after_step()
         return self.health.after_step(moment.step + 1, moment.progress, moment.once(3)), []
 
     def window(self) -> dict[str, float]:
         return self.health.window()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"health": self.health.state_dict(), "terms": self.terms.state_dict()}
+    def changing(self) -> dict[str, Any]:
+        adversary = self.terms.adversary
+        return {"health": self.health} | ({} if adversary is None else {"adversary": adversary})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.health.load_state_dict(state["health"])
-        self.terms.load_state_dict(state["terms"])
+    def show(self, networks: Networks, path: Path) -> None:
+        if self.shown is not None:
+            show_reconstructions(networks["tokenizer"], self.shown, path)
 
 
 def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, int] | None:
@@ -114,6 +108,9 @@ def image_size(tokenizer: ImageTokenizer[Any], data: DataConfig) -> tuple[int, i
         fail(where, "image_size or buckets for a tokenizer of any size", "neither")
     if size is not None:
         tokenizer.check_size(*size)
+    square = size is not None and size[0] == size[1]
+    turned = any(source.turns for source in data.sources)
+    require(square or not turned, f"{where}.sources.turns", "false for images that are not square", True)
     if data.buckets is not None:
         require(size is None, f"{where}.buckets", "a tokenizer of any size and no image_size", size)
     return size
@@ -126,14 +123,16 @@ def image_batches(
 
     The first one of a run with buckets also reports the images whose header could not be read.
     """
-    run, (rank, world) = objective.run, objective.rank()
+    run, (rank, world) = objective.run, rank_and_world()
     size = image_size(tokenizer, data)
     if data.buckets is None:
         assert size is not None
         dataset, positions = Mixture(data, size, run.seed), Positions(run.batch_size, start, rank, world)
     else:
         sources = [SOURCES[source.kind](source) for source in data.sources]
-        dataset = AnySize(sources, data.buckets, data.workers, [source.weight for source in data.sources])
+        weights = [source.weight for source in data.sources]
+        augmentations = [source.augmentation for source in data.sources]
+        dataset = AnySize(sources, data.buckets, data.workers, weights, augmentations)
         first = start // (run.batch_size * world)
         positions = BucketBatches(dataset.sizes, run.batch_size, run.seed, first, rank, world)
     unread = dataset.skipped if isinstance(dataset, AnySize) and not start and not rank else []
@@ -145,8 +144,9 @@ def image_batches(
 @torch.no_grad()
 def show_reconstructions(tokenizer: Any, images: Tensor, path: Path) -> None:
     """Originals over reconstructions, as a PNG file."""
-    was_training = tokenizer.training
+    modes = [(module, module.training) for module in tokenizer.modules()]
     tokenizer.eval()
-    decoded = tokenizer.decode(tokenizer.encode(images)).float().clamp(-1, 1).cpu()
-    tokenizer.train(was_training)
-    save_picture(comparison_grid(images.cpu(), decoded), path)
+    decoded = tokenizer.decode(tokenizer.encode(images.to(tokenizer.device))).float().clamp(-1, 1).cpu()
+    for module, training in modes:  # a frozen part may be in evaluation mode on its own
+        module.training = training
+    save_picture(comparison_grid(images, decoded), path)

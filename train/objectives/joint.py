@@ -4,7 +4,7 @@ The loss of a joint stage is that of captions plus alpha times the tokenizer's o
 `tokenizers_mm/llm/joint.py` holds the formulas and says which parameters the caption's gradient reaches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from torch import nn
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm.config import Range
-from tokenizers_mm.data.sources import Batch, DataConfig, list_images
+from tokenizers_mm.data.sources import Batch, DataConfig
 from tokenizers_mm.eval.validation import held_out
 from tokenizers_mm.llm import Batch as Rows
 from tokenizers_mm.llm import FeatureProjector, ProjectorConfig
@@ -114,7 +114,10 @@ class Joint(TokenizerObjective):
         require(len(config.stages) > 0, "config.objective.stages", "at least one stage", "none")
         for index, stage in enumerate(config.stages):
             _check_stage(stage, f"config.objective.stages[{index}]")
-        check_loss(config.loss, config.discriminator_optimizer is not None)
+        check_loss(config.loss, config.discriminator_optimizer is not None, run.batch_size)
+        bounded = bool(config.guard.inception) or config.guard.max_fid_ratio == GuardConfig.max_fid_ratio
+        require(bounded, "config.objective.guard.max_fid_ratio", "nothing where inception names no file",
+                config.guard.max_fid_ratio)  # fmt: skip
         require(config.data.buckets is None, "config.objective.data.buckets", "nothing (one image size)", "buckets")
 
     @classmethod
@@ -128,7 +131,7 @@ class Joint(TokenizerObjective):
     def __init__(self, run: RunConfig, accelerator: Accelerator) -> None:
         super().__init__(run, accelerator)
         config, device = self.config, accelerator.device
-        _check_captions(config.data)
+        config.data.require_captions("config.objective.data")
         self.tokenizer = tokenizer = load(config.tokenizer).to(device).train()
         size = image_size(tokenizer, config.data)
         assert size is not None
@@ -148,8 +151,9 @@ class Joint(TokenizerObjective):
         if not source:
             return FeatureProjector(ProjectorConfig(dims, width, self.config.activation))
         projector = FeatureProjector.load(source)
-        fitting = projector.config.dims == dims and projector.config.width == width
-        require(fitting, "config.objective.projector_from", f"one from {dims} to {width} channels", projector.config)
+        fitting = projector.config == ProjectorConfig(dims, width, self.config.activation)
+        require(fitting, "config.objective.projector_from",
+                f"one from {dims} to {width} channels with {self.config.activation}", projector.config)  # fmt: skip
         return projector
 
     def learning(self, stage: int) -> dict[str, OptimizerConfig]:
@@ -176,17 +180,20 @@ class Joint(TokenizerObjective):
     def tunes(self, stage: int) -> bool:
         return "tokenizer" in self.learning(stage)
 
-    def main_player(self, moment: Moment) -> Player:
-        return Player("parts", (*PARTS, *self.terms.learning), tuple(self.learning(moment.stage)))
+    def players(self, moment: Moment) -> Sequence[Player]:
+        parts = Player("parts", (*PARTS, *self.terms.learning), tuple(self.learning(moment.stage)))
+        return (parts, *super().players(moment))
 
-    def main_weights(self, moment: Moment) -> dict[str, float]:
+    def weights(self, player: str, moment: Moment) -> dict[str, float]:
+        if player != "parts":
+            return super().weights(player, moment)
         if not self.tunes(moment.stage):
             return {"caption": 1.0}
         own = self.terms.weights(self.adversarial(moment))
         return {"caption": 1.0, **{name: self.config.alpha * weight for name, weight in own.items()}}
 
     def counts(self, player: str, batch: Batch | Rows) -> dict[str, int]:
-        if player == "discriminator":
+        if player != "parts":
             return {}
         rows = isinstance(batch, Rows)
         count = num_predicted(batch.labels) if rows else num_labels(self.processor, batch.captions)
@@ -198,12 +205,15 @@ class Joint(TokenizerObjective):
             return record_batches(self, records, self.processor, start)
         return image_batches(self, self.config.data, self.tokenizer, start)
 
-    def main_losses(self, batch: Batch | Rows, moment: Moment) -> tuple[Terms, Terms]:
+    def losses(self, player: str, batch: Batch | Rows, moment: Moment) -> tuple[Terms, Terms]:
         """The caption loss of a micro-batch, 0 without captions, and where the tokenizer learns its own terms."""
+        if player != "parts":
+            return super().losses(player, batch, moment)
         device = self.accelerator.device
         if isinstance(batch, Rows):
             return {"caption": caption_loss(self.model, self.projector, batch.to(device))}, {}
         x = batch.images.to(device)
+        self.keep_shown(x)
         output = self.tokenizer.reconstruct(x) if self.tunes(moment.stage) else None
         rows = caption_batch(
             self.processor, read_codes(self.tokenizer, x, output), self.size, batch.captions, self.config.prompt
@@ -221,7 +231,7 @@ class Joint(TokenizerObjective):
     def begin(self, networks: Networks, stage: int, start: int) -> list[dict[str, Any]]:
         """The guard's first measurement, before the first joint stage."""
         first = self.stages[stage].name == "joint" and not self.guard.before
-        return [self.guard.measure(self._guarded(), start // max(1, self._step_size()))] if first else []
+        return [self.guard.measure(self._guarded(), sum(s.steps for s in self.stages[:stage]))] if first else []
 
     def after_step(self, moment: Moment, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         values, notes = super().after_step(moment, step)
@@ -235,9 +245,6 @@ class Joint(TokenizerObjective):
             self.enter(moment.stage)
         return values, [line]
 
-    def _step_size(self) -> int:
-        return self.run.batch_size * self.run.accumulate * self.accelerator.num_processes
-
     def _guarded(self) -> dict[str, nn.Module]:
         return {part: self.networks[part] for part in PARTS}
 
@@ -250,12 +257,8 @@ class Joint(TokenizerObjective):
         save_language_model(self.model, self.processor, self.projector, folder)
         self.tokenizer.eval().save(folder / "tokenizer")
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"guard": self.guard.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.guard.load_state_dict(state["guard"])
+    def changing(self) -> dict[str, Any]:
+        return super().changing() | {"guard": self.guard}
 
 
 def _check_stage(stage: StageConfig, where: str) -> None:
@@ -270,13 +273,3 @@ def _check_stage(stage: StageConfig, where: str) -> None:
     if stage.stage == "chat":
         require("tokenizer" not in learning, where, "no optimizer for the tokenizer (stage: chat)", learning)
     require(not stage.records or stage.stage != "joint", f"{where}.records", "none in a joint stage", "some")
-
-
-def _check_captions(data: DataConfig) -> None:
-    captioned = any(
-        source.kind == "scenes"
-        or (source.kind == "folder" and any(p.with_suffix(".txt").is_file() for p in list_images(source.path)))
-        for source in data.sources
-    )
-    where = "config.objective.data.sources"
-    require(captioned, where, "images with captions (scenes, or a folder with texts)", "none")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm import load
 from tokenizers_mm._check import require
+from tokenizers_mm._ranks import rank_and_world
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Positions
 from tokenizers_mm.llm import (
@@ -91,8 +92,7 @@ class Learning:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The weights; an engine may put others in their places."""
-        named = [(f"{name}.{key}", p) for name, module in self.networks.items() for key, p in module.named_parameters()]
-        return {key: p for key, p in named if p.requires_grad}
+        return {name: p for name, p in nn.ModuleDict(self.networks).named_parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights."""
@@ -102,11 +102,8 @@ class Learning:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore them; names and shapes must be these."""
         mine = self.parameters
-        shapes = [{name: tuple(t.shape) for name, t in group.items()} for group in (mine, tensors)]
-        other = sorted(
-            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
-        )
-        if other:
+        common = {name for name in mine.keys() & tensors.keys() if mine[name].shape == tensors[name].shape}
+        if other := sorted((mine.keys() | tensors.keys()) - common):
             raise ValueError(f"another {other[0]}")
         for name, parameter in mine.items():
             parameter.copy_(tensors[name])
@@ -227,19 +224,12 @@ def record_batches(
     causal: bool = True,
 ) -> Iterator[Batch]:
     """Micro-batches of this process from row `start` of the mixture on, without end; a row's position decides it."""
-    run, (rank, world) = objective.run, objective.rank()
+    run, (rank, world) = objective.run, rank_and_world()
     sources = [(Records(source.path, processor.tokenizer, source.outside), source.weight) for source in records]
     mixture = RecordMixture(sources, run.seed)
-
-    def endless() -> Iterator[Batch]:
-        for positions in Positions(run.batch_size, start, rank, world):
-            rows: list[Row] = processor.rows([mixture[position] for position in positions])
-            if pack:
-                yield pack_rows(rows, pack, processor.pad, causal=causal)
-            else:
-                yield pad_rows(rows, processor.pad)
-
-    return endless()
+    for positions in Positions(run.batch_size, start, rank, world):
+        rows: list[Row] = processor.rows([mixture[position] for position in positions])
+        yield pack_rows(rows, pack, processor.pad, causal=causal) if pack else pad_rows(rows, processor.pad)
 
 
 def _mask_id(text: Any, mask_token: str) -> int | None:

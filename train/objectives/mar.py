@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenizers_mm import load
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import write_json
-from tokenizers_mm._ranks import sum_over_ranks
+from tokenizers_mm._ranks import rank_and_world, sum_over_ranks
 from tokenizers_mm.checkpoints.mar import read_kl16
 from tokenizers_mm.config import Range
 from tokenizers_mm.data.sources import Batch, DataConfig
@@ -93,6 +93,7 @@ class MARTraining(Objective):
     kind = "mar"
     Config = MARTrainingConfig
     AVERAGED = "generator"
+    SHOWS = True
     FIXED = (*FIXED_DATA, "model", "start_from", "captions", "autoencoder.steps", "autoencoder.kl16")
     config: MARTrainingConfig
 
@@ -123,7 +124,6 @@ class MARTraining(Objective):
         tokenizer = _tokenizer(self.config)
         self.model = Generator(tokenizer, _captions(self.config, tokenizer.feature_dim)).to(accelerator.device)
         self.networks: dict[str, nn.Module] = {"generator": self.model}
-        self._shown: Tensor | None = None
 
     def learns_latents(self, stage: int) -> bool:
         """True if a stage is MAR's own, with the autoencoder frozen."""
@@ -155,7 +155,7 @@ class MARTraining(Objective):
 
     def losses(self, player: str, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
         x, rows = batch.images.to(self.accelerator.device), moment.rows(len(batch.images))
-        self._shown = x[:8] if self._shown is None else self._shown
+        self.keep_shown(x)
         if player == "mar":
             return self._mar_terms(x, batch.captions, rows, moment), {}
         with torch.autocast(x.device.type, enabled=False):
@@ -188,7 +188,7 @@ class MARTraining(Objective):
             return []
         sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
         batches = itertools.islice(self.batches(stage, start), self.run.accumulate)
-        rank, world = self.rank()
+        rank, world = rank_and_world()
         for index, batch in enumerate(batches):
             posterior = networks["generator"].tokenizer.autoencoder.posterior(batch.images.to(sums.device))
             moment = Moment(self.run.seed, stage, 0, row=(index * world + rank) * self.run.batch_size)
@@ -202,9 +202,10 @@ class MARTraining(Objective):
         return self.learns_latents(stage)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"latent_scale": self.model.tokenizer.config.latent_scale}
+        return super().state_dict() | {"latent_scale": self.model.tokenizer.config.latent_scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._set_scale(self.model, state["latent_scale"])
 
     def _set_scale(self, model: Generator, latent_scale: float) -> None:
@@ -212,9 +213,9 @@ class MARTraining(Objective):
 
     def show(self, networks: Networks, path: Path) -> None:
         """Images through the autoencoder; drawing comes at the end."""
-        if self._shown is not None:
+        if self.shown is not None:
             self._set_scale(networks["generator"], self.model.tokenizer.config.latent_scale)
-            show_reconstructions(networks["generator"].tokenizer, self._shown, path)
+            show_reconstructions(networks["generator"].tokenizer, self.shown, path)
 
     def save(self, networks: Networks, folder: Path) -> None:
         """The tokenizer in our format, the captions' embedding beside it, and drawn scenes."""
@@ -238,6 +239,9 @@ def _tokenizer(config: MARTrainingConfig) -> MAR:
     tokenizer = load(Path(config.start_from) / "tokenizer") if config.start_from else MAR.from_config(config.model)
     if not isinstance(tokenizer, MAR):
         fail(f"{where}.start_from", "a MAR tokenizer", tokenizer.family)
+    given = dataclasses.replace(config.model, latent_scale=tokenizer.config.latent_scale)
+    same = config.model == MARConfig() or given == tokenizer.config
+    require(same, f"{where}.model", f"nothing, or that of {config.start_from}", "another")
     if config.autoencoder.kl16:
         state = read_kl16(config.autoencoder.kl16).state_dict()
         try:

@@ -1,6 +1,6 @@
 """Training of an image tokenizer: reconstruct images; optionally semantics, quantizer terms and a discriminator."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ from tokenizers_mm.eval.towers import save_contrast
 from tokenizers_mm.eval.validation import ValidationConfig, held_out, measure
 from tokenizers_mm.functional.noise import NoiseKind, inject_noise
 from tokenizers_mm.losses.perceptual import load_lpips
+from tokenizers_mm.models import ImageTokenizer
 from tokenizers_mm.models.starting import ModelConfig, build_tokenizer, check_model, model_size, on_meta, parse_model
 from tokenizers_mm.models.warm_start import WarmStartConfig, check_warm_start, warm_start
 from tokenizers_mm.quantizers.revival import RevivalConfig
@@ -24,7 +25,7 @@ from tokenizers_mm.types import Disturbance
 from ..config import RunConfig
 from ..optim import Learner, OptimizerConfig
 from .base import Moment, Networks, Player, Terms
-from .images import FIXED_DATA, TokenizerObjective, image_batches, image_size, show_reconstructions
+from .images import FIXED_DATA, TokenizerObjective, image_batches, image_size
 from .terms import LossConfig, check_loss, check_terms
 
 MODEL = "config.objective.model"
@@ -83,17 +84,18 @@ class Reconstruction(TokenizerObjective):
     def check_config(cls, run: RunConfig) -> None:
         config: ReconstructionConfig = run.objective
         check_model(config.model, MODEL)
-        check_loss(config.loss, config.discriminator_optimizer is not None)
+        check_loss(config.loss, config.discriminator_optimizer is not None, run.batch_size)
         measured = run.best != "lpips" or bool(config.validation.lpips_weights)
         require(measured, "config.objective.validation.lpips_weights", "a file, for best: lpips", "nothing")
+        watched = run.validate_every > 0 or config.validation == ValidationConfig()
+        require(watched, "config.objective.validation", "nothing where validate_every is 0", "some values")
         if config.model.config:
             tokenizer = on_meta(config.model)
             check_terms(config.loss, tokenizer)
-            seen = "pixel" in tokenizer.loss_terms or not run.validate_every
-            require(seen, "config.validate_every", "0 for a tokenizer without pixels", run.validate_every)
+            _check_watched(run, tokenizer)
         if config.warm_start is not None:
             known = parse_model(config.model) if config.model.config else None
-            check_warm_start(known, "config.objective.warm_start")
+            check_warm_start(known, config.warm_start, "config.objective.warm_start")
         quantizer = config.model.config.get("quantizer")
         temperature = quantizer.get("entropy_temperature") if isinstance(quantizer, dict) else None
         idle = temperature is not None and not config.loss.weight("entropy") and not config.model.start_from
@@ -110,11 +112,14 @@ class Reconstruction(TokenizerObjective):
         _freeze(self.tokenizer, self.config.trainable)
         self.size = image_size(self.tokenizer, self.config.data)
         self._check_disturbances()
-        self.adopt({"tokenizer": self.tokenizer}, self.size or (256, 256), self.config.revival)
-        self._shown: Tensor | None = None
-        self._held_out: Tensor | None = None
-        weights = self.config.validation.lpips_weights
-        self._lpips = load_lpips(weights) if weights else None
+        _check_watched(run, self.tokenizer)
+        side = self.tokenizer.size_multiple * max(1, 256 // self.tokenizer.size_multiple)
+        size, validation = self.size or (side, side), self.config.validation
+        self.adopt({"tokenizer": self.tokenizer}, size, self.config.revival)
+        self._held_out, self._lpips = None, None
+        if run.validate_every:
+            self._held_out = held_out(validation.folder, validation.images, size)
+            self._lpips = load_lpips(validation.lpips_weights) if validation.lpips_weights else None
 
     def _check_disturbances(self) -> None:
         config, tokenizer = self.config, self.tokenizer
@@ -124,6 +129,10 @@ class Reconstruction(TokenizerObjective):
         disturbed = "perturb" in tokenizer.DISTURBANCES
         require(disturbed or config.noise is None, "config.objective.noise", "nothing (this model has no pixel stream)",
                 "some")  # fmt: skip
+        for name, quantizer in tokenizer.quantizers().items():
+            frozen = not any(p.requires_grad for p in quantizer.parameters())
+            require(not (config.revival.every and quantizer.revivable and frozen), "config.objective.revival.every",
+                    f"0 where the codes of {name} are not trainable", config.revival.every)  # fmt: skip
 
     @property
     def num_scales(self) -> int:
@@ -153,15 +162,20 @@ class Reconstruction(TokenizerObjective):
         begins = config.loss.gan_start if own else 0  # its own schedule begins with its first step
         return found | self.discriminator(own or config.optimizer, begins)
 
-    def main_player(self, moment: Moment) -> Player:
-        return Player("tokenizer", ("tokenizer", *self.terms.learning), ("tokenizer",))
+    def players(self, moment: Moment) -> Sequence[Player]:
+        tokenizer = Player("tokenizer", ("tokenizer", *self.terms.learning), ("tokenizer",))
+        return (tokenizer, *super().players(moment))
 
-    def main_weights(self, moment: Moment) -> dict[str, float]:
+    def weights(self, player: str, moment: Moment) -> dict[str, float]:
+        if player != "tokenizer":
+            return super().weights(player, moment)
         return self.terms.weights(self.adversarial(moment))
 
-    def main_losses(self, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
+    def losses(self, player: str, batch: Batch, moment: Moment) -> tuple[Terms, Terms]:
+        if player != "tokenizer":
+            return super().losses(player, batch, moment)
         x = batch.images.to(self.accelerator.device)
-        self._shown = x[:8] if self._shown is None else self._shown
+        self.keep_shown(x)
         output = self.tokenizer.reconstruct(x, self._disturbance(moment, len(x)))
         self.health.count(output.quantized)
         return self.terms(x, output, batch, self.tokenizer.last_layer, self.adversarial(moment))
@@ -190,15 +204,8 @@ class Reconstruction(TokenizerObjective):
         return Disturbance(keep, perturb)
 
     def validate(self, networks: Networks) -> dict[str, float]:
-        config, averaged = self.config.validation, networks["tokenizer"]
-        if self._held_out is None:
-            side = averaged.size_multiple * max(1, 256 // averaged.size_multiple)
-            self._held_out = held_out(config.folder, config.images, self.size or (side, side))
-        return measure(averaged, self._held_out, lpips=self._lpips)
-
-    def show(self, networks: Networks, path: Path) -> None:
-        if self._shown is not None and "pixel" in self.tokenizer.loss_terms:
-            show_reconstructions(networks["tokenizer"], self._shown, path)
+        assert self._held_out is not None
+        return measure(networks["tokenizer"], self._held_out, lpips=self._lpips)
 
     def save(self, networks: Networks, folder: Path) -> None:
         networks["tokenizer"].save(folder / "tokenizer")
@@ -206,10 +213,19 @@ class Reconstruction(TokenizerObjective):
             save_contrast(networks["captions"], folder / "captions")
 
 
+def _check_watched(run: RunConfig, tokenizer: ImageTokenizer[Any]) -> None:
+    """Refuse to watch what this tokenizer does not make."""
+    for key in ("sample_every", "validate_every"):
+        seen = "pixel" in tokenizer.loss_terms or not getattr(run, key)
+        require(seen, f"config.{key}", "0 for a tokenizer without pixels", getattr(run, key))
+    require(run.best != "usage" or bool(tokenizer.quantizers()), "config.best", "psnr or ssim (there are no codes)",
+            run.best)  # fmt: skip
+
+
 def _freeze(tokenizer: nn.Module, trainable: tuple[str, ...]) -> None:
-    names = [name for name, _ in tokenizer.named_parameters()]
-    unknown = [prefix for prefix in trainable if not any(name.startswith(prefix) for name in names)]
-    require(not unknown, "config.objective.trainable", "prefixes of parameter names", unknown)
-    for name, parameter in tokenizer.named_parameters():
-        if trainable:
-            parameter.requires_grad_(name.startswith(trainable))
+    """Freeze all but some parameters. A frozen tower stays frozen, whatever names it."""
+    learning = {name: p for name, p in tokenizer.named_parameters() if p.requires_grad}
+    unknown = [prefix for prefix in trainable if not any(name.startswith(prefix) for name in learning)]
+    require(not unknown, "config.objective.trainable", "prefixes of names of parameters that can learn", unknown)
+    for name, parameter in learning.items():
+        parameter.requires_grad_(not trainable or name.startswith(trainable))

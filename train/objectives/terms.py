@@ -1,6 +1,5 @@
 """The image terms of a tokenizer's loss: pixels, perception, semantics, quantizer terms and the adversarial term."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -87,10 +86,10 @@ class LossConfig:
         return self.weights.get(name, 0.0)
 
 
-def check_loss(loss: LossConfig, own_optimizer: bool) -> None:
+def check_loss(loss: LossConfig, own_optimizer: bool, batch_size: int) -> None:
     """Refuse a weight without a term, a term without a weight, and options of a term that is off.
 
-    own_optimizer: whether the discriminator has one.
+    own_optimizer: whether the discriminator has one. batch_size: samples that a contrast compares.
     """
     where = "config.objective.loss"
     require(not own_optimizer or bool(loss.weight("generator")), "config.objective.discriminator_optimizer",
@@ -111,6 +110,10 @@ def check_loss(loss: LossConfig, own_optimizer: bool) -> None:
             require(not idle, f"{where}.{key}", f"nothing where weights.{term} is 0", getattr(loss, key))
     require(loss.semantic == "contrastive" or loss.text_encoder == plain.text_encoder, f"{where}.text_encoder",
             "nothing where semantic is not contrastive", "some values")  # fmt: skip
+    alone = loss.semantic == "contrastive" and batch_size < 2
+    require(not alone, "config.batch_size", "at least 2 for semantic: contrastive", batch_size)
+    related = loss.weight("pixel") or loss.weight("perceptual") or not loss.adaptive
+    require(bool(related), f"{where}.adaptive", "false where weights of pixel and perceptual are 0", True)
     smooth = loss.discriminator.kind == "patchgan" or not loss.r1
     require(smooth, f"{where}.r1", "0 for a dino discriminator (attention has no second derivative)", loss.r1)
     require(any(loss.weights.values()), f"{where}.weights", "a weight above 0", "none")
@@ -164,20 +167,6 @@ class ImageTerms:
             self.captions = CaptionContrast(semantic.shape[-1], loss.text_encoder).to(device)
             self.learning["captions"] = self.captions
         self.adversary = Adversary(loss, device) if loss.weight("generator") else None
-
-    def after_step(self) -> None:
-        """Work after a step."""
-        if self.adversary is not None:
-            self.adversary.after_step()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Values that change beside the networks."""
-        return {} if self.adversary is None else self.adversary.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore them."""
-        if self.adversary is not None:
-            self.adversary.load_state_dict(state)
 
     def weights(self, adversarial: bool) -> dict[str, float]:
         """Weights of the terms of a step, by name."""
