@@ -17,6 +17,7 @@ PACKAGE = ROOT / "tokenizers_mm"
 LEAVES = {
     "types",
     "_check",
+    "_origin",
     "config",
     "_files",
     "_images",
@@ -38,6 +39,7 @@ ALLOWED = {
     "_interpolation": {"_check"},
     "config": {"_check", "_files", "_interpolation"},
     "config_reference": {"config"},
+    "_origin": {"_check"},
     "types": {"_check", "_display", "_images"},
     "_display": {"_images"},
     "_images": {"_check", "_files", "resolutions"},

@@ -16,6 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("ids", type=Path, help="a file or a folder of shards that `encode` or `tokenize` wrote")
     tokenizer_option(command)
     command.add_argument("--out-dir", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
+    command.add_argument("--any-tokenizer", action="store_true", help="decode ids that another tokenizer made, too")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -23,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from tokenizers_mm._images import tensor_to_images
+    from tokenizers_mm._origin import OriginCheck
     from tokenizers_mm.data.codes import CodesOfImage
     from tokenizers_mm.data.token_shards import read_shards
     from tokenizers_mm.eval.pictures import save_picture
@@ -32,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
     rows = read_shards(options.ids)
     first = next(rows, None)
     tokenizer = load_tokenizer(options)
+    check_origin = OriginCheck(tokenizer, options.any_tokenizer)
     limit = BATCH_PIXELS.get(tokenizer.device.type, BATCH_PIXELS["cuda"])
     names = Names(options.out_dir)
     done = 0
@@ -51,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
         if continuous != (item.grid is not None):
             kind = "latents" if continuous else "ids"
             fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
+        check_origin(str(options.ids), item.origin)
         most = max(1, limit // (item.height * item.width))
         if waiting and (len(waiting) == most or not item.is_like(waiting[0])):
             write(waiting)

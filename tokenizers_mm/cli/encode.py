@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
     def write(manifest: dict[str, Any]) -> None:
         if manifest["images"]:
-            write_codes(options.out, lambda: read_shards(parts), tokenizer.family)  # type: ignore[arg-type]
+            write_codes(options.out, lambda: read_shards(parts), tokenizer.fingerprint())  # type: ignore[arg-type]
         forget(job)
 
     manifest = carry_out(job, rows, tokenizer, partial(run_here, job, rows, tokenizer), then=write)
@@ -78,9 +78,8 @@ def carry_out(
     process's own; where it is given, what another run left in the folder is removed.
     """
     from tokenizers_mm.data.tokenizing import begun, finish, plan
-    from tokenizers_mm.models.saving import fingerprint
 
-    planned = plan(job, rows, fingerprint(tokenizer), tokenizer.family)
+    planned = plan(job, rows, tokenizer)
     with begun(job, planned, anew=then is not None) as missing:
         with Progress(len(rows), done_rows(len(rows), job.shard_size, missing), unit) as progress:
             work(missing, progress)

@@ -20,6 +20,7 @@ from PIL import Image
 from tokenizers_mm._check import fail, printable, require, shorten
 from tokenizers_mm._files import STAGING, one_writer, regular_file, write_json
 from tokenizers_mm._images import Fit, decode_image
+from tokenizers_mm._origin import origin_facts
 from tokenizers_mm.config import Pattern, Range, from_mapping, read_json
 from tokenizers_mm.data.codes import CodesOfImage
 from tokenizers_mm.data.image_sets import ImageSet
@@ -251,7 +252,7 @@ class Job:
         return self.out / DONE / f"{number:05d}.json"
 
 
-def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, Any]:
+def plan(job: Job, rows: Rows, tokenizer: Any) -> dict[str, Any]:
     """Values that decide the bytes of the shards: those that a run that goes on must have in common with the first."""
     how = asdict(job.how)
     kept = {"fit": how["fit"], "stable": how["stable"]}
@@ -260,8 +261,8 @@ def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, An
     return {
         "library": "tokenizers_mm",
         "format": job.format,
-        "family": family,
-        "tokenizer": tokenizer_hash,
+        **origin_facts(tokenizer.fingerprint()),
+        "dtype": str(tokenizer.dtype).removeprefix("torch."),
         "input": rows.fingerprint(),
         "rows": len(rows),
         "shard_size": job.shard_size,
@@ -336,7 +337,7 @@ def run_shard(job: Job, rows: Rows, tokenizer: Any, number: int, step: Callable[
     found, failures, images, largest = rows.encode(tokenizer, numbers, job.how, step)
     path, size, digest = job.out / job.file(number), 0, ""
     if found:
-        write_shard(path, found, tokenizer.family, largest)
+        write_shard(path, found, tokenizer.fingerprint(), largest)
         size, digest = path.stat().st_size, _hash_file(path)
     ids = sum(len(row.values) for _, row in found if isinstance(row, CodesOfImage))
     causes = dict(sorted(Counter(failure.cause for failure in failures).items()))

@@ -332,6 +332,13 @@ class ImageTokenizer(Convenience, nn.Module, ABC, Generic[Codes]):
         """Write config.json, model.safetensors, preprocessor_config.json and README.md, atomically."""
         saving.write(self, directory)
 
+    def fingerprint(self) -> str:
+        """`FAMILY:DIGEST` of configuration and weights, the name of this tokenizer in files of ids.
+
+        The same for copies in float64, float32 and bfloat16, on whatever device.
+        """
+        return saving.fingerprint(self)
+
 
 def _grouped(
     opened: Iterable[tuple[int, np.ndarray | ValueError]],
