@@ -3,7 +3,7 @@
     python -m benchmarks.encode_folder [--tokenizer tokenizers_mm/demo-64] [--count 512] [--side 80] [--rounds 5]
 
 The bare model encodes tensors that are ready, in batches of every size of --batches; its best one counts. The folder is
-read, cut to size, encoded and written as Parquet, in batches of the default size. Prints milliseconds per image: of the
+read, cut to size, encoded and written, in batches of the default size. Prints milliseconds per image: of the
 model by batch size, of the thread that runs the model, and of all threads (the rest reads images ahead, on other cores
 where there are any); and the throughput relative to the bare model.
 """
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--ending", default="parquet", help="of the file that is written (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     tokenizer = load(options.tokenizer)
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for batch, times in bare_times.items():
                 times.append(spent(lambda batch=batch: bare(batch))[0] * per_image)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                one, every = spent(lambda turn=turn: command([*verb, f"{work}/{turn}.parquet"]))
+                one, every = spent(lambda turn=turn: command([*verb, f"{work}/{turn}.{options.ending}"]))
                 started = spent(lambda: load(options.tokenizer).fingerprint())[0]
             folder_times.append(((one - started) * per_image, (every - started) * per_image))
     model = {batch: float(np.median(times[1:])) for batch, times in bare_times.items()}

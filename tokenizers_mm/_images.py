@@ -13,14 +13,15 @@ Every image becomes upright 8-bit RGB in sRGB by one rule, which never looks at 
     frames        the first of an animation; a PIL image gives the frame it stands at
 """
 
+import itertools
 import os
 import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -41,8 +42,8 @@ MAX_PIXELS = 256 * 1024 * 1024
 MAX_CANVAS = 64 * 1024 * 1024
 """Pixels of an intermediate image, unless the image itself has half as many: larger ones are refused or avoided."""
 
-AHEAD = 16
-"""Images that each thread of `run_ahead` may have ready."""
+AHEAD, TOGETHER = 16, 4
+"""Images that each thread of `run_ahead` may have ready, and those that it is given at once."""
 
 GREY = (127, 127, 127)
 
@@ -422,18 +423,23 @@ def run_ahead(
     if workers <= 0:
         yield from enumerate(map(guarded, items))
         return
+    with closing(_lists_ahead(guarded, iter(items), workers)) as lists:
+        yield from enumerate(itertools.chain.from_iterable(lists))
+
+
+def _lists_ahead(
+    work: Callable[[Item], Result], items: Iterator[Item], workers: int
+) -> Generator[list[Result], None, None]:
+    """Results in lists of `TOGETHER`: to hand over an image by itself takes longer than to use it."""
     with ThreadPoolExecutor(workers, "tokenizers_mm read ahead") as pool:
-        waiting: deque[Future[Result | ValueError]] = deque()
-        done = 0
+        waiting: deque[Future[list[Result]]] = deque()
         try:
-            for item in items:
-                waiting.append(pool.submit(guarded, item))
-                if len(waiting) > AHEAD * workers:
-                    yield done, waiting.popleft().result()
-                    done += 1
+            while given := list(itertools.islice(items, TOGETHER)):
+                waiting.append(pool.submit(lambda given: [work(item) for item in given], given))
+                if len(waiting) * TOGETHER > AHEAD * workers:
+                    yield waiting.popleft().result()
             while waiting:
-                yield done, waiting.popleft().result()
-                done += 1
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_output(options.out)
     from tokenizers_mm.data.shard_engines import run_here
-    from tokenizers_mm.data.tokenizing import Encoding, Job, forget
+    from tokenizers_mm.data.tokenizing import Encoding, Job, forget, largest_of
 
     open_input = partial(open_images, options.images)
     rows, tokenizer = open_input(), load_tokenizer(options)
@@ -57,7 +57,9 @@ def run(options: argparse.Namespace) -> None:
 
     def write(manifest: dict[str, Any]) -> None:
         if manifest["images"]:
-            write_codes(options.out, lambda: read_shards(parts), tokenizer.fingerprint())  # type: ignore[arg-type]
+            first: Any = next(read_shards(parts))
+            largest = largest_of(tokenizer.streams(first.height, first.width))
+            write_codes(options.out, lambda: read_shards(parts), tokenizer.fingerprint(), largest)  # type: ignore[arg-type]
         forget(job)
 
     manifest = carry_out(job, rows, tokenizer, partial(run_here, job, rows, tokenizer), then=write)

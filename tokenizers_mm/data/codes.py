@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,14 +74,17 @@ class CodesOfImage:
     @classmethod
     def of(cls, codes: ImageCodes | ImageLatents, name: str = "", caption: str = "") -> "CodesOfImage":
         """A batch of one image, on the CPU."""
-        return replace(cls.each(codes)[0], name=name, caption=caption)
+        return cls.each(codes, [(name, caption)])[0]
 
     @classmethod
-    def each(cls, codes: ImageCodes | ImageLatents) -> "list[CodesOfImage]":
-        """The images of a batch, on the CPU."""
+    def each(
+        cls, codes: ImageCodes | ImageLatents, texts: Sequence[tuple[str, str]] | None = None
+    ) -> "list[CodesOfImage]":
+        """The images of a batch, on the CPU. texts: name and caption of each."""
         grid = codes.grid if isinstance(codes, ImageLatents) else None
-        values = codes.values if isinstance(codes, ImageLatents) else codes.ids
-        return [cls(row, codes.height, codes.width, grid) for row in values.cpu().unbind()]
+        rows = (codes.values if isinstance(codes, ImageLatents) else codes.ids).cpu().unbind()
+        named = zip(rows, texts or [("", "")] * len(rows), strict=True)
+        return [cls(row, codes.height, codes.width, grid, *text) for row, text in named]
 
     def is_like(self, other: "CodesOfImage") -> bool:
         """True if the codes of both can be one batch."""
@@ -116,11 +119,11 @@ def import_arrow() -> Any:
 class _Columns:
     """Facts about all images from a first pass: kinds, sizes and names, but no ids."""
 
-    def __init__(self, items: Iterable[CodesOfImage]) -> None:
+    def __init__(self, items: Iterable[CodesOfImage], largest: int | None) -> None:
         self.names, self.captions = [], []
         self.lengths: list[int] = []
         self.places: list[tuple[int, ...]] = []
-        self.largest, self.width, self.dtype = 0, None, torch.int64
+        self.largest, self.width, self.dtype = largest or 0, None, torch.int64
         for item in items:
             if not self.names:
                 self.width = item.values.shape[1] if item.grid is not None else None
@@ -131,12 +134,13 @@ class _Columns:
             self.captions.append(item.caption)
             self.lengths.append(len(item.values))
             self.places.append((item.height, item.width, *(item.grid or ())))
-            self.largest = max(self.largest, int(item.values.max()) if self.width is None else 0)
+            if largest is None and self.width is None:
+                self.largest = max(self.largest, int(item.values.max()))
         require(len(self.names) > 0, "codes", "at least one image", "none")
 
     @property
     def alike(self) -> bool:
-        return len({(place, length) for place, length in zip(self.places, self.lengths, strict=True)}) == 1
+        return len(set(zip(self.places, self.lengths, strict=True))) == 1
 
     def facts(self, origin: str) -> dict[str, str]:
         facts = {**origin_facts(origin), "names": json.dumps(self.names)}
@@ -161,17 +165,19 @@ class _Columns:
 
 
 def write_codes(
-    path: Path, items: Callable[[], Iterable[CodesOfImage]] | Sequence[CodesOfImage], origin: str, largest: int = 0
+    path: Path,
+    items: Callable[[], Iterable[CodesOfImage]] | Sequence[CodesOfImage],
+    origin: str,
+    largest: int | None = None,
 ) -> None:
     """Write the codes of images, in order, whole or not at all.
 
     items: a sequence, or a function that begins to go through them; it is called twice. origin: `fingerprint()` of the
-    tokenizer. largest: an id that fits too.
+    tokenizer. largest: the largest id that it has; None looks for the largest of these.
     """
     check_output(path)
     begin = items if callable(items) else lambda: items
-    columns = _Columns(begin())
-    columns.largest = max(columns.largest, largest)
+    columns = _Columns(begin(), largest)
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix, _write_safetensors)(
             stream, begin(), columns, origin

@@ -75,7 +75,7 @@ def write_shard(path: Path, rows: Sequence[tuple[int, Row]], origin: str, larges
         with atomic_path(path) as temporary:
             arrow.parquet.write_table(arrow.table({"record": arrow.array(texts, arrow.string())}), temporary)
     else:
-        write_codes(path, [row for _, row in rows if isinstance(row, CodesOfImage)], origin, largest)
+        write_codes(path, [row for _, row in rows if isinstance(row, CodesOfImage)], origin, largest or None)
 
 
 def _members(row: Row, origin: str, largest: int) -> Iterator[tuple[str, bytes]]:

@@ -7,7 +7,7 @@ from the input, the tokenizer and the options (with stable ids), so that a shard
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -25,7 +25,7 @@ from tokenizers_mm.config import Pattern, Range, from_mapping, read_json
 from tokenizers_mm.data.codes import CodesOfImage
 from tokenizers_mm.data.image_sets import ImageSet
 from tokenizers_mm.data.token_shards import DONE, MANIFEST, SHARD_ENDINGS, Row, write_shard
-from tokenizers_mm.types import ImageCodes
+from tokenizers_mm.types import ImageCodes, Stream
 
 PLAN = "plan.json"
 """File that says what the run in a folder is."""
@@ -147,9 +147,9 @@ class ImageRows:
         largest = 0
         for indices, codes in encode_pairs(tokenizer, map(pair, numbers), how, refused):
             largest = max(largest, largest_id(codes))
-            for index, each in zip(indices, CodesOfImage.each(codes), strict=True):
-                number = numbers[index]
-                found[number] = replace(each, name=names.pop(number), caption=captions.pop(number, ""))
+            here = [numbers[index] for index in indices]
+            texts = [(names.pop(number), captions.pop(number, "")) for number in here]
+            found.update(zip(here, CodesOfImage.each(codes, texts), strict=True))
             step(len(indices))
         return sorted(found.items()), sorted(failures, key=lambda failure: failure.row), len(found), largest
 
@@ -168,7 +168,12 @@ def encode_pairs(
 
 def largest_id(codes: Any) -> int:
     """The largest id that a tokenizer can give, from codes of it; 0 for latents."""
-    return max((s.codebook_size for s in codes.streams), default=1) - 1 if isinstance(codes, ImageCodes) else 0
+    return largest_of(codes.streams) if isinstance(codes, ImageCodes) else 0
+
+
+def largest_of(streams: Sequence[Stream]) -> int:
+    """The largest id of some streams; 0 for none."""
+    return max((stream.codebook_size for stream in streams), default=1) - 1
 
 
 def readable(text: str) -> str:
