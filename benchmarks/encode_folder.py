@@ -8,7 +8,6 @@ model by batch size, of the thread that runs the model, and of all threads (the 
 where there are any); and the throughput relative to the bare model.
 """
 
-import argparse
 import contextlib
 import io
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import harness
 from tokenizers_mm import load
 from tokenizers_mm.cli import main as command
 from tokenizers_mm.data.photographs import fixed_crops
@@ -38,7 +38,7 @@ def spent(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--tokenizer", default="tokenizers_mm/demo-64")
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--side", type=int, default=80)
@@ -75,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     thread, process = (float(np.median([times[k] for times in folder_times[1:]])) for k in (0, 1))
     print("bare model, ms per image:", ", ".join(f"{time:.3f} at batch {batch}" for batch, time in model.items()))
     print(f"folder, ms per image: {thread:.3f} of the thread with the model, {process:.3f} of all threads")
+    if options.record:
+        row = {"bare": model[best], "thread": thread, "process": process, "batch": best, "images": options.count}
+        about = {"tokenizer": Path(options.tokenizer).name, **harness.machine()}
+        harness.record("encode_folder", row, about)
     print(f"throughput relative to the bare model at batch {best}: {model[best] / thread:.3f}", end="")
     print(f" with readers on another core, {model[best] / process:.3f} on one core")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import fail
-from tokenizers_mm.cli.options import load_tokenizer, tokenizer_option
+from tokenizers_mm.cli.options import counted, load_tokenizer, tokenizer_option
 
 SUMMARY = "Ids to images."
 
@@ -23,6 +23,7 @@ def run(options: argparse.Namespace) -> None:
     """Decode ids into a folder of PNG files with the names of the images, a few at a time."""
     import torch
 
+    from tokenizers_mm._files import folder_place
     from tokenizers_mm._images import tensor_to_images
     from tokenizers_mm._origin import OriginCheck
     from tokenizers_mm.data.codes import CodesOfImage
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from tokenizers_mm.models.base import BATCH_PIXELS
     from tokenizers_mm.types import join_codes
 
+    folder_place(options.out_dir)
     rows = read_shards(options.ids)
     first = next(rows, None)
     tokenizer = load_tokenizer(options)
@@ -50,11 +52,11 @@ def run(options: argparse.Namespace) -> None:
     for item in _chained(first, rows):
         if not isinstance(item, CodesOfImage):
             fail("ids", "ids of images", f"records in {options.ids}")
+        check_origin(str(options.ids), item.origin)
         continuous = not tokenizer.streams(item.height, item.width)
         if continuous != (item.grid is not None):
             kind = "latents" if continuous else "ids"
             fail("ids", f"{kind}, which a {tokenizer.family} tokenizer decodes", f"the other kind in {options.ids}")
-        check_origin(str(options.ids), item.origin)
         most = max(1, limit // (item.height * item.width))
         if waiting and (len(waiting) == most or not item.is_like(waiting[0])):
             write(waiting)
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         done += 1
     if waiting:
         write(waiting)
-    print(f"{options.out_dir}: {done} images")
+    print(f"{options.out_dir}: {counted(done)}")
 
 
 def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers_mm.cli.options import SHIPPED, input_options, load_tokenizer
+from tokenizers_mm.cli.options import SHIPPED, counted, input_options, load_tokenizer
 from tokenizers_mm.cli.progress import Progress
 
 SUMMARY = "Images to ids: one file, or a folder of shards."
@@ -129,6 +129,6 @@ def closing(out: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
     if not manifest["images"]:
         fail("images", "at least one readable image", f"none ({manifest['failures']} refused)")
     skipped = f", {manifest['failures']} skipped" if manifest["failures"] else ""
-    print(f"{out}: {manifest['images']} images{skipped}")
+    print(f"{out}: {counted(manifest['images'])}{skipped}")
     if tokenizer is not None and tokenizer.stability.images:
         print(f"stable: {tokenizer.stability}")

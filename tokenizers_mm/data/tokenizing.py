@@ -276,7 +276,7 @@ def plan(job: Job, rows: Rows, tokenizer: Any) -> dict[str, Any]:
 
 
 def _differences(job: Job, planned: Mapping[str, Any]) -> list[str]:
-    """Names of the values that the run in the folder has otherwise."""
+    """Values that the run in the folder has otherwise, by name; short ones with what they are there."""
     path = job.out / DONE / PLAN
     if not path.is_file():
         return ["files"] if job.out.is_dir() and any(job.out.glob("part-*")) else []
@@ -284,7 +284,14 @@ def _differences(job: Job, planned: Mapping[str, Any]) -> list[str]:
         found = read_json(path)
     except ValueError:
         return [PLAN]
-    return [key for key in planned if found.get(key) != planned[key]]
+    texts = []
+    for key, value in {**planned, **planned.get("encoding", {})}.items():
+        inner = found.get("encoding")
+        other = (inner.get(key) if isinstance(inner, dict) else None) if key not in planned else found.get(key)
+        if other != value and key != "encoding":
+            shown = isinstance(other, (str, int)) and len(str(other)) < 20
+            texts.append(f"{key} ({other})" if shown else key)
+    return texts
 
 
 def _refuse_other(job: Job, planned: Mapping[str, Any]) -> None:

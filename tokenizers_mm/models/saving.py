@@ -107,6 +107,7 @@ def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
         "image_size": None if size is None else list(size),
         "size_multiple": tokenizer.size_multiple,
         "streams": to_mapping(tokenizer.streams(*size)) if size else [],
+        "codebooks": {} if size else {name: each.codebook_size for name, each in tokenizer.quantizers().items()},
     }
 
 
