@@ -1,5 +1,6 @@
 """Mistakes that people make in their first hour: each is one sentence that says what to do instead."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.tiny import dualvitok_config, tokenflow_config
-from tokenizers_mm.cli import main
+from tokenizers_mm.cli import main, parser
 from tokenizers_mm.models import DualViTok, TokenFlow
 
 
@@ -67,3 +68,13 @@ def test_info_counts_the_codes_of_a_tokenizer_for_any_size(place: Path, capsys: 
     told = said(capsys, 0, "info", place / "any")
     for name, quantizer in DualViTok.from_config(dualvitok_config()).quantizers().items():
         assert f"stream       {name}: {quantizer.codebook_size} codes\n" in told
+
+
+def test_every_option_says_what_it_does_and_its_default() -> None:
+    verbs = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for verb, command in verbs.choices.items():
+        for action in command._actions:
+            name = f"{verb} {'/'.join(action.option_strings) or action.dest}"
+            assert action.help, name
+            told = action.default in (None, False, True, "", [], argparse.SUPPRESS) or "%(default)s" in action.help
+            assert told, f"{name}: {action.default}"

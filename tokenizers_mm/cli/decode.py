@@ -15,7 +15,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     command.add_argument("ids", type=Path, help="a file or a folder of shards that `encode` or `tokenize` wrote")
     tokenizer_option(command)
-    command.add_argument("--out-dir", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
+    command.add_argument(
+        "--out-dir", "--out", type=Path, default=Path("decoded"), help="folder of the images (default: %(default)s)"
+    )
     command.add_argument("--any-tokenizer", action="store_true", help="decode ids that another tokenizer made, too")
 
 
