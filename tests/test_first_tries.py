@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from benchmarks.tiny import dualvitok_config, tokenflow_config
+from tokenizers_mm import load
 from tokenizers_mm.cli import main, parser
 from tokenizers_mm.models import DualViTok, TokenFlow
 
@@ -78,3 +79,22 @@ def test_every_option_says_what_it_does_and_its_default() -> None:
             assert action.help, name
             told = action.default in (None, False, True, "", [], argparse.SUPPRESS) or "%(default)s" in action.help
             assert told, f"{name}: {action.default}"
+
+
+def test_plain_ids_in_the_place_of_codes(place: Path) -> None:
+    for folder in (place / "run" / "tokenizer", place / "any"):
+        tokenizer = load(folder)
+        codes = tokenizer.encode(torch.zeros(1, 3, 32, 32))
+        for call in (tokenizer.decode, tokenizer.vectors):
+            with pytest.raises(ValueError, match=r"codes: expected ImageCodes, .* \(plain ids: decode_ids\), got"):
+                call(codes.ids)
+
+
+def test_a_loss_of_ones_own_that_is_no_number() -> None:
+    pytest.importorskip("accelerate")
+    from train.objectives.terms import _scalar
+
+    assert _scalar("mine", torch.ones(1, 1)).shape == ()
+    for wrong in (torch.ones(2), 3.0, None):
+        with pytest.raises(ValueError, match="loss term mine: expected a tensor of one number, got"):
+            _scalar("mine", wrong)
