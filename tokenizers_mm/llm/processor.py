@@ -93,6 +93,12 @@ class MultimodalProcessor:
             dtype=torch.int64,
         )
 
+    def __repr__(self) -> str:
+        codes = ", ".join(f"{code.size:,} of {code.stream}" for code in self.vocabulary.codes) or "none"
+        sizes = len(self.vocabulary.sizes)
+        shown = f"codes {codes}, {sizes} image size{'' if sizes == 1 else 's'}, fit {self.fit!r}"
+        return f"MultimodalProcessor({self.tokenizer.family}, {self.vocabulary.text_size:,} text tokens, {shown})"
+
     def __call__(
         self,
         rows: Sequence[Content | Sequence[Content]],
