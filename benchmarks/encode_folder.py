@@ -1,4 +1,4 @@
-"""What does `tokenizers-mm encode FOLDER` take on top of the bare model? CPU time, the two in turns in one process.
+"""CPU time of `tokenizers-mm encode FOLDER` on top of that of the bare model, the two in turns in one process.
 
     python -m benchmarks.encode_folder [--tokenizer tokenizers_mm/demo-64] [--count 512] [--side 80] [--rounds 5]
 

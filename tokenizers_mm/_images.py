@@ -13,19 +13,16 @@ Every image becomes upright 8-bit RGB in sRGB by one rule, which never looks at 
     frames        the first of an animation; a PIL image gives the frame it stands at
 """
 
-import itertools
 import os
 import sys
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,13 +39,7 @@ MAX_PIXELS = 256 * 1024 * 1024
 MAX_CANVAS = 64 * 1024 * 1024
 """Pixels of an intermediate image, unless the image itself has half as many: larger ones are refused or avoided."""
 
-AHEAD, TOGETHER = 16, 4
-"""Images that each thread of `run_ahead` may have ready, and those that it is given at once."""
-
 GREY = (127, 127, 127)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 Fit = Literal["refuse", "crop", "pad", "resize"]
 """Treatment of an image of a size that the tokenizer does not take."""
@@ -404,44 +395,6 @@ def name_images(images: Any) -> list[tuple[str, Any]]:
 def open_image(item: Any, name: str = "image") -> Image.Image:
     """A PIL image or the path of one as upright RGB."""
     return upright_rgb(item, name) if isinstance(item, Image.Image) else read_image(item)
-
-
-def run_ahead(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[tuple[int, Result | ValueError]]:
-    """(index, result) of every item, in order; a ValueError that was raised stands in place of its result.
-
-    workers: threads that work ahead, up to `AHEAD` items each; decoders of images release Python's lock. 0: none.
-    """
-
-    def guarded(item: Item) -> Result | ValueError:
-        try:
-            return work(item)
-        except ValueError as error:
-            return error
-
-    if workers <= 0:
-        yield from enumerate(map(guarded, items))
-        return
-    with closing(_lists_ahead(guarded, iter(items), workers)) as lists:
-        yield from enumerate(itertools.chain.from_iterable(lists))
-
-
-def _lists_ahead(
-    work: Callable[[Item], Result], items: Iterator[Item], workers: int
-) -> Generator[list[Result], None, None]:
-    """Results in lists of `TOGETHER`: to hand over an image by itself takes longer than to use it."""
-    with ThreadPoolExecutor(workers, "tokenizers_mm read ahead") as pool:
-        waiting: deque[Future[list[Result]]] = deque()
-        try:
-            while given := list(itertools.islice(items, TOGETHER)):
-                waiting.append(pool.submit(lambda given: [work(item) for item in given], given))
-                if len(waiting) * TOGETHER > AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def check_images(x: Tensor, name: str = "images") -> None:

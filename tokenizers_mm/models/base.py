@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from tokenizers_mm._ahead import run_ahead
 from tokenizers_mm._check import fail, naming, require
 from tokenizers_mm._images import (
     Fit,
@@ -23,7 +24,6 @@ from tokenizers_mm._images import (
     levels_to_tensor,
     name_images,
     open_image,
-    run_ahead,
 )
 from tokenizers_mm.config import checked
 from tokenizers_mm.models import saving
