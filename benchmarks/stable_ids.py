@@ -81,15 +81,16 @@ def recompile(tokenizer: Any, backend: str) -> None:
             part.compile(backend=backend)
 
 
-def cost(tokenizer: Any, x: torch.Tensor, batch: int = 16) -> float:
-    """CPU time of stable ids over that of float32 ids, for a stream of images; the streams take turns."""
+def cost(tokenizer: Any, x: torch.Tensor) -> float:
+    """CPU time of stable ids over that of float32 ids, for a stream of images; the streams take turns.
+
+    Batches are of the default size, as in `tokenizers-mm tokenize`.
+    """
     torch.set_num_threads(1)
     pictures = as_pil(x)
     for how in (False, True):
-        list(tokenizer.encode_batches(pictures[: 4 * batch], stable=how, batch_size=batch))
-    streams: dict[bool, Iterator[Any]] = {
-        how: tokenizer.encode_batches(pictures, stable=how, batch_size=batch) for how in (False, True)
-    }
+        list(tokenizer.encode_batches(pictures[:64], stable=how))
+    streams: dict[bool, Iterator[Any]] = {how: tokenizer.encode_batches(pictures, stable=how) for how in (False, True)}
     spent, last = {False: 0.0, True: 0.0}, {False: True, True: True}
     while any(last.values()):
         for how, stream in streams.items():

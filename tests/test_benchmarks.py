@@ -26,6 +26,7 @@ GPU = {"gpu", "gpu_nearest_code"}
 SMALLEST: dict[str, list[str]] = {
     "code_sums": ["--shapes", "64x16x4", "--rounds", "1", "--record"],
     "encode_decode": [str(ROOT / "configs" / "vqgan_64.yaml"), "--size", "32", "--rounds", "1", "--record"],
+    "encode_folder": ["--count", "4", "--rounds", "1", "--batches", "2", "--ending", "npz", "--record"],
     "grammar": ["--rounds", "1", "--record"],
     "index_backpropagation": ["--shapes", "8x16x4", "--rounds", "1", "--record"],
     "killed_runs": ["--count", "12", "--kills", "1", "--workers", "1", "--shard-size", "4"],

@@ -255,6 +255,7 @@ def test_a_missing_device_is_one_sentence(saved: Path, tmp_path: Path, capsys: p
         assert len(said.splitlines()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say which")
 def test_files_of_codes_that_are_wrong_are_one_sentence(
     saved: Path, any_size: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,9 @@ from tests.cases import ROOT
 PACKAGE = ROOT / "tokenizers_mm"
 LEAVES = {
     "types",
+    "_ahead",
     "_check",
+    "_origin",
     "config",
     "_files",
     "_images",
@@ -30,6 +32,7 @@ PARTS = {"encoders", "quantizers", "decoders"}
 BELOW_MODELS = PARTS | {"layers", "functional", "kernels"} | LEAVES
 
 ALLOWED = {
+    "_ahead": set(),
     "_check": set(),
     "_files": {"_check"},
     "_summary": {"_files"},
@@ -38,6 +41,7 @@ ALLOWED = {
     "_interpolation": {"_check"},
     "config": {"_check", "_files", "_interpolation"},
     "config_reference": {"config"},
+    "_origin": {"_check"},
     "types": {"_check", "_display", "_images"},
     "_display": {"_images"},
     "_images": {"_check", "_files", "resolutions"},

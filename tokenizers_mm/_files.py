@@ -109,9 +109,9 @@ def one_writer(folder: str | os.PathLike[str], name: str, held: str = "") -> Ite
     name: what an error begins with. held: what it calls the folder, by default its path.
 
     Raises:
-        ValueError: another process holds the lock.
+        ValueError: another process holds the lock, or no folder can be made there.
     """
-    path = Path(folder) / LOCK
+    path = folder_place(folder, held) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
@@ -169,6 +169,18 @@ def file_place(path: str | os.PathLike[str]) -> Path:
     if found is not None and not stat.S_ISREG(found.st_mode):
         fail(f"output {path}", "a file or a new name", kind_of(path))
     return Path(os.path.realpath(path))
+
+
+def folder_place(path: str | os.PathLike[str], shown: str = "") -> Path:
+    """Path of a folder to write files to, made or not; ValueError for what no folder can be made of.
+
+    shown: what an error calls it, by default its path.
+    """
+    place = Path(path)
+    nearest = next((each for each in (place, *place.parents) if os.path.lexists(each)), Path())
+    if not nearest.is_dir():
+        fail(f"output {shown or path}", "a folder or a new name", f"{kind_of(nearest)}: {nearest}")
+    return place
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:

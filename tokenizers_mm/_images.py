@@ -17,14 +17,12 @@ import os
 import sys
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,13 +39,7 @@ MAX_PIXELS = 256 * 1024 * 1024
 MAX_CANVAS = 64 * 1024 * 1024
 """Pixels of an intermediate image, unless the image itself has half as many: larger ones are refused or avoided."""
 
-AHEAD = 16
-"""Images that each thread of `run_ahead` may have ready."""
-
 GREY = (127, 127, 127)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 Fit = Literal["refuse", "crop", "pad", "resize"]
 """Treatment of an image of a size that the tokenizer does not take."""
@@ -403,39 +395,6 @@ def name_images(images: Any) -> list[tuple[str, Any]]:
 def open_image(item: Any, name: str = "image") -> Image.Image:
     """A PIL image or the path of one as upright RGB."""
     return upright_rgb(item, name) if isinstance(item, Image.Image) else read_image(item)
-
-
-def run_ahead(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> Iterator[tuple[int, Result | ValueError]]:
-    """(index, result) of every item, in order; a ValueError that was raised stands in place of its result.
-
-    workers: threads that work ahead, up to `AHEAD` items each; decoders of images release Python's lock. 0: none.
-    """
-
-    def guarded(item: Item) -> Result | ValueError:
-        try:
-            return work(item)
-        except ValueError as error:
-            return error
-
-    if workers <= 0:
-        yield from enumerate(map(guarded, items))
-        return
-    with ThreadPoolExecutor(workers, "tokenizers_mm read ahead") as pool:
-        waiting: deque[Future[Result | ValueError]] = deque()
-        done = 0
-        try:
-            for item in items:
-                waiting.append(pool.submit(guarded, item))
-                if len(waiting) > AHEAD * workers:
-                    yield done, waiting.popleft().result()
-                    done += 1
-            while waiting:
-                yield done, waiting.popleft().result()
-                done += 1
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def check_images(x: Tensor, name: str = "images") -> None:

@@ -67,6 +67,8 @@ def describe(family: str, summary: Mapping[str, Any], provenance: Mapping[str, s
         count = sum(rows * columns for rows, columns in stream["grids"])
         grids = " ".join(f"{rows}x{columns}" for rows, columns in stream["grids"])
         lines.append(f"stream       {stream['name']}: {count} ids, {stream['codebook_size']} codes, grids {grids}")
+    for name, count in summary.get("codebooks", {}).items():  # where the size of the image decides how many ids
+        lines.append(f"stream       {name}: {count} codes")
     names = ("source", "license", "sha256", "notice")
     return lines + [f"{name:<12} {provenance[name]}" for name in names if provenance[name]]
 
@@ -76,8 +78,9 @@ def _is_sound(family: Any, summary: Mapping[str, Any], provenance: Mapping[str, 
     streams, size = summary["streams"], summary["image_size"]
     sides = [side for stream in streams for grid in stream["grids"] for side in _pair(grid)]
     numbers = [summary["parameters"], summary["size_multiple"], *_pair(size or [1, 1]), *sides]
-    numbers += [stream["codebook_size"] for stream in streams]
-    texts = [family, *(stream["name"] for stream in streams), *provenance.values()]
+    codebooks = summary.get("codebooks", {})
+    numbers += [*(stream["codebook_size"] for stream in streams), *codebooks.values()]
+    texts = [family, *codebooks, *(stream["name"] for stream in streams), *provenance.values()]
     return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) and all(
         isinstance(text, str) and len(text) <= LONGEST and " ".join(text.split()).isprintable() for text in texts
     )

@@ -267,6 +267,12 @@ class Disturbance:
 UNDISTURBED = Disturbance()
 
 
+def expect_codes(codes: Any, kind: type["ImageCodes | ImageLatents"]) -> None:
+    """Refuse what is no `ImageCodes`, or no `ImageLatents`, where one of them is to be decoded."""
+    hint = " (plain ids: decode_ids)" if kind is ImageCodes else ""
+    require(isinstance(codes, kind), "codes", f"{kind.__name__}, as encode returns{hint}", codes)
+
+
 def join_codes(parts: Sequence[Codes]) -> Codes:
     """Batches of codes of one size as one batch, in order."""
     first = parts[0]

@@ -59,7 +59,11 @@ def _play(state: State, player: Player, batches: Sequence[Any], moment: Moment, 
         report.add(values, 1 / len(batches))
     found = report.over_ranks(accelerator.num_processes) | labels
     for name in player.optimizers:
-        found |= _descend(state, name, moment, "" if main and len(player.optimizers) == 1 else f"_{name}")
+        try:
+            found |= _descend(state, name, moment, "" if main and len(player.optimizers) == 1 else f"_{name}")
+        except FloatingPointError as error:
+            bad = ", ".join(term for term, value in found.items() if not math.isfinite(value))
+            raise FloatingPointError(f"{error}{f' (nor are: {bad})' if bad else ''}") from None
     return found
 
 

@@ -268,6 +268,9 @@ class Numbers:
 class Family:
     family = "vqgan"
 
+    def fingerprint(self) -> str:
+        return f"{self.family}:{'0' * 32}"
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:

@@ -30,6 +30,7 @@ class FakeTokenizer(ImageTokenizer):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
         self._streams, self._image_size, self._multiple = streams, image_size, multiple
+        self.config = {name: size for name, (size, _) in streams.items()}
 
     @classmethod
     def from_config(cls, config: Any) -> "FakeTokenizer":

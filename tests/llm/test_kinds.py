@@ -210,6 +210,7 @@ def test_rows_and_labels_are_told_apart_from_ids() -> None:
         processor.decode(labels)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not say which")
 def test_no_message_prints_all_ids(tmp_path: Path) -> None:
     long = list(range(20_000))
     _, processor = chat()
@@ -426,6 +427,7 @@ def test_records_read_nothing_outside_of_their_folder(tmp_path: Path) -> None:
     ],
     ids=range(18),
 )
+@pytest.mark.filterwarnings("ignore:.*does not say which")
 def test_a_broken_record_is_refused_in_one_sentence(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line + b"\n")

@@ -71,6 +71,10 @@ def test_a_model_brings_the_processor_of_its_folder(tmp_path: Path, monkeypatch:
     model, processor, _ = learned(False)
     with pytest.raises(ValueError, match="processor: expected one, or a model of a folder in which one is saved"):
         describe(model, picture(1))
+    with pytest.raises(ValueError, match=r"image: expected a Path, a PIL image, .*, got 0\.png"):
+        describe(model, "0.png", processor=processor)
+    assert repr(processor).startswith("MultimodalProcessor(fake, ")
+    assert len(repr(processor)) < 200
     model.save_pretrained(tmp_path / "llm")
     processor.save(tmp_path / "llm")
     loaded: list[Path] = []

@@ -140,6 +140,7 @@ def test_records_read_pretokenised_and_mixed(tmp_path: Path) -> None:
         ({"content": [{"codes": {"height": 16, "width": 16, "ids": [1]}}]}, r"row 0: ids: expected int64 \[B, 16\]"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*does not say which")
 def test_bad_records_get_one_sentence(tmp_path: Path, line: Any, message: str) -> None:
     records = Records(write(tmp_path / "rows.jsonl", [line]), one_scale())
     with pytest.raises(ValueError, match=message):

@@ -73,10 +73,11 @@ def test_a_list_is_encoded_a_few_images_at_a_time(
         return encode(self, x)
 
     monkeypatch.setattr(TokenFlow, "encode_tensor", counted)
+    limit = 16
+    monkeypatch.setitem(base.BATCH_PIXELS, "cpu", limit * 32**2)
     codes = tokenizer.encode(paths)
     assert isinstance(codes, ImageCodes)
     assert codes.ids.shape == (120, 21)
-    limit = base.BATCH_PIXELS["cpu"] // 32**2
     assert opened.most <= limit + 1
     for index in range(120):
         assert torch.equal(codes.ids[index], codes.ids[index % 7])

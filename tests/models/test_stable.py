@@ -12,7 +12,7 @@ from tests.mar_cases import tiny_config as tiny_mar_config
 from tokenizers_mm import kernels
 from tokenizers_mm.functional.scalar import levels_to_ids, round_to_levels, rounding_margin
 from tokenizers_mm.kernels.decisions import watch_decisions
-from tokenizers_mm.models import MAR, stable
+from tokenizers_mm.models import MAR, base, stable
 from tokenizers_mm.quantizers import FSQ, FSQConfig, VQConfig
 
 COUNT = 12
@@ -102,6 +102,36 @@ def test_doubtful_images_are_decided_again_whole(name: str, monkeypatch: pytest.
     for indices, codes in tokenizer.encode_batches(as_pil(x), stable=True, batch_size=5):
         found.update(zip(indices, codes.ids, strict=True))
     assert torch.equal(torch.stack([found[index] for index in range(COUNT)]), expected)
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_doubtful_images_of_several_sizes_wait_within_a_limit(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image is decided again once, in its size, never more than `most` of 32 x 32 pixels at a time."""
+    tokenizer = TOKENIZERS["vq"]()
+    sizes = [(32, 32), (32, 64), (32, 32), (64, 64), (32, 32), (32, 64), (32, 32)]
+    pictures = [as_pil(images(size, 1 + index))[-1] for index, size in enumerate(sizes)]
+    tokenizer.encode(pictures[0], stable=True)
+    measured(tokenizer)
+    encoder = stable.stable_encoder(tokenizer)
+    monkeypatch.setattr(encoder, "_bound", lambda number: float("inf"))
+    monkeypatch.setitem(base.BATCH_PIXELS, "cpu", most * 32 * 32)
+    again, decided = encoder._decide_again, []
+
+    def counted(first: Any) -> Any:
+        decided.append(first.x.shape[0] * first.x[0, 0].numel() // 1024)
+        return again(first)
+
+    monkeypatch.setattr(encoder, "_decide_again", counted)
+    found: dict[int, Any] = {}
+    for indices, codes in tokenizer.encode_batches(pictures, stable=True):
+        assert not found.keys() & set(indices)
+        found.update(zip(indices, codes, strict=True))
+    for index, picture in enumerate(pictures):
+        wide = exact_ids(tokenizer, tokenizer.prepare(picture))
+        assert (found[index].height, found[index].width) == (picture.height, picture.width)
+        assert torch.equal(found[index].ids, wide)
+    assert sum(decided) == 4 + 2 * 2 + 4
+    assert max(decided) <= max(most, 4)  # one of 64 x 64 pixels is never parted
 
 
 def test_other_weights_are_measured_anew() -> None:

@@ -4,13 +4,19 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tokenizers_mm._check import printable, shorten
 
 TRACEBACK = "TOKENIZERS_MM_TRACEBACK"
 """Environment variable: where it is set, an error ends with Python's traceback too."""
+
+PACKAGE = str(Path(__file__).parents[1])
+"""Folder of the library."""
 
 NO_DEVICE = (
     "No CUDA GPUs",
@@ -39,6 +45,8 @@ def guarded(program: str, run: Callable[[], int | None]) -> int:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names that are no UTF-8 can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
+    usual = warnings.formatwarning
+    warnings.formatwarning = partial(_format_warning, program, usual)
     try:
         code = run() or 0
         sys.stdout.flush()
@@ -53,8 +61,16 @@ def guarded(program: str, run: Callable[[], int | None]) -> int:
             traceback.print_exc()
         message, code = explain(error)
         _forget_unwritten()
+    finally:
+        warnings.formatwarning = usual
     print(f"{program}: {message}", file=sys.stderr)
     return code
+
+
+def _format_warning(program: str, usual: Callable[..., str], message: Any, category: Any, *place: Any) -> str:
+    """A warning that this library gives to users as one sentence, like an error; others as usual."""
+    ours = category is UserWarning and str(place[0]).startswith(PACKAGE)
+    return f"{program}: {message}\n" if ours else usual(message, category, *place)
 
 
 def _forget_unwritten() -> None:

@@ -20,7 +20,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help=".pt, .pth, .bin, .ckpt or .safetensors, an .index.json, or a folder with one",
     )
     command.add_argument("options", nargs="*", metavar="key=value", help="what the file cannot say, see the family")
-    command.add_argument("--out", type=Path)
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder of the tokenizer (needed but for --list)")
     command.add_argument("--list", action="store_true", help="the families, their files and licences, and end")
     command.add_argument("--config", type=Path, help="JSON: the dimensions of an unpublished size")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import fail
-from tokenizers_mm.cli.options import load_tokenizer, tokenizer_option
+from tokenizers_mm.cli.options import counted, load_tokenizer, tokenizer_option
 
 SUMMARY = "Ids to images."
 
@@ -15,23 +15,30 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     command.add_argument("ids", type=Path, help="a file or a folder of shards that `encode` or `tokenize` wrote")
     tokenizer_option(command)
-    command.add_argument("--out-dir", type=Path, default=Path("decoded"), help="folder (default: %(default)s)")
+    command.add_argument(
+        "--out-dir", "--out", type=Path, default=Path("decoded"), help="folder of the images (default: %(default)s)"
+    )
+    command.add_argument("--any-tokenizer", action="store_true", help="decode ids that another tokenizer made, too")
 
 
 def run(options: argparse.Namespace) -> None:
     """Decode ids into a folder of PNG files with the names of the images, a few at a time."""
     import torch
 
+    from tokenizers_mm._files import folder_place
     from tokenizers_mm._images import tensor_to_images
+    from tokenizers_mm._origin import OriginCheck
     from tokenizers_mm.data.codes import CodesOfImage
     from tokenizers_mm.data.token_shards import read_shards
     from tokenizers_mm.eval.pictures import save_picture
     from tokenizers_mm.models.base import BATCH_PIXELS
     from tokenizers_mm.types import join_codes
 
+    folder_place(options.out_dir)
     rows = read_shards(options.ids)
     first = next(rows, None)
     tokenizer = load_tokenizer(options)
+    check_origin = OriginCheck(tokenizer, options.any_tokenizer)
     limit = BATCH_PIXELS.get(tokenizer.device.type, BATCH_PIXELS["cuda"])
     names = Names(options.out_dir)
     done = 0
@@ -47,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     for item in _chained(first, rows):
         if not isinstance(item, CodesOfImage):
             fail("ids", "ids of images", f"records in {options.ids}")
+        check_origin(str(options.ids), item.origin)
         continuous = not tokenizer.streams(item.height, item.width)
         if continuous != (item.grid is not None):
             kind = "latents" if continuous else "ids"
@@ -59,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         done += 1
     if waiting:
         write(waiting)
-    print(f"{options.out_dir}: {done} images")
+    print(f"{options.out_dir}: {counted(done)}")
 
 
 def _chained(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ SUMMARY = "Train a small tokenizer on real photographs and look at it (minutes, 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
-    command.add_argument("--out", type=Path, default=Path("runs/demo"))
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
     command.add_argument("--quick", action="store_true", help="a first look in a minute")
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers_mm.cli.options import SHIPPED, input_options, load_tokenizer
+from tokenizers_mm.cli.options import SHIPPED, counted, input_options, load_tokenizer
 from tokenizers_mm.cli.progress import Progress
 
 SUMMARY = "Images to ids: one file, or a folder of shards."
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_output(options.out)
     from tokenizers_mm.data.shard_engines import run_here
-    from tokenizers_mm.data.tokenizing import Encoding, Job, forget
+    from tokenizers_mm.data.tokenizing import Encoding, Job, forget, largest_of
 
     open_input = partial(open_images, options.images)
     rows, tokenizer = open_input(), load_tokenizer(options)
@@ -57,7 +57,9 @@ def run(options: argparse.Namespace) -> None:
 
     def write(manifest: dict[str, Any]) -> None:
         if manifest["images"]:
-            write_codes(options.out, lambda: read_shards(parts), tokenizer.family)  # type: ignore[arg-type]
+            first: Any = next(read_shards(parts))
+            largest = largest_of(tokenizer.streams(first.height, first.width))
+            write_codes(options.out, lambda: read_shards(parts), tokenizer.fingerprint(), largest)  # type: ignore[arg-type]
         forget(job)
 
     manifest = carry_out(job, rows, tokenizer, partial(run_here, job, rows, tokenizer), then=write)
@@ -78,9 +80,8 @@ def carry_out(
     process's own; where it is given, what another run left in the folder is removed.
     """
     from tokenizers_mm.data.tokenizing import begun, finish, plan
-    from tokenizers_mm.models.saving import fingerprint
 
-    planned = plan(job, rows, fingerprint(tokenizer), tokenizer.family)
+    planned = plan(job, rows, tokenizer)
     with begun(job, planned, anew=then is not None) as missing:
         with Progress(len(rows), done_rows(len(rows), job.shard_size, missing), unit) as progress:
             work(missing, progress)
@@ -128,6 +129,6 @@ def closing(out: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
     if not manifest["images"]:
         fail("images", "at least one readable image", f"none ({manifest['failures']} refused)")
     skipped = f", {manifest['failures']} skipped" if manifest["failures"] else ""
-    print(f"{out}: {manifest['images']} images{skipped}")
+    print(f"{out}: {counted(manifest['images'])}{skipped}")
     if tokenizer is not None and tokenizer.stability.images:
         print(f"stable: {tokenizer.stability}")

@@ -57,7 +57,7 @@ def run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--inception", help="the same as --weights inception=FILE")
     command.add_argument("--extractor", default="", help="registered with torch-fidelity, in place of Inception")
     command.add_argument("--seed", type=int, default=0, help="of intervals and splits")
-    command.add_argument("--device", default="cpu", help="for example cuda")
+    command.add_argument("--device", default="cpu", help="for example cuda (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

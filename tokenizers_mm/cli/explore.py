@@ -30,7 +30,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the npm package onnxruntime-web (default: node_modules/onnxruntime-web here or in a folder above)",
     )
-    command.add_argument("--out", type=Path, required=True, help="folder of the page")
+    command.add_argument("--out", type=Path, default=Path("explorer"), help="folder of the page (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -38,6 +38,11 @@ def input_options(command: argparse.ArgumentParser, metavar: str, kinds: str) ->
     command.add_argument("--batch-size", type=int, help="images of a batch (default: by their size)")
 
 
+def counted(count: int) -> str:
+    """A number of images in words."""
+    return f"{count} image{'' if count == 1 else 's'}"
+
+
 def load_tokenizer(options: argparse.Namespace) -> Any:
     """The tokenizer that the options name."""
     from tokenizers_mm.models.loading import load  # after the arguments are known to be good

@@ -26,7 +26,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=int, default=1, help="processes, each with the tokenizer in memory (default: %(default)s)"
     )
-    command.add_argument("--engine", choices=("local", "ray"), default="local", help="this machine, or Ray Data")
+    command.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this machine, or Ray Data (default: %(default)s)"
+    )
     command.add_argument(
         "--no-stable",
         dest="stable",

@@ -3,11 +3,13 @@
 Images of one size: `ids` int64 [B, L] or `latents` float [B, L, D]. Images of several sizes: the rows of all images one
 after the other, `ids` [N] or `latents` [N, D]; `offsets` int64 [B + 1], where each image begins and the last one ends;
 `sizes` int64 [B, 2], height and width; for latents `grids` int64 [B, 2], rows and columns. The texts beside the tensors
-(in an `.npz` the array `metadata`, JSON) are `family`, `names` and, where there are any, `captions` (JSON lists), and
+(in an `.npz` the array `metadata`, JSON) are `names` and, where there are any, `captions` (JSON lists), and
 for one size `height`, `width` and for latents `rows` and `columns`.
 
 A `.parquet` file has a row per image: `name`, `caption`, `height`, `width`, and `ids` (a list of int32, or int64 for
-ids that need it), or `latents` (a list of float32, row-major), `rows` and `columns`; the family stands in its metadata.
+ids that need it), or `latents` (a list of float32, row-major), `rows` and `columns`.
+
+The metadata of all three say which tokenizer made the codes: `family`, and `tokenizer` (see `_origin`).
 
 Everything is written and, from Parquet, read a few images at a time.
 """
@@ -20,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +34,7 @@ from torch import Tensor
 from tokenizers_mm._check import expecting, fail, require
 from tokenizers_mm._files import atomic_path, file_place, kind_of, regular_file
 from tokenizers_mm._images import MAX_PIXELS
+from tokenizers_mm._origin import origin_facts, read_origin
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream, as_ids
 
 ENDINGS = (".safetensors", ".npz", ".parquet")
@@ -56,7 +59,8 @@ BROKEN = (
 class CodesOfImage:
     """The rows of one image: ids int64 [L] or latents float [L, D]; grid is (rows, columns) of latents.
 
-    name: relative path or another text that tells the image. caption: "" for none.
+    name: relative path or another text that tells the image. caption: "" for none. origin: the tokenizer that made
+    them, as a file tells it (see `_origin`); "" where it does not.
     """
 
     values: Tensor
@@ -65,18 +69,22 @@ class CodesOfImage:
     grid: tuple[int, int] | None
     name: str = ""
     caption: str = ""
+    origin: str = ""
 
     @classmethod
     def of(cls, codes: ImageCodes | ImageLatents, name: str = "", caption: str = "") -> "CodesOfImage":
         """A batch of one image, on the CPU."""
-        return replace(cls.each(codes)[0], name=name, caption=caption)
+        return cls.each(codes, [(name, caption)])[0]
 
     @classmethod
-    def each(cls, codes: ImageCodes | ImageLatents) -> "list[CodesOfImage]":
-        """The images of a batch, on the CPU."""
+    def each(
+        cls, codes: ImageCodes | ImageLatents, texts: Sequence[tuple[str, str]] | None = None
+    ) -> "list[CodesOfImage]":
+        """The images of a batch, on the CPU. texts: name and caption of each."""
         grid = codes.grid if isinstance(codes, ImageLatents) else None
-        values = codes.values if isinstance(codes, ImageLatents) else codes.ids
-        return [cls(row, codes.height, codes.width, grid) for row in values.cpu().unbind()]
+        rows = (codes.values if isinstance(codes, ImageLatents) else codes.ids).cpu().unbind()
+        named = zip(rows, texts or [("", "")] * len(rows), strict=True)
+        return [cls(row, codes.height, codes.width, grid, *text) for row, text in named]
 
     def is_like(self, other: "CodesOfImage") -> bool:
         """True if the codes of both can be one batch."""
@@ -111,11 +119,11 @@ def import_arrow() -> Any:
 class _Columns:
     """Facts about all images from a first pass: kinds, sizes and names, but no ids."""
 
-    def __init__(self, items: Iterable[CodesOfImage]) -> None:
+    def __init__(self, items: Iterable[CodesOfImage], largest: int | None) -> None:
         self.names, self.captions = [], []
         self.lengths: list[int] = []
         self.places: list[tuple[int, ...]] = []
-        self.largest, self.width, self.dtype = 0, None, torch.int64
+        self.largest, self.width, self.dtype = largest or 0, None, torch.int64
         for item in items:
             if not self.names:
                 self.width = item.values.shape[1] if item.grid is not None else None
@@ -126,15 +134,16 @@ class _Columns:
             self.captions.append(item.caption)
             self.lengths.append(len(item.values))
             self.places.append((item.height, item.width, *(item.grid or ())))
-            self.largest = max(self.largest, int(item.values.max()) if self.width is None else 0)
+            if largest is None and self.width is None:
+                self.largest = max(self.largest, int(item.values.max()))
         require(len(self.names) > 0, "codes", "at least one image", "none")
 
     @property
     def alike(self) -> bool:
-        return len({(place, length) for place, length in zip(self.places, self.lengths, strict=True)}) == 1
+        return len(set(zip(self.places, self.lengths, strict=True))) == 1
 
-    def facts(self, family: str) -> dict[str, str]:
-        facts = {"family": family, "names": json.dumps(self.names)}
+    def facts(self, origin: str) -> dict[str, str]:
+        facts = {**origin_facts(origin), "names": json.dumps(self.names)}
         if any(self.captions):
             facts["captions"] = json.dumps(self.captions)
         if self.alike:
@@ -156,31 +165,34 @@ class _Columns:
 
 
 def write_codes(
-    path: Path, items: Callable[[], Iterable[CodesOfImage]] | Sequence[CodesOfImage], family: str, largest: int = 0
+    path: Path,
+    items: Callable[[], Iterable[CodesOfImage]] | Sequence[CodesOfImage],
+    origin: str,
+    largest: int | None = None,
 ) -> None:
     """Write the codes of images, in order, whole or not at all.
 
-    items: a sequence, or a function that begins to go through them; it is called twice. largest: an id that fits too.
+    items: a sequence, or a function that begins to go through them; it is called twice. origin: `fingerprint()` of the
+    tokenizer. largest: the largest id that it has; None looks for the largest of these.
     """
     check_output(path)
     begin = items if callable(items) else lambda: items
-    columns = _Columns(begin())
-    columns.largest = max(columns.largest, largest)
+    columns = _Columns(begin(), largest)
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         {".npz": _write_npz, ".parquet": _write_parquet}.get(path.suffix, _write_safetensors)(
-            stream, begin(), columns, family
+            stream, begin(), columns, origin
         )
 
 
 _SAFETENSORS = {torch.int64: "I64", torch.float32: "F32", torch.float64: "F64", torch.float16: "F16"}
 
 
-def _write_safetensors(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, family: str) -> None:
+def _write_safetensors(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, origin: str) -> None:
     """The format's own layout: the length of a JSON header, the header, the values."""
     key, dtype = ("ids" if columns.width is None else "latents"), columns.dtype
     dtype = torch.float32 if dtype not in _SAFETENSORS else dtype
     size = int(np.prod(columns.shape(), dtype=np.int64)) * dtype.itemsize
-    header: dict[str, Any] = {"__metadata__": columns.facts(family)}
+    header: dict[str, Any] = {"__metadata__": columns.facts(origin)}
     header[key] = {"dtype": _SAFETENSORS[dtype], "shape": list(columns.shape()), "data_offsets": [0, size]}
     for name, array in columns.index().items():
         end = size + array.nbytes
@@ -194,10 +206,10 @@ def _write_safetensors(stream: IO[bytes], items: Iterable[CodesOfImage], columns
         stream.write(array.tobytes())
 
 
-def _write_npz(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, family: str) -> None:
+def _write_npz(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, origin: str) -> None:
     key, dtype = ("ids", np.int64) if columns.width is None else ("latents", np.float32)
     with zipfile.ZipFile(stream, "w") as archive:
-        for name, array in {"metadata": np.array(json.dumps(columns.facts(family))), **columns.index()}.items():
+        for name, array in {"metadata": np.array(json.dumps(columns.facts(origin))), **columns.index()}.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
         with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
@@ -209,9 +221,9 @@ def _write_npz(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Colum
                 member.write(item.values.float().numpy().tobytes() if columns.width else item.values.numpy().tobytes())
 
 
-def _write_parquet(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, family: str) -> None:
+def _write_parquet(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, origin: str) -> None:
     arrow = import_arrow()
-    schema = parquet_schema(arrow, columns.width, columns.largest, {"family": family})
+    schema = parquet_schema(arrow, columns.width, columns.largest, origin_facts(origin))
     with arrow.parquet.ParquetWriter(stream, schema) as writer:
         waiting: list[CodesOfImage] = []
         for item in items:
@@ -288,17 +300,18 @@ def read_codes(path: Path) -> Iterator[CodesOfImage]:
         places = torch.cat(wide, 1).tolist()
         parts = values.split(offsets.diff().tolist())
     names, captions = (_texts(facts, key, len(parts)) for key in ("names", "captions"))
+    origin = read_origin(facts)
     for part, place, name, caption in zip(parts, places, names, captions, strict=True):
-        yield check_place(str(path), part, place, name, caption)
+        yield check_place(str(path), part, place, name, caption, origin)
 
 
-def check_place(where: str, values: Tensor, place: Sequence[Any], name: Any, caption: Any) -> CodesOfImage:
+def check_place(where: str, values: Tensor, place: Sequence[Any], name: Any, caption: Any, origin: str) -> CodesOfImage:
     """The codes of an image from what a file says; place: height and width, and for latents rows and columns."""
     sound = all(type(side) is int and side > 0 for side in place) and place[0] * place[1] <= MAX_PIXELS
     require(sound and len(values) > 0, where, "sizes of images", list(place))
     height, width, *grid = place
     name, caption = (text if isinstance(text, str) else "" for text in (name, caption))
-    return CodesOfImage(values, height, width, (grid[0], grid[1]) if grid else None, name, caption)
+    return CodesOfImage(values, height, width, (grid[0], grid[1]) if grid else None, name, caption, origin)
 
 
 def _texts(facts: Mapping[str, str], key: str, count: int) -> list[str]:
@@ -339,12 +352,23 @@ def read_parquet_codes(path: Path) -> Iterator[CodesOfImage]:
         sides = ("height", "width") if key == "ids" else ("height", "width", "rows", "columns")
         require({key, *sides} <= names, str(path), f"columns {key}, {', '.join(sides)}", sorted(names))
         wanted = [key, *sides, *(name for name in ("name", "caption") if name in names)]
+        origin = _parquet_origin(file)
         for group in range(file.num_row_groups):
             for batch in row_group(file, group, wanted, str(path)):
-                yield from _rows_of(path, batch.to_pydict(), key, sides)
+                yield from _rows_of(path, batch.to_pydict(), key, sides, origin)
 
 
-def _rows_of(path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[str]) -> Iterator[CodesOfImage]:
+def _parquet_origin(file: Any) -> str:
+    text = (file.schema_arrow.metadata or {}).get(b"tokenizers_mm", b"{}")
+    try:
+        return read_origin(json.loads(text))
+    except (ValueError, RecursionError, AttributeError):  # no JSON, or no mapping
+        return ""
+
+
+def _rows_of(
+    path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[str], origin: str
+) -> Iterator[CodesOfImage]:
     for index, row in enumerate(table[key]):
         require(isinstance(row, list) and len(row) > 0, f"{path}: {key}", "lists of numbers", row)
         place = [table[side][index] for side in sides]
@@ -355,7 +379,7 @@ def _rows_of(path: Path, table: dict[str, list[Any]], key: str, sides: Sequence[
             right = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0
             require(right and len(row) % (rows * columns) == 0, f"{path}: latents", "rows x columns vectors", place)
             values = values.view(rows * columns, -1)
-        yield check_place(str(path), values, place, name, caption)
+        yield check_place(str(path), values, place, name, caption, origin)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:

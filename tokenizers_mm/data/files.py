@@ -68,5 +68,5 @@ class FileList(Sequence[Path]):
         count = len(self)
         if not -count <= index < count:
             raise IndexError(index)
-        start, end = self._ends[index % count :][:2].tolist()
-        return os.fsdecode(self._bytes[start:end].numpy().tobytes())
+        ends, place = self._ends.numpy(), index % count
+        return os.fsdecode(self._bytes.numpy()[ends[place] : ends[place + 1]].tobytes())

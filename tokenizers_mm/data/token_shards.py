@@ -3,9 +3,9 @@
 A folder of shards holds files `part-00000.tar` (webdataset), `part-00000.parquet` or `part-00000.jsonl`, the file
 `_manifest.json` once all are there, and a hidden folder with a small JSON file per finished shard. In a tar file every
 image has the members `KEY.ids.npy` (or `KEY.latents.npy`) and `KEY.json` (name, caption, height, width, for latents the
-grid); KEY is the number of the image in the whole input. Parquet shards have the columns of `data.codes`. JSON lines
-are records of `llm.records`, rows as they came with codes in place of images; in tar and Parquet shards they are
-the member `KEY.json` and the column `record`.
+grid, and the tokenizer that made them); KEY is the number of the image in the whole input. Parquet shards have the
+columns of `data.codes`. JSON lines are records of `llm.records`, rows as they came with codes in place of images; in
+tar and Parquet shards they are the member `KEY.json` and the column `record`.
 """
 
 import io
@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path, regular_file
+from tokenizers_mm._origin import OriginCheck, origin_facts, read_origin
 from tokenizers_mm.data.codes import (
     CodesOfImage,
     array_bytes,
@@ -51,15 +52,16 @@ Row = CodesOfImage | dict[str, Any]
 """Row of a shard: the codes of an image, or a record."""
 
 
-def write_shard(path: Path, rows: Sequence[tuple[int, Row]], family: str, largest: int = 0) -> None:
+def write_shard(path: Path, rows: Sequence[tuple[int, Row]], origin: str, largest: int = 0) -> None:
     """Write rows with their numbers, in order; the same rows give the same bytes.
 
-    largest: the largest id that the tokenizer has, so that all shards have ids of one kind.
+    origin: `fingerprint()` of the tokenizer. largest: the largest id that it has, so that all shards have ids of one
+    kind.
     """
     if path.suffix == ".tar":
         with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
             for key, row in rows:
-                for ending, data in _members(row, largest):
+                for ending, data in _members(row, origin, largest):
                     member = tarfile.TarInfo(f"{key:09d}.{ending}")
                     member.size, member.mode = len(data), 0o644
                     archive.addfile(member, io.BytesIO(data))
@@ -73,16 +75,17 @@ def write_shard(path: Path, rows: Sequence[tuple[int, Row]], family: str, larges
         with atomic_path(path) as temporary:
             arrow.parquet.write_table(arrow.table({"record": arrow.array(texts, arrow.string())}), temporary)
     else:
-        write_codes(path, [row for _, row in rows if isinstance(row, CodesOfImage)], family, largest)
+        write_codes(path, [row for _, row in rows if isinstance(row, CodesOfImage)], origin, largest or None)
 
 
-def _members(row: Row, largest: int) -> Iterator[tuple[str, bytes]]:
+def _members(row: Row, origin: str, largest: int) -> Iterator[tuple[str, bytes]]:
     if isinstance(row, dict):
         yield "json", _json(row)
         return
     facts: dict[str, Any] = {"name": row.name, "caption": row.caption, "height": row.height, "width": row.width}
     if row.grid is not None:
         facts |= {"rows": row.grid[0], "columns": row.grid[1]}
+    facts |= origin_facts(origin)
     yield ("ids.npy" if row.grid is None else "latents.npy"), array_bytes(row.values, largest)
     yield "json", _json(facts)
 
@@ -146,7 +149,7 @@ def _from_members(members: dict[str, bytes], name: str) -> Row:
     latents = arrays[0] == "latents.npy"
     place = [facts.get(side) for side in (("height", "width", "rows", "columns") if latents else ("height", "width"))]
     require(values.is_floating_point() == latents and values.ndim == 1 + latents, name, "ids or latents", values)
-    return check_place(name, values, place, facts.get("name"), facts.get("caption"))
+    return check_place(name, values, place, facts.get("name"), facts.get("caption"), read_origin(facts))
 
 
 def _parsed(data: bytes, name: str) -> dict[str, Any]:
@@ -187,13 +190,18 @@ class TokenShards:
     A row is a mapping: of an image `ids` int64 [L] (or `latents` float [L, D]), `height`, `width`, `name`, `caption`;
     of a record its own keys. Whole shards are read; the last few are kept. `shuffled` orders that stay in a shard for a
     while (`order`) are therefore fast, others are not.
+
+    tokenizer: the image tokenizer that is to decode the ids, or whose ids a model learned; shards of another one are
+    then refused, unless `any_tokenizer`.
     """
 
     KEPT = 4
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, tokenizer: Any = None, any_tokenizer: bool = False) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        if tokenizer is not None:
+            OriginCheck(tokenizer, any_tokenizer)(str(folder), read_origin(self.manifest))
         where = f"{folder}/{MANIFEST}"
         shards = self.manifest.get("shards")
         listed = isinstance(shards, list) and all(isinstance(shard, dict) for shard in shards)

@@ -7,7 +7,7 @@ from the input, the tokenizer and the options (with stable ids), so that a shard
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -20,11 +20,12 @@ from PIL import Image
 from tokenizers_mm._check import fail, printable, require, shorten
 from tokenizers_mm._files import STAGING, one_writer, regular_file, write_json
 from tokenizers_mm._images import Fit, decode_image
+from tokenizers_mm._origin import origin_facts
 from tokenizers_mm.config import Pattern, Range, from_mapping, read_json
 from tokenizers_mm.data.codes import CodesOfImage
 from tokenizers_mm.data.image_sets import ImageSet
 from tokenizers_mm.data.token_shards import DONE, MANIFEST, SHARD_ENDINGS, Row, write_shard
-from tokenizers_mm.types import ImageCodes
+from tokenizers_mm.types import ImageCodes, Stream
 
 PLAN = "plan.json"
 """File that says what the run in a folder is."""
@@ -146,9 +147,9 @@ class ImageRows:
         largest = 0
         for indices, codes in encode_pairs(tokenizer, map(pair, numbers), how, refused):
             largest = max(largest, largest_id(codes))
-            for index, each in zip(indices, CodesOfImage.each(codes), strict=True):
-                number = numbers[index]
-                found[number] = replace(each, name=names.pop(number), caption=captions.pop(number, ""))
+            here = [numbers[index] for index in indices]
+            texts = [(names.pop(number), captions.pop(number, "")) for number in here]
+            found.update(zip(here, CodesOfImage.each(codes, texts), strict=True))
             step(len(indices))
         return sorted(found.items()), sorted(failures, key=lambda failure: failure.row), len(found), largest
 
@@ -167,7 +168,12 @@ def encode_pairs(
 
 def largest_id(codes: Any) -> int:
     """The largest id that a tokenizer can give, from codes of it; 0 for latents."""
-    return max((s.codebook_size for s in codes.streams), default=1) - 1 if isinstance(codes, ImageCodes) else 0
+    return largest_of(codes.streams) if isinstance(codes, ImageCodes) else 0
+
+
+def largest_of(streams: Sequence[Stream]) -> int:
+    """The largest id of some streams; 0 for none."""
+    return max((stream.codebook_size for stream in streams), default=1) - 1
 
 
 def readable(text: str) -> str:
@@ -251,7 +257,7 @@ class Job:
         return self.out / DONE / f"{number:05d}.json"
 
 
-def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, Any]:
+def plan(job: Job, rows: Rows, tokenizer: Any) -> dict[str, Any]:
     """Values that decide the bytes of the shards: those that a run that goes on must have in common with the first."""
     how = asdict(job.how)
     kept = {"fit": how["fit"], "stable": how["stable"]}
@@ -260,8 +266,8 @@ def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, An
     return {
         "library": "tokenizers_mm",
         "format": job.format,
-        "family": family,
-        "tokenizer": tokenizer_hash,
+        **origin_facts(tokenizer.fingerprint()),
+        "dtype": str(tokenizer.dtype).removeprefix("torch."),
         "input": rows.fingerprint(),
         "rows": len(rows),
         "shard_size": job.shard_size,
@@ -270,7 +276,7 @@ def plan(job: Job, rows: Rows, tokenizer_hash: str, family: str) -> dict[str, An
 
 
 def _differences(job: Job, planned: Mapping[str, Any]) -> list[str]:
-    """Names of the values that the run in the folder has otherwise."""
+    """Values that the run in the folder has otherwise, by name; short ones with what they are there."""
     path = job.out / DONE / PLAN
     if not path.is_file():
         return ["files"] if job.out.is_dir() and any(job.out.glob("part-*")) else []
@@ -278,7 +284,14 @@ def _differences(job: Job, planned: Mapping[str, Any]) -> list[str]:
         found = read_json(path)
     except ValueError:
         return [PLAN]
-    return [key for key in planned if found.get(key) != planned[key]]
+    texts = []
+    for key, value in {**planned, **planned.get("encoding", {})}.items():
+        inner = found.get("encoding")
+        other = (inner.get(key) if isinstance(inner, dict) else None) if key not in planned else found.get(key)
+        if other != value and key != "encoding":
+            shown = isinstance(other, (str, int)) and len(str(other)) < 20
+            texts.append(f"{key} ({other})" if shown else key)
+    return texts
 
 
 def _refuse_other(job: Job, planned: Mapping[str, Any]) -> None:
@@ -336,7 +349,7 @@ def run_shard(job: Job, rows: Rows, tokenizer: Any, number: int, step: Callable[
     found, failures, images, largest = rows.encode(tokenizer, numbers, job.how, step)
     path, size, digest = job.out / job.file(number), 0, ""
     if found:
-        write_shard(path, found, tokenizer.family, largest)
+        write_shard(path, found, tokenizer.fingerprint(), largest)
         size, digest = path.stat().st_size, _hash_file(path)
     ids = sum(len(row.values) for _, row in found if isinstance(row, CodesOfImage))
     causes = dict(sorted(Counter(failure.cause for failure in failures).items()))

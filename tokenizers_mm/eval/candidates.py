@@ -335,7 +335,8 @@ def _open_model(name: str, load: Callable[[str], ImageTokenizer[Any]], device: s
     data: dict[str, Any] = {}
     if path.is_file():
         data = read_json(path)
-    label = Path(name).name or name
+    place = Path(name)
+    label = (place.parent.name if place.name == "tokenizer" else place.name) or name  # a run calls its own that
     kind, model = data.get("_class_name"), data.get("model_type")
     if kind is not None:
         if not isinstance(kind, str) or kind not in DIFFUSERS:

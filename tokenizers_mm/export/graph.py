@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_directory, write_json
+from tokenizers_mm._origin import origin_facts
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.types import ImageCodes
@@ -73,7 +74,8 @@ def export(
             path = folder / f"{name}.{SUFFIX[format]}"
             produced = _write(module, example, format, path)
             _compare(name, module(example), produced)
-        facts = {"format": format, "family": tokenizer.family, "height": size[0], "width": size[1], "batch": batch_size}
+        shape = {"height": size[0], "width": size[1], "batch": batch_size}
+        facts = {"format": format, **origin_facts(tokenizer.fingerprint()), **shape}
         write_json(folder / "graphs.json", {**facts, "streams": to_mapping(tokenizer.streams(*size))})
     return Path(directory)
 

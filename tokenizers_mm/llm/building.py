@@ -25,8 +25,8 @@ class LanguageModelConfig:
     """source: a directory or hub id of a causal language model; or, without one, `kind` and `config` of a new one.
 
     text_tokenizer: a directory or hub id; by default that of the source. sizes: (height, width) of the images that the
-    vocabulary covers; by default those of `VisualVocabulary.for_tokenizer`. Weights are float32 whatever they are on
-    disk.
+    vocabulary covers; by default those of `VisualVocabulary.for_tokenizer`. any_tokenizer: whether a vocabulary that
+    lies beside the text tokenizer may be one of another image tokenizer. Weights are float32 whatever they are on disk.
     """
 
     source: str = ""
@@ -34,6 +34,7 @@ class LanguageModelConfig:
     kind: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
+    any_tokenizer: bool = False
 
 
 def save_language_model(
@@ -75,8 +76,10 @@ def build_language_model(
         model = new_language_model(config.kind, where, {"vocab_size": len(text), **config.config})
     kept = (Path(named) / "visual_vocab.json").is_file()
     if kept:
-        vocabulary = VisualVocabulary.load(named)
+        vocabulary = VisualVocabulary.load_for(tokenizer, named, config.any_tokenizer)
     else:
         vocabulary = VisualVocabulary.for_tokenizer(tokenizer, text, sizes=config.sizes or None)
-    processor = MultimodalProcessor(tokenizer, text, vocabulary, fit, features=features)
+    processor = MultimodalProcessor(
+        tokenizer, text, vocabulary, fit, features=features, any_tokenizer=config.any_tokenizer
+    )
     return extend(model, vocabulary), processor

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenizers_mm._check import fail, naming, require
 from tokenizers_mm._files import atomic_directory, write_json
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, name_images, open_image
+from tokenizers_mm._origin import OriginCheck
 from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.llm.batch import (
     Batch,
@@ -63,6 +64,7 @@ class MultimodalProcessor:
     length of the longest image on (so that with learned position embeddings a place in an image is always the same).
     features: what images are shown as where a Segment asks for features: a function of images that gives [B, T, C] or
     [B, h, w, C], or several of them by name or in a tuple (DualViTok's `stream_features`); by default the tokenizer's.
+    any_tokenizer: take a vocabulary that was saved with another image tokenizer, too.
     """
 
     def __init__(
@@ -73,7 +75,10 @@ class MultimodalProcessor:
         fit: Fit = "refuse",
         positions: Mode = "order",
         features: Callable[[Any], Any] | None = None,
+        any_tokenizer: bool = False,
     ) -> None:
+        if vocabulary.tokenizer:
+            OriginCheck(tokenizer, any_tokenizer)("vocabulary", vocabulary.tokenizer)
         require(positions in ("order", "slots"), "positions", "'order' or 'slots'", positions)
         vocabulary.check_text_tokenizer(text_tokenizer)
         self.tokenizer, self.text_tokenizer, self.vocabulary = tokenizer, text_tokenizer, vocabulary
@@ -87,6 +92,12 @@ class MultimodalProcessor:
             [m.ids[0] for m in vocabulary.markers if len(m.ids) == 1 and not m.name.startswith(("height_", "width_"))],
             dtype=torch.int64,
         )
+
+    def __repr__(self) -> str:
+        codes = ", ".join(f"{code.size:,} of {code.stream}" for code in self.vocabulary.codes) or "none"
+        sizes = len(self.vocabulary.sizes)
+        shown = f"codes {codes}, {sizes} image size{'' if sizes == 1 else 's'}, fit {self.fit!r}"
+        return f"MultimodalProcessor({self.tokenizer.family}, {self.vocabulary.text_size:,} text tokens, {shown})"
 
     def __call__(
         self,
@@ -192,7 +203,7 @@ class MultimodalProcessor:
         settings = ProcessorSettings(self.fit, "order" if self.longest_image is None else "slots")
         with atomic_directory(directory) as folder:
             self.text_tokenizer.save_pretrained(str(folder))
-            self.vocabulary.save(folder)
+            replace(self.vocabulary, tokenizer=self.tokenizer.fingerprint()).save(folder)
             write_json(folder / SETTINGS, to_mapping(settings))
 
     @classmethod
@@ -201,21 +212,22 @@ class MultimodalProcessor:
         directory: str | os.PathLike[str],
         tokenizer: ImageTokenizer | None = None,
         features: Callable[[Any], Any] | None = None,
+        any_tokenizer: bool = False,
     ) -> "MultimodalProcessor":
         """Read what `save` wrote.
 
         tokenizer: the image tokenizer; None reads the folder `tokenizer` inside of the directory. features: as for a
-        new processor; a function is not saved.
+        new processor; a function is not saved. any_tokenizer: take another tokenizer than the one it was saved with.
         """
         folder = Path(directory)
-        vocabulary = VisualVocabulary.load(folder)
+        images = load_directory(folder / "tokenizer") if tokenizer is None else tokenizer
+        vocabulary = VisualVocabulary.load_for(images, folder, any_tokenizer)
         path = folder / SETTINGS
         settings = ProcessorSettings()  # of a folder from before there was such a file
         if path.is_file():
             settings = from_mapping(ProcessorSettings, read_json(path), str(path))
         text = load_text_tokenizer(folder, str(folder))
-        images = load_directory(folder / "tokenizer") if tokenizer is None else tokenizer
-        return cls(images, text, vocabulary, settings.fit, settings.positions, features)
+        return cls(images, text, vocabulary, settings.fit, settings.positions, features, any_tokenizer)
 
     @torch.no_grad()
     def _to_images(self, rows: list[list[Any]]) -> list[list[Any]]:

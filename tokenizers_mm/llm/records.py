@@ -4,7 +4,8 @@ A line is `{"content": [PART, ...]}`; a part is one of
 
     {"text": "a red circle"}
     {"image": "images/0.png"}                                    a path, inside of the folder of the file
-    {"codes": {"height": 64, "width": 64, "ids": [3, 17, ...]}}  an image that went through the tokenizer already
+    {"codes": {"height": 64, "width": 64, "ids": [3, 17, ...]}}  an image that went through the tokenizer already;
+                                                                 "tokenizer" says which one that was (see `_origin`)
 
 and may also say `"learn": false` (its tokens are no labels) and, for images, `"features": true` (shown as continuous
 features). Other keys of a line, such as an id, are not read; `pretokenize` keeps them. A path that leads out of the
@@ -24,6 +25,8 @@ import torch
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import atomic_path
+from tokenizers_mm._origin import KEY as ORIGIN
+from tokenizers_mm._origin import OriginCheck, read_origin
 from tokenizers_mm.data.token_shards import MAX_MEMBER, Row
 from tokenizers_mm.data.tokenizing import Encoding, Failure, encode_pairs, largest_id
 from tokenizers_mm.llm.batch import Segment
@@ -38,11 +41,19 @@ RANGE = 256
 class Records:
     """The rows of a file, by number; only the places of the lines are held in memory.
 
-    outside: whether images may lie anywhere, not only in the folder of the file.
+    outside: whether images may lie anywhere, not only in the folder of the file. any_tokenizer: whether codes that
+    another tokenizer made are taken, too.
     """
 
-    def __init__(self, path: str | os.PathLike[str], tokenizer: ImageTokenizer, outside: bool = False) -> None:
-        self.path, self.tokenizer, self.outside = Path(path), tokenizer, outside
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tokenizer: ImageTokenizer,
+        outside: bool = False,
+        any_tokenizer: bool = False,
+    ) -> None:
+        self.path, self.outside, self.any_tokenizer = Path(path), outside, any_tokenizer
+        self.use(tokenizer)
         require(self.path.is_file(), "records", "a JSONL file", str(path))
         self._starts: list[int] = []
         start = 0
@@ -53,6 +64,11 @@ class Records:
                 self._starts += [start] if line.strip() else []
                 start += len(line)
         require(len(self._starts) > 0, f"records {self.path}", "at least one row", "none")
+
+    def use(self, tokenizer: ImageTokenizer) -> None:
+        """Take a tokenizer for the codes and images of the rows."""
+        self.tokenizer = tokenizer
+        self._check_origin = OriginCheck(tokenizer, self.any_tokenizer)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -109,9 +125,11 @@ class Records:
         return folder / image
 
     def _codes(self, codes: Any, name: str) -> ImageCodes:
-        right = isinstance(codes, dict) and set(codes) == {"height", "width", "ids"} and isinstance(codes["ids"], list)
+        keys = {"height", "width", "ids"}
+        right = isinstance(codes, dict) and keys <= set(codes) <= keys | {ORIGIN} and isinstance(codes["ids"], list)
         if not right or not all(type(value) is int for value in (codes["height"], codes["width"], *codes["ids"])):
             fail(name, "codes with height, width and ids, whole numbers", codes)
+        self._check_origin(str(self.path), read_origin(codes))
         sides = min(codes["height"], codes["width"]) > 0 and max(codes["height"], codes["width"]) <= MAX_SIZE
         require(sides, name, f"a height and a width from 1 to {MAX_SIZE}", (codes["height"], codes["width"]))
         small = all(0 <= number < MAX_ROWS for number in codes["ids"])
@@ -196,7 +214,8 @@ class RecordRows:
         self, tokenizer: ImageTokenizer[Any], numbers: range, how: Encoding, step: Callable[[int], None]
     ) -> tuple[list[tuple[int, Row]], list[Failure], int, int]:
         """See `data.tokenizing.Rows`."""
-        self.records.tokenizer = tokenizer
+        if tokenizer is not self.records.tokenizer:
+            self.records.use(tokenizer)
         rows: dict[int, Row] = {}
         failures: dict[int, Failure] = {}
         work: list[tuple[int, dict[str, Any], Path]] = []
@@ -226,7 +245,8 @@ class RecordRows:
             for index, ids in zip(indices, codes.ids.tolist(), strict=True):
                 part = work[index][1]
                 del part["image"]
-                part["codes"] = {"height": codes.height, "width": codes.width, "ids": ids}
+                made = {"height": codes.height, "width": codes.width, "ids": ids}
+                part["codes"] = {**made, ORIGIN: tokenizer.fingerprint()}
         step(len(numbers))
         whole = [(number, row) for number, row in rows.items() if number not in failures]
         return whole, sorted(failures.values(), key=lambda failure: failure.row), images, largest

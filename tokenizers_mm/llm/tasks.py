@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from PIL import Image
 
-from tokenizers_mm._check import fail
+from tokenizers_mm._check import fail, require
 from tokenizers_mm.llm.batch import Segment
 from tokenizers_mm.llm.generate import GenerationSettings, Sampling, generate
 from tokenizers_mm.llm.grammar import Grammar
@@ -49,7 +49,10 @@ def describe(
 
     image: as in a `Segment`. question: written after the image as it is, chat frames included. processor: None takes
     `processor_of(model)`. projector: shows the image as features; without one it is shown as ids.
+
+    Raises: ValueError for a text in the place of the image; the path of one is a `Path`.
     """
+    require(not isinstance(image, str), "image", "a Path, a PIL image, a tensor [3, H, W] or codes of one image", image)
     processor = processor_of(model) if processor is None else processor
     shown = Segment(image, learn=False, as_features=projector is not None)
     prompts = processor([[shown, question] if question else [shown]], end=False, side="left")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tokenizers_mm._check import fail, require
 from tokenizers_mm._files import settle, write_json
+from tokenizers_mm._origin import KEY as ORIGIN
+from tokenizers_mm._origin import OriginCheck, read_origin
 from tokenizers_mm.config import from_mapping, read_json, to_mapping
 from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import ImagePlan, Layout, fill_size_text, plan_image
@@ -98,6 +100,7 @@ class VisualVocabulary:
     """Ids for markers and codes, the layout of an image, and the image sizes it knows.
 
     text_size: how many ids the text tokenizer had. codes: one range per stream, in the image tokenizer's order.
+    tokenizer: the image tokenizer whose codes these are, of a saved processor (see `_origin`); "" where unknown.
 
     Raises: ValueError for ranges that overlap, a layout with other streams or without its markers, and sizes that do
     not fit the codes; ids are below 2^26.
@@ -108,6 +111,7 @@ class VisualVocabulary:
     markers: tuple[Marker, ...]
     layout: Layout
     sizes: tuple[ImageSize, ...]
+    tokenizer: str = ""
     _plans: dict[tuple[int, int], ImagePlan] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -291,7 +295,17 @@ class VisualVocabulary:
         data = read_json(path)
         require(data.pop("format", None) == FORMAT, str(path), f"format {FORMAT}", "another one")
         data.pop("library", None)
-        return from_mapping(cls, data, str(path))
+        found = from_mapping(cls, data, str(path))
+        return replace(found, tokenizer=read_origin({ORIGIN: found.tokenizer}))
+
+    @classmethod
+    def load_for(
+        cls, tokenizer: ImageTokenizer, directory: str | os.PathLike[str], any_tokenizer: bool = False
+    ) -> "VisualVocabulary":
+        """`load`, for an image tokenizer; one that was saved with another one is refused, unless `any_tokenizer`."""
+        found = cls.load(directory)
+        OriginCheck(tokenizer, any_tokenizer)(str(Path(directory) / FILE), found.tokenizer)
+        return found
 
     def _size(self, height: int, width: int) -> ImageSize:
         for size in self.sizes:

@@ -30,7 +30,7 @@ from tokenizers_mm.quantizers.base import (
     make_streams,
 )
 from tokenizers_mm.resolutions import Resolutions
-from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Quantized, Reconstruction, Stream, expect_codes
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class DualViTok(ImageTokenizer[ImageCodes]):
 
     def stream_vectors(self, codes: ImageCodes) -> tuple[Tensor, Tensor]:
         """The codes of each stream on its own grid: semantic [B, h', w', D] and pixel [B, h, w, E]."""
+        expect_codes(codes, ImageCodes)
         grids = (
             self.resolutions.semantic_grid(codes.height, codes.width),
             self.resolutions.pixel_grid(codes.height, codes.width),

@@ -57,6 +57,9 @@ from_pretrained = load
 def _directory(source: str | os.PathLike[str], revision: str | None) -> Path:
     path = Path(source)
     if path.is_dir():
+        inside = path / "tokenizer"
+        wrong = not (path / CONFIG).exists() and (inside / CONFIG).is_file()
+        require(not wrong, "source", "a directory that holds a tokenizer", f"{path} (the one of this run is {inside})")
         return path
     name = str(source)
     if name in shipped():

@@ -22,7 +22,7 @@ from tokenizers_mm.functional.precision import at_least_float32
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.models.kl import KLAutoencoder, KLConfig
 from tokenizers_mm.quantizers.base import Quantizer
-from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageLatents, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageLatents, Reconstruction, Stream, expect_codes
 
 Grid = tuple[int, int]
 
@@ -152,6 +152,7 @@ class MAR(ImageTokenizer[ImageLatents]):
 
     def vectors(self, codes: ImageLatents) -> Tensor:
         """The scaled latents themselves, [B, h, w, D]."""
+        expect_codes(codes, ImageLatents)
         return codes.values.unflatten(1, codes.grid)
 
     def decode(self, codes: ImageLatents) -> Tensor:

@@ -6,6 +6,7 @@ are never taken for one tokenizer. Reading it back is `models.loading.load_direc
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -113,15 +114,30 @@ def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
     }
 
 
+_fingerprints: "weakref.WeakKeyDictionary[ImageTokenizer[Any], tuple[Any, str]]" = weakref.WeakKeyDictionary()
+"""By tokenizer: the configuration and the state of the weights, and the fingerprint of these."""
+
+
 def fingerprint(tokenizer: "ImageTokenizer[Any]") -> str:
-    """A digest of family, configuration and weights, the same whatever the device: equal ones give equal ids."""
+    """`FAMILY:DIGEST`: a digest of family, configuration and weights that names a tokenizer (see `_origin`).
+
+    Weights count as bfloat16, so that copies in float64, float32 and bfloat16, which read the same ids, have one name,
+    whatever the device. It is computed once for the same weights.
+    """
+    tensors = sorted(tokenizer.state_dict().items())
+    state = [(name, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for name, t in tensors]
+    known, name = _fingerprints.get(tokenizer, (None, ""))
+    if known == (tokenizer.config, state):
+        return name
     facts = {"family": tokenizer.family, "config": to_mapping(tokenizer.config)}
     found = sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        data = tensor.detach().cpu().contiguous()
+    for name, data in tensors:
+        data = (data.bfloat16() if data.is_floating_point() else data).cpu().contiguous()
         found.update(f"{name} {data.dtype} {list(data.shape)}".encode())
         found.update(data.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+    name = f"{tokenizer.family}:{found.hexdigest()[:32]}"
+    _fingerprints[tokenizer] = (tokenizer.config, state), name
+    return name
 
 
 def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
@@ -132,6 +148,7 @@ def summarize(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
         "image_size": None if size is None else list(size),
         "size_multiple": tokenizer.size_multiple,
         "streams": to_mapping(tokenizer.streams(*size)) if size else [],
+        "codebooks": {} if size else {name: each.codebook_size for name, each in tokenizer.quantizers().items()},
     }
 
 

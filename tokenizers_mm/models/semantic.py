@@ -20,7 +20,7 @@ from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.models.vqgan import DECODERS
 from tokenizers_mm.quantizers import QUANTIZERS, Quantizer, build_quantizer
 from tokenizers_mm.quantizers.base import join_groups, make_streams
-from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream, expect_codes
 
 TOWERS: dict[str, Any] = {"timm": SemanticEncoder, "transformers": VisionModel, "vit": PlainViT}
 """Vision towers by the `kind` of their configuration: [B, 3, H, W] in [-1, 1] -> [B, h, w, C]; `dim` channels."""
@@ -194,6 +194,7 @@ class SemanticTokenizer(ImageTokenizer[ImageCodes]):
         return ImageCodes(join_groups(ids, self.quantizer.groups), height, width, self.streams(height, width))
 
     def vectors(self, codes: ImageCodes) -> Tensor:
+        expect_codes(codes, ImageCodes)
         return self.quantizer.look_up_joined(codes.ids, self.grid(codes.height, codes.width)).to(self.dtype)
 
     def decode(self, codes: ImageCodes) -> Tensor:

@@ -54,11 +54,11 @@ FEW = 512
 AUDIT = 256
 """Number of images after which one is decided again without need, where none of them was."""
 
-WAITING = 16
-"""Doubtful images that are decided again together."""
-
 WIDE_ROUNDING = 2.0**-26
 """Bound of float64 errors, relative to those of float32: 2^-29, times 8."""
+
+WAITING = 4
+"""Limit of the doubtful images of all sizes that wait, in batches of those that are decided again together."""
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -136,21 +136,24 @@ class StableEncoder:
     @torch.no_grad()
     def encode(self, x: Tensor) -> ImageCodes:
         """The stable ids, with margins, of a checked float tensor [B, 3, H, W] on the tokenizer's device."""
-        first = self._first_pass(eight_bit(x))
+        first = self._first_pass(eight_bit(x), _tensors(self._of()))
         doubtful = first.doubtful.nonzero().flatten()
         again = self._decide_again(first.take(doubtful)) if len(doubtful) else None
         return first.codes if again is None else _replaced(first.codes, doubtful, again)
 
     @torch.no_grad()
-    def encode_many(self, batches: Iterable[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], ImageCodes]]:
+    def encode_many(
+        self, batches: Iterable[tuple[list[int], Tensor]], pixels: int
+    ) -> Iterator[tuple[list[int], ImageCodes]]:
         """(numbers, stable codes) for batches (numbers, images), not in order: doubtful images wait for others.
 
         x is a float32 tensor [B, 3, H, W] of 8-bit images on the tokenizer's device, as `image_to_tensor` makes them.
-        Together, the images that are decided again take less time.
+        pixels: of the images that are decided again together, which takes less time; at least one image.
         """
         waiting: dict[torch.Size, list[tuple[int, _Pass]]] = {}
+        tensors = _tensors(self._of())
         for numbers, x in batches:
-            first = self._first_pass(x)
+            first = self._first_pass(x, tensors)
             doubtful = first.doubtful.tolist()
             if not any(doubtful):
                 yield numbers, first.codes
@@ -160,22 +163,33 @@ class StableEncoder:
                 yield [numbers[row] for row in sure.tolist()], _some(first.codes, sure.to(x.device))
             members = waiting.setdefault(x.shape[1:], [])
             members += [(numbers[row], first.take(torch.tensor([row]))) for row in range(len(x)) if doubtful[row]]
-            if sum(map(len, waiting.values())) >= WAITING:
-                yield from self._decide_waiting(waiting)
-                waiting = {}
-        yield from self._decide_waiting(waiting)
-
-    def _decide_waiting(
-        self, waiting: "dict[torch.Size, list[tuple[int, _Pass]]]"
-    ) -> Iterator[tuple[list[int], ImageCodes]]:
+            together = max(1, pixels // x[0, 0].numel())
+            while len(members) >= together:
+                yield self._decide_waiting(members[:together])
+                del members[:together]
+            held = {size: size.numel() * len(members) for size, members in waiting.items()}
+            if sum(held.values()) > 3 * WAITING * pixels:
+                yield self._decide_waiting(waiting.pop(max(held, key=lambda size: held[size])))
         for members in waiting.values():
-            yield [number for number, _ in members], self._decide_again(_Pass.join([part for _, part in members]))
+            if members:
+                yield self._decide_waiting(members)
 
-    def _first_pass(self, x: Tensor) -> "_Pass":
-        """float32 ids, and which images are to be decided again. Measures first, while too little is known."""
+    def _decide_waiting(self, members: "Sequence[tuple[int, _Pass]]") -> tuple[list[int], ImageCodes]:
+        """Images of one size, which are fewer than `pixels` allows."""
+        return [number for number, _ in members], self._decide_again(_Pass.join([part for _, part in members]))
+
+    def _of(self) -> Any:
         tokenizer = self._tokenizer()
         assert tokenizer is not None
-        self._renew(tokenizer)
+        return tokenizer
+
+    def _first_pass(self, x: Tensor, tensors: Sequence[Tensor]) -> "_Pass":
+        """float32 ids, and which images are to be decided again. Measures first, while too little is known.
+
+        tensors: result of `_tensors`, which is not looked for in every batch.
+        """
+        tokenizer = self._of()
+        self._renew(tokenizer, tensors)
         with _plain_arithmetic(x.device), _evaluating(tokenizer):
             codes, decisions = self._run(tokenizer if self._single is None else self._single, x)
         codes = replace(codes, margins=_aligned(codes.ids, decisions))
@@ -255,9 +269,8 @@ class StableEncoder:
         self._largest += [0.0] * missing
         return codes, flat
 
-    def _renew(self, tokenizer: Any) -> None:
+    def _renew(self, tokenizer: Any, tensors: Sequence[Tensor]) -> None:
         """Make the copies, and forget the measurements, where the weights are others than before."""
-        tensors = _tensors(tokenizer)
         state = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
         if state == self._state:
             return

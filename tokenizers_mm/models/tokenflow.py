@@ -21,7 +21,7 @@ from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers.base import QUANTIZERS, build_quantizer, join_groups, make_streams
 from tokenizers_mm.quantizers.multiscale import MultiScaleQuantizer
 from tokenizers_mm.quantizers.shared_index import SharedIndexConfig
-from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream, expect_codes
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ class TokenFlow(ImageTokenizer[ImageCodes]):
         return ImageCodes(ids, height, width, self.streams(height, width))
 
     def vectors(self, codes: ImageCodes) -> Tensor:
+        expect_codes(codes, ImageCodes)
         return self.quantizer.look_up_joined(codes.ids).to(self.dtype)
 
     def decode(self, codes: ImageCodes) -> Tensor:

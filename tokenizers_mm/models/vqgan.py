@@ -25,7 +25,7 @@ from tokenizers_mm.layers.rotary import RotaryTransformer, RotaryTransformerConf
 from tokenizers_mm.models.base import ImageTokenizer, from_images, within_memory
 from tokenizers_mm.quantizers import QUANTIZERS, MultiScaleQuantizer, Quantizer, ScalesConfig, build_quantizer
 from tokenizers_mm.quantizers.base import join_groups, make_streams
-from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream
+from tokenizers_mm.types import UNDISTURBED, Disturbance, ImageCodes, Reconstruction, Stream, expect_codes
 
 ENCODERS: dict[str, Any] = {"cnn": PixelEncoder, "vit": PatchEncoder, "vitamin": ViTaminEncoder}
 """Pixel encoders by the `kind` of their configuration: [B, 3, H, W] -> [B, C, h, w]; `factor`, `out_channels`."""
@@ -199,6 +199,7 @@ class VQGAN(ImageTokenizer[ImageCodes]):
         return ImageCodes(join_groups(ids, self.quantizer.groups), height, width, self.streams(height, width))
 
     def vectors(self, codes: ImageCodes) -> Tensor:
+        expect_codes(codes, ImageCodes)
         rows, columns = self.grids(codes.height, codes.width)[-1]
         grid = None if self.config.scales else (rows, columns)
         return self.quantizer.look_up_joined(codes.ids, grid).to(self.dtype)

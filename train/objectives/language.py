@@ -49,12 +49,14 @@ LANGUAGE_MODEL = "config.objective.language_model"
 class RecordConfig:
     """A file of interleaved records (see `tokenizers_mm.llm.records`) and its share of the rows.
 
-    outside: whether its images may lie outside of its folder.
+    outside: whether its images may lie outside of its folder. any_tokenizer: whether codes that another tokenizer made
+    are taken, too.
     """
 
     path: str
     weight: Annotated[float, Range(0)] = 1.0
     outside: bool = False
+    any_tokenizer: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,10 @@ def record_batches(
 ) -> Iterator[Batch]:
     """Micro-batches of this process from row `start` of the mixture on, without end; a row's position decides it."""
     run, (rank, world) = objective.run, rank_and_world()
-    sources = [(Records(source.path, processor.tokenizer, source.outside), source.weight) for source in records]
+    sources = [
+        (Records(source.path, processor.tokenizer, source.outside, source.any_tokenizer), source.weight)
+        for source in records
+    ]
     mixture = RecordMixture(sources, run.seed)
     for positions in Positions(run.batch_size, start, rank, world):
         rows: list[Row] = processor.rows([mixture[position] for position in positions])

@@ -188,10 +188,10 @@ class ImageTerms:
         quantized = [q.terms for q in output.quantized.values() if q.terms is not None]
         for name in {name: None for each in quantized for name in each}:  # in a fixed order
             if weight(name):
-                terms[name] = torch.stack([each[name] for each in quantized if name in each]).sum()
+                terms[name] = torch.stack([_scalar(name, each[name]) for each in quantized if name in each]).sum()
         for name in LOSSES:
             if weight(name):
-                terms[name] = LOSSES[name](x, output)
+                terms[name] = _scalar(name, LOSSES[name](x, output))
         if adversarial and self.adversary is not None and output.image is not None:
             visible = [weight(name) * terms[name] for name in ("pixel", "perceptual") if name in terms]
             terms["generator"] = self.adversary.generator_term(x, output.image, visible, last_layer)
@@ -219,3 +219,9 @@ def _teacher(config: TeacherConfig) -> SemanticEncoder:
     if config.pretrained:
         teacher.load_pretrained(config.package)
     return teacher.requires_grad_(False).eval()
+
+
+def _scalar(name: str, term: Any) -> Tensor:
+    """A term of somebody's own code, refused where it is not one number."""
+    require(isinstance(term, Tensor) and term.numel() == 1, f"loss term {name}", "a tensor of one number", term)
+    return term.reshape(())
