@@ -208,7 +208,24 @@ def _staging(parent: Path, target: Path) -> Iterator[Path]:
         _raise_if_disk(error, target)
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+        os.close(lock)
+
+
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """An empty folder in the system's place for temporary files, removed at the end.
+
+    What killed processes left there goes first: unlike those of `tempfile`, it is found again.
+    """
+    parent = Path(tempfile.gettempdir())
+    _sweep(parent)
+    folder, lock = _new_staging(parent)
+    try:
+        (folder / "new").mkdir()
+        yield folder / "new"
+    finally:
+        _remove(folder)
         os.close(lock)
 
 
@@ -303,17 +320,31 @@ def _sweep(parent: Path) -> None:
 
 def _remove_if_dead(folder: Path) -> None:
     with suppress(OSError):
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return  # a link, or what somebody else put here
         try:
             lock = os.open(folder / "lock", os.O_RDWR)
         except FileNotFoundError:
-            if time.time() - folder.stat().st_mtime > 60:  # killed before it had a lock
-                folder.rmdir()
+            folder.rmdir()  # a writer that is about to make its lock begins again
             return
         try:
             if _try_lock(lock):
-                shutil.rmtree(folder)
+                _remove(folder)
         finally:
             os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a staging folder, its lock last: after a kill in between, the next writer still knows that it is dead."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != "lock":
+                entry.unlink()
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _raise_if_disk(error: Exception, target: Path) -> None:

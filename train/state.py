@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tokenizers_mm._check import fail, require
 from tokenizers_mm._ranks import several
 from tokenizers_mm.functional.precision import at_least_float32
 
@@ -220,11 +221,15 @@ class State:
     def load_state_dict(self, data: dict[str, Any]) -> None:
         """Continue from the contents of a checkpoint."""
         counters = data["counters"]
-        self.enter(min(counters["stage"], len(self.objective.stages) - 1))
+        for name in COUNTERS:
+            _check_counter(name, counters[name])
+        last = len(self.objective.stages) - 1
+        require(counters["stage"] <= last, "checkpoint: stage", f"0 to {last}", counters["stage"])
+        self.enter(counters["stage"])
         expected = self.tensors()
         if data.keys() != {"counters", *expected}:
             other = sorted(map(str, data.keys() ^ {"counters", *expected}))
-            raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {other}")
+            fail("checkpoint", "the parts of this configuration", f"a difference in {', '.join(other)}")
         for name, thing in expected.items():
             try:
                 if isinstance(thing, torch.optim.Optimizer):
@@ -258,3 +263,13 @@ def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> St
         compile_networks(learning, config.compile)
     state.enter(0)
     return state
+
+
+def _check_counter(name: str, value: Any) -> None:
+    """Refuse a counter that no run can have: a checkpoint may come from somebody else."""
+    if name in ("step", "stage", "stage_step", "samples"):
+        require(type(value) is int and 0 <= value < 1 << 62, f"checkpoint: {name}", "a whole number from 0", value)
+    elif value is not None or name != "best":
+        finite = type(value) in (int, float) and abs(value) < 1e300
+        right = finite and (value >= 0 or name == "best")
+        require(right, f"checkpoint: {name}", "a number" if name == "best" else "seconds from 0", value)
