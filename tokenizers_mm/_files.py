@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -122,15 +122,23 @@ def one_writer(folder: str | os.PathLike[str], name: str, held: str = "") -> Ite
             _hold(stream.fileno(), name, held or str(folder))
             if not (path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))):
                 continue  # the one before has just removed it
-            os.ftruncate(stream.fileno(), 0)
-            stream.write(f"{os.getpid()}\n".encode())
             try:
+                _sign(stream, path)
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
         finally:
             stream.close()
+
+
+def _sign(stream: IO[bytes], path: Path) -> None:
+    """Write the number of this process into its lock."""
+    try:
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n".encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _hold(descriptor: int, name: str, folder: str) -> None:

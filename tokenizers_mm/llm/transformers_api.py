@@ -6,7 +6,9 @@ A name that changes in a later version is changed here, in one line.
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,21 +159,25 @@ def grow(model: Any, rows: int) -> None:
     unwrap(model).resize_token_embeddings(rows, mean_resizing=False)
 
 
-class reading:  # noqa: N801 (used as a function)
-    """A block that reads files of anybody by `transformers`: what it raises becomes the one error.
-
-    `tokenizers` raises the bare class Exception, for which there is no narrower name.
-    """
-
-    def __init__(self, name: str, expected: str) -> None:
-        self.name, self.expected = name, expected
+class _Narrowed:
+    """A block around `tokenizers`, which raises the bare class Exception: that becomes a RuntimeError."""
 
     def __enter__(self) -> None:
         return
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if kind is not None and error is not None and (kind is Exception or issubclass(kind, BROKEN_FILES)):
-            fail(self.name, self.expected, first_line(error))
+        if kind is Exception:
+            raise RuntimeError(str(error)) from error
+
+
+@contextmanager
+def _reading(name: str, expected: str) -> Iterator[None]:
+    """A block that reads files of anybody: what `transformers` and `tokenizers` raise becomes the one error."""
+    try:
+        with _Narrowed():
+            yield
+    except BROKEN_FILES as error:
+        fail(name, expected, first_line(error))
 
 
 def _of_usual_size(config: Any) -> Any:
@@ -196,7 +202,7 @@ def load_language_model(source: str | os.PathLike[str], name: str, *, dtype: Any
     options = {} if dtype is None else {"dtype": dtype}
     options |= {"trust_remote_code": False, "local_files_only": local}
     settle(source)
-    with reading(name, "a causal language model"):
+    with _reading(name, "a causal language model"):
         _of_usual_size(AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local))
         return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True if local else None, **options)
 
@@ -205,7 +211,7 @@ def new_language_model(kind: str, name: str, settings: Mapping[str, Any]) -> Any
     """A causal language model with random weights, from the name of its kind and its settings."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with reading(name, "a causal language model"):
+    with _reading(name, "a causal language model"):
         config = _of_usual_size(AutoConfig.for_model(kind, **settings))
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -214,7 +220,7 @@ def num_parameters(kind: str, source: str, settings: Mapping[str, Any], name: st
     """Parameters of a model of a kind with settings, or of a directory where `kind` is empty; no memory is taken."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with reading(name, "a causal language model"):
+    with _reading(name, "a causal language model"):
         if kind:
             config = AutoConfig.for_model(kind, **settings)
         else:
@@ -229,10 +235,16 @@ def load_text_tokenizer(source: str | os.PathLike[str], name: str) -> Any:
     from transformers import AutoTokenizer
 
     settle(source)
-    with reading(name, "a text tokenizer"):
+    with _reading(name, "a text tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)
         return tokenizer
+
+
+def save_text_tokenizer(text_tokenizer: Any, directory: Path) -> None:
+    """Write a text tokenizer; RuntimeError or OSError where its files cannot be written."""
+    with _Narrowed():
+        text_tokenizer.save_pretrained(str(directory))
 
 
 def first_line(error: BaseException) -> str:
