@@ -68,6 +68,9 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(directory))
     if target.exists() and not target.is_dir():
         fail(f"output {directory}", "a folder or a new name", kind_of(target))
+    if target.is_dir():
+        with suppress(OSError):
+            _sweep(target.parent)  # of a writer that died when it had made this folder
     with _staging(target if target.is_dir() else target.parent, target) as folder:
         new = folder / "new"
         new.mkdir()
