@@ -159,7 +159,7 @@ def test_a_kill_between_two_moves_loses_no_checkpoint(state: State, tmp_path: Pa
         child = fork()
         if child == 0:
             left = itertools.count(moves, -1)
-            os.replace = lambda *given: replace(*given) if next(left) > 0 else os._exit(9)
+            os.replace = lambda *given, left=left: replace(*given) if next(left) > 0 else os._exit(9)
             save_checkpoint(state)
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

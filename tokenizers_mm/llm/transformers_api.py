@@ -34,7 +34,7 @@ BROKEN_FILES = (
 """Errors of `transformers` for files that are missing, damaged, or ask for code of their own."""
 
 MAX_LAYERS = 1024
-"""Layers, experts and heads of a language model: what its configuration asks for is built before its weights are read."""
+"""Layers, experts and heads of a language model at most: they are built before its weights are read."""
 
 COUNTS = re.compile(r"n_layers?|n_heads?|depth|num_\w*(layers|blocks|experts|heads)|n_\w*experts")
 """Names of such counts in configurations."""
