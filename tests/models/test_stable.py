@@ -145,6 +145,17 @@ def test_ids_follow_weights_that_are_written_without_a_trace(mode: str, dtype: t
             assert torch.equal(tokenizer.encode(x, stable=True).ids, exact_ids(tokenizer, x)), writer.__name__
 
 
+def test_stable_ids_in_inference_mode_are_the_same() -> None:
+    """A dropout that is off draws no numbers, whether or not operations are taken apart before they are looked at."""
+    tokenizer, other = TOKENIZERS["tokenflow"](), TOKENIZERS["tokenflow"]()
+    assert any(isinstance(module, torch.nn.Dropout) for module in tokenizer.modules())
+    x = images(tokenizer.image_size, 2)
+    with torch.inference_mode():
+        inside = tokenizer.encode(x, stable=True).ids
+    assert torch.equal(inside, other.encode(x, stable=True).ids)
+    assert torch.equal(tokenizer.encode(x, stable=True).ids, inside)
+
+
 def test_compiled_parts_and_training_mode_give_the_same() -> None:
     tokenizer = TOKENIZERS["dualvitok"]()
     x = images(tokenizer.image_size, 2)

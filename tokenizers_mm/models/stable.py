@@ -422,6 +422,10 @@ class Watcher(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # in inference mode operations arrive whole: a dropout that is off, for example
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.lstrip("_")
         outputs = result if isinstance(result, (tuple, list)) else [result]
