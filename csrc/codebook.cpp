@@ -81,28 +81,30 @@ void Codebook::drop_repetitions(const Rows& codes, const std::vector<double>& no
 void Codebook::summarise(const Rows& codes, int threads, Summary* out) const {
   find_mean(codes, out);
   out->bias.assign(k, 0.0f);
+  out->tops.assign(d, 0.0f);
   std::vector<double> norm2(k);
   std::mutex merge;
   for_chunks(k, 256, threads, [&](int64_t first, int64_t last) {
     Buffer<float> row(padded);
-    float top = 0;
+    std::vector<float> tops(d, 0.0f);
     bool fits = true, finite = true;
     for (int64_t i = first; i < last; ++i) {
       const RowStats stats = codes.centre(*isa, i, out->mean.data(), 1.0f, row.get());
       norm2[i] = stats.norm2;
       if (std::isfinite(stats.norm2) && std::isfinite(stats.largest)) {
-        top = std::max(top, stats.largest);
+        for (int64_t j = 0; j < d; ++j) tops[j] = std::max(tops[j], std::fabs(row[j]));
       } else {
         fits = false;
         finite = finite && codes.finite(i);
       }
     }
     std::lock_guard<std::mutex> lock(merge);
-    out->largest = std::max(out->largest, top);
+    for (int64_t j = 0; j < d; ++j) out->tops[j] = std::max(out->tops[j], tops[j]);
     out->representable = out->representable && fits;
     out->finite = out->finite && finite;
   });
   if (!out->finite) return;
+  out->largest = *std::max_element(out->tops.begin(), out->tops.end());
   drop_repetitions(codes, norm2, out);
   if (out->usable == 1)
     for (out->only = 0; std::isinf(out->bias[out->only]);) ++out->only;
@@ -110,6 +112,7 @@ void Codebook::summarise(const Rows& codes, int threads, Summary* out) const {
   if (!out->representable) return;
   out->scale = std::ldexp(1.0f, -std::clamp(std::ilogb(out->largest), -120, 120));
   out->largest *= out->scale;
+  for (float& top : out->tops) top *= out->scale;
   for (int64_t i = 0; i < k; ++i) {
     if (std::isinf(out->bias[i])) continue;
     const double scaled = norm2[i] * out->scale * out->scale;
@@ -153,6 +156,7 @@ QuantStats Pack::quantise_mixed(const Isa& isa, float* ordered, float scale, int
 // are kept in 16 bits with the same step, at twice the cost each; up to one dimension in 16, and where it makes the step much finer.
 void Codebook::choose_wide(const Rows& codes, const Summary& known, Pack* pack) const {
   const int64_t most = std::min(kMaxWide, d / 32 * 2), stride = (k + kMeanSample - 1) / kMeanSample;
+  pack->scale = std::max(known.largest, 1e-30f) / isa->code_levels;
   if (most < 2) return;
   std::vector<float> top(d, 0.0f), row(padded);
   for (int64_t i = 0; i < k; i += stride) {
@@ -166,6 +170,8 @@ void Codebook::choose_wide(const Rows& codes, const Summary& known, Pack* pack) 
   if (top[order[most]] > 0.6f * top[order[0]]) return;
   int64_t wide = 2;
   while (wide < most && top[order[wide]] > 1.25f * top[order[most]]) wide += 2;
+  pack->scale = 1e-30f;
+  for (int64_t i = 0; i < d; ++i) pack->scale = std::max(pack->scale, known.tops[order[i]] / (i < wide ? kWideLevels : isa->code_levels));
   std::sort(order.begin(), order.begin() + wide);
   std::sort(order.begin() + wide, order.end());
   pack->order = std::move(order);
@@ -175,10 +181,7 @@ void Codebook::choose_wide(const Rows& codes, const Summary& known, Pack* pack) 
 void Codebook::fill(const Rows& codes, const Summary& known, int which, int threads, Pack* made) const {
   const int per_word = which == kInt8 ? 4 : which == kInt16 ? 2 : 1;
   const int64_t lanes = isa->lanes, vectors = isa->vectors, panel = lanes * vectors, pass = lanes * isa->tile;
-  if (which == kInt8) {
-    choose_wide(codes, known, made);
-    made->scale = std::max(known.largest, 1e-30f) / isa->code_levels;
-  }
+  if (which == kInt8) choose_wide(codes, known, made);
   const int64_t wide = made->wide, wide_steps = wide / 2;
   const int64_t depth = which == kInt8 ? isa->depth : 1;
   const int64_t steps = made->steps = wide_steps + ((d - wide + per_word - 1) / per_word + depth - 1) / depth * depth;
@@ -187,22 +190,6 @@ void Codebook::fill(const Rows& codes, const Summary& known, int which, int thre
   const uint32_t levels = static_cast<uint32_t>(isa->code_levels), bits = 0x01010101u * (2 * levels + 1);
   const uint32_t flip = 0x01010101u * static_cast<uint32_t>(isa->code_offset);
   std::mutex merge;
-  if (wide) {
-    std::vector<float> top(d, 1e-30f);
-    for_chunks(k, 256, threads, [&](int64_t first, int64_t last) {
-      Buffer<float> row(padded);
-      std::vector<float> mine(d, 0.0f);
-      for (int64_t code = first; code < last; ++code) {
-        if (std::isinf(known.bias[code])) continue;
-        centre(known, codes, code, which, row.get());
-        for (int64_t j = 0; j < d; ++j) mine[j] = std::max(mine[j], std::fabs(row[j]));
-      }
-      std::lock_guard<std::mutex> lock(merge);
-      for (int64_t j = 0; j < d; ++j) top[j] = std::max(top[j], mine[j]);
-    });
-    made->scale = 0;
-    for (int64_t i = 0; i < d; ++i) made->scale = std::max(made->scale, top[made->order[i]] / (i < wide ? kWideLevels : isa->code_levels));
-  }
   if (which == kInt16) made->scale = static_cast<float>(std::max(known.radius, 1e-30) / (kInt16Norm - std::sqrt(d)));
   made->codes.reset(panels * panel * steps + panel * kReadAhead);  // the rest is read, and counts for nothing
   made->bias.reset(panels * panel);
@@ -256,7 +243,7 @@ const Tree& Codebook::box_tree(const Rows& codes, int threads) {
 int64_t Codebook::bytes() const {
   int64_t total = 0;
   if (const Summary* known = summary_.peek())
-    total += static_cast<int64_t>((known->mean.capacity() + known->bias.capacity()) * sizeof(float));
+    total += static_cast<int64_t>((known->mean.capacity() + known->bias.capacity() + known->tops.capacity()) * sizeof(float));
   for (const auto& part : packs_)
     if (const Pack* pack = part.peek()) total += pack->codes.bytes() + pack->bias.bytes();
   if (const Tree* tree = tree_.peek()) {

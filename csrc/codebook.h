@@ -138,6 +138,7 @@ struct Summary {
   double radius = 0;            // max |c|
   double max_bias = 0;          // max |c|^2 / 2
   float largest = 0;            // max |c_j|
+  std::vector<float> tops;      // the same for each dimension
   std::vector<float> bias;      // -|c|^2 / 2; -infinity for codes that cannot win: repetitions
   int64_t usable = 0;           // codes that can win
   int64_t only = -1;            // the one that can, if there is just one
