@@ -100,7 +100,7 @@ class Names:
 
 
 def _key(stem: str) -> str:
-    """What file systems that fold case or compose accents may take for one name."""
+    """One text for all names that some file system, which folds case or composes accents, takes for one."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", stem).casefold())
 
 
