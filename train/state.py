@@ -269,7 +269,9 @@ def _check_counter(name: str, value: Any) -> None:
     """Refuse a counter that no run can have: a checkpoint may come from somebody else."""
     if name in ("step", "stage", "stage_step", "samples"):
         require(type(value) is int and 0 <= value < 1 << 62, f"checkpoint: {name}", "a whole number from 0", value)
-    elif value is not None or name != "best":
-        finite = type(value) in (int, float) and abs(value) < 1e300
-        right = finite and (value >= 0 or name == "best")
-        require(right, f"checkpoint: {name}", "a number" if name == "best" else "seconds from 0", value)
+    elif name != "best":
+        finite = isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < 1e300
+        require(finite, f"checkpoint: {name}", "seconds from 0", value)
+    elif value is not None:
+        finite = isinstance(value, (int, float)) and type(value) is not bool and abs(value) < 1e300
+        require(finite, f"checkpoint: {name}", "a number", value)
