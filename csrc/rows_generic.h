@@ -100,7 +100,9 @@ int64_t near(const float* z, const float* codes, int64_t n, int64_t d, float lim
   return count;
 }
 
-constexpr RowKernels kKernels = {digest, near};
+#include "ssim_generic.h"
+
+constexpr RowKernels kKernels = {digest, near, ssim};
 
 }  // namespace
 }  // namespace tmm

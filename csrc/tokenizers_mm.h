@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define TMM_ABI_VERSION 2
+#define TMM_ABI_VERSION 3
 
 enum { TMM_OK = 0, TMM_NO_MEMORY = 1, TMM_BAD_ARGUMENT = 2, TMM_BAD_QUERY = 3, TMM_BAD_CODES = 4 };
 enum { TMM_F32 = 0, TMM_F64 = 1 };
@@ -56,6 +56,13 @@ TMM_API int tmm_nearest_code_live(const void* codes, int64_t k, int64_t d, int d
 // TMM_BAD_ARGUMENT when an id is outside [0, k).
 TMM_API int tmm_code_sums(const void* vectors, int dtype, const int64_t* ids, int64_t n, int64_t d, int64_t k,
                           int64_t* counts, double* sums, int threads);
+
+// Means over the windows inside of each pair of planes [height, width], contiguous, of SSIM and of its contrast-structure factor,
+// in double precision: the same bits for any number of threads or planes. line: k weights, symmetric, sum 1, of a window along one
+// axis. c1, c2: the constants of SSIM. offset: is added to both planes. TMM_BAD_ARGUMENT: no window fits, or a line that is not
+// symmetric or has more than 64 weights.
+TMM_API int tmm_ssim(const void* x, const void* y, int dtype, int64_t planes, int64_t height, int64_t width, const double* line,
+                     int64_t k, double c1, double c2, double offset, double* whole, double* contrast, int threads);
 
 #ifdef __cplusplus
 }

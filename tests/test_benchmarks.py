@@ -37,6 +37,7 @@ SMALLEST: dict[str, list[str]] = {
     "nearest_code_shared": ["--shape", "16x64x8x4", "--rounds", "1", "--record"],
     "next_scale": ["--ways", "plain", "--steps", "1", "--scenes", "4", "--held-out", "2", "--record"],
     "quantizers": ["--steps", "2", "--only", "vq", "--crops", "16", "--record"],
+    "ssim": ["--side", "32", "--images", "2", "--rounds", "1", "--record"],
     "stable_ids": ["--tokenizers", "vq", "--count", "2", "--variants", "batch 2", "--rounds", "1"],
     "train_quality": ["--steps", "1", "--recipes", "original", "--out", "quality", "--record"],
     "train_step": ["--codebook", "64", "--batch", "1", "--steps", "1", "--record"],
@@ -50,6 +51,7 @@ EXACT = {
     "kmeans": lambda row: max(row["inertia"].values()) < 1.001 * min(row["inertia"].values()),
     "mar_cache": lambda row: row["difference"] < 1e-4,
     "nearest_code": lambda row: row["mismatches"] == 0,
+    "ssim": lambda row: row["difference"] < 1e-5,
     "stable_ids": lambda row: row.get("differ", 0) == 0,
 }
 """Facts of a row beside times, which hold at every size."""

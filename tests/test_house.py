@@ -207,6 +207,7 @@ def test_every_file_goes_through_the_one_writer() -> None:
         ("nearest_code_shared", "nearest_code"),
         ("code_sums", "code_sums"),
         ("kmeans", "code_sums"),
+        ("ssim", "ssim"),
     ],
 )
 def test_every_kernel_is_a_family_of_five(op: str, native: str) -> None:

@@ -265,9 +265,9 @@ def tensor_to_images(x: Tensor) -> list[Image.Image]:
     return [Image.merge("RGB", [Image.fromarray(part) for part in item]) for item in to_bytes(x.detach()).cpu().numpy()]
 
 
-def to_bytes(x: Tensor) -> Tensor:
-    """Values in [-1, 1] as uint8, rounded; those outside are clamped."""
-    return x.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
+def to_bytes(x: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Values in [-1, 1] as whole numbers from 0 to 255 of a dtype, rounded; those outside are clamped."""
+    return x.float().mul(127.5).add_(128).clamp_(0, 255).floor_().to(dtype)
 
 
 def fit_image(image: Image.Image, height: int, width: int, how: Fit) -> Image.Image:

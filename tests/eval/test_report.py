@@ -15,7 +15,7 @@ from tokenizers_mm.cli.eval import progress_line
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.eval import METRICS
 from tokenizers_mm.eval.page import make_page
-from tokenizers_mm.eval.report import as_markdown, join_reports, table
+from tokenizers_mm.eval.report import as_markdown, join_reports, read_report, table
 from tokenizers_mm.models.tokenflow import TokenFlow
 
 QUICK = "bits,bits_per_pixel,psnr,ssim,codebook"
@@ -135,14 +135,32 @@ def test_reports_of_two_protocols_do_not_share_a_table(report: Path, place: Path
     assert names[0] == "tok0 (default)"
     assert names[-1] == "tok1 (default fit=resize)"
     assert "tok1 (default fit=resize)" in make_page(joined)
+    assert "cannot be compared" in make_page(joined)
+    assert not joined["pairs"], "their names are others here"
     command = ["eval", "--join", str(report), str(other), "--out", str(place / "joint")]
     assert main(command) == 2
     assert main([*command, "--any-protocol"]) == 0
     assert main([*command, *common]) == 2
     fewer = place / "fewer"
     assert main(["eval", str(place / "tok1"), *common, "--limit", "5", "--out", str(fewer)]) == 0
+    third = json.loads((fewer / "report.json").read_text())
     with pytest.raises(ValueError, match="reports: expected the same images"):
-        join_reports([first, json.loads((fewer / "report.json").read_text())])
+        join_reports([first, third])
+    mixed = join_reports([first, third], any_protocol=True)
+    assert mixed["mixed"]
+    last = mixed["tokenizers"][-1]["name"]
+    assert last.startswith("tok1 (5 images of ")
+    assert mixed["per_image"]["values"][last] == {}, "values of other images have no place beside these"
+    assert last in make_page(mixed)
+
+
+def test_a_hash_that_is_not_of_the_fields_is_refused(report: Path, tmp_path: Path) -> None:
+    data = json.loads((report / "report.json").read_text())
+    for name, value in (("hash", "0" * 16), ("ssim_range", 2.0)):
+        changed = {**data, "protocol": {**data["protocol"], name: value}}
+        (tmp_path / "report.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"report\.protocol\.hash: expected [0-9a-f]{16}, as its fields give"):
+            read_report(tmp_path)
 
 
 def test_the_table_as_markdown(report: Path) -> None:

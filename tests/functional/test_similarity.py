@@ -4,7 +4,6 @@ import torch
 
 from tokenizers_mm.functional.similarity import (
     SCALE_WEIGHTS,
-    correlate,
     decibel,
     gaussian_line,
     ms_ssim,
@@ -16,17 +15,6 @@ from tokenizers_mm.functional.similarity import (
 
 def images(seed: int, side: int, count: int = 1) -> torch.Tensor:
     return torch.rand(count, 1, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def test_correlation_equals_a_convolution() -> None:
-    x, line = torch.stack([images(0, 77)[0, 0, :70], images(1, 77)[0, 0, :70]], 1), gaussian_line()
-    kernel = torch.outer(line, line)[None, None]
-    expected = torch.nn.functional.conv2d(x.permute(1, 0, 2)[:, None], kernel)[:, 0].permute(1, 0, 2)
-    torch.testing.assert_close(correlate(x, line), expected, rtol=0, atol=1e-14)
-    for size in (1, 2, 7, 8, 13):
-        kernel = torch.ones(1, 1, size, size, dtype=torch.float64) / size**2
-        expected = torch.nn.functional.conv2d(x.permute(1, 0, 2)[:, None], kernel)[:, 0].permute(1, 0, 2)
-        torch.testing.assert_close(correlate(x, uniform_line(size)), expected, rtol=0, atol=1e-14)
 
 
 def test_ssim_of_one_window_is_the_formula() -> None:

@@ -116,12 +116,27 @@ void race(int64_t k, int64_t d, int method, int rounds) {
   }
 }
 
+// Pairs of images by one thread and by several, in memory that ends where they do.
+void compare_images() {
+  const std::vector<double> line = {0.1, 0.2, 0.4, 0.2, 0.1};
+  std::vector<float> x(3 * 40 * 139), y(x.size());
+  std::minstd_rand random(1);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(random() % 256), y[i] = static_cast<float>(random() % 256);
+  std::vector<double> one(6), several(6);
+  for (int threads : {1, 3}) {
+    double* to = (threads == 1 ? one : several).data();
+    expect(tmm_ssim(x.data(), y.data(), TMM_F32, 3, 40, 139, line.data(), 5, 6.5, 58.5, 0, to, to + 3, threads) == TMM_OK, "ssim");
+  }
+  expect(one == several, "ssim by threads");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 6;
   for (const char* isa : {"avx512_amx", "avx512_vnni", "avx_vnni", "avx2", "neon_i8mm", "neon_dot", "neon", "portable"}) {
     if (tmm_select_isa(isa) != TMM_OK) continue;
+    compare_images();
     race(700, 8, TMM_AUTO, rounds);    // the box tree
     race(300, 32, TMM_AUTO, rounds);   // the ladder
     race(300, 70, TMM_AUTO, rounds);   // and some dimensions in 16 bits

@@ -14,6 +14,8 @@ from torch import Tensor
 from tests.kernels.test_integer_rungs import edge
 from tests.kernels.test_margins import check
 from tests.kernels.test_nearest_code import AWKWARD, awkward, gauss
+from tokenizers_mm import kernels
+from tokenizers_mm.functional.similarity import gaussian_line, uniform_line
 from tokenizers_mm.kernels import _native, _ops
 from tokenizers_mm.kernels._packed import PackedCodebook
 
@@ -45,7 +47,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    for name in ("search_cases", "races"):
+    for name in ("search_cases", "ssim_case", "races"):
         source, library = Path(__file__).with_name(f"{name}.cpp"), folder / "libtokenizers_mm.so"
         options = ["-std=c++17", "-O1", "-I", str(ROOT / "csrc"), f"-Wl,-rpath,{folder}", "-pthread"]
         command = [str(COMPILER), *options, str(source), str(library), "-o", str(folder / name)]
@@ -156,6 +158,21 @@ def test_same_bits_as_this_machine(isa: str, build: Path, tmp_path: Path) -> Non
             check(z, c, expected[1], expected[3].to(z.dtype))
     assert len(answers) == 0
     assert used == {*methods(torch.zeros(1, 1), isa), LIVE} - {_native.METHODS.index("auto")}
+
+
+@needs_native
+@needs_qemu
+@pytest.mark.parametrize("isa", INTEGER)
+@pytest.mark.parametrize("line", [gaussian_line(), uniform_line(7)], ids=["gaussian", "uniform"])
+def test_ssim_has_the_same_bits_as_on_this_machine(line: Tensor, isa: str, build: Path, tmp_path: Path) -> None:
+    x, y = torch.rand(2, 2, 75, 139, generator=torch.Generator().manual_seed(0))
+    y = x + 0.1 * y
+    head = np.array([*x.shape, len(line)], dtype=np.int64)
+    (tmp_path / "case").write_bytes(b"".join(part.tobytes() for part in (head, line.numpy(), x.numpy(), y.numpy())))
+    assert run(build, "ssim_case", isa, str(tmp_path / "case"), str(tmp_path / "answer")) == isa
+    found = torch.from_numpy(np.fromfile(tmp_path / "answer")).view(2, 2, 2)
+    expected = torch.stack(kernels.ssim(x, y, line, 1e-4, 9e-4, 0.5))
+    assert torch.equal(found, expected.expand(2, 2, 2))
 
 
 @needs_qemu

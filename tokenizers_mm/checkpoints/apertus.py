@@ -29,6 +29,10 @@ PREFIXES = ("model.vision_tokenizer.", "vision_tokenizer.")
 """Prefixes of the tokenizer's tensors in a file of the whole language model."""
 
 
+ROWS = 1024
+"""Codes that are compared at a time."""
+
+
 def rules_of(levels: int) -> list[Rule]:
     """Rules from our names to those of transformers for the encoder, and of Emu3.5 for the decoder."""
     return [
@@ -44,11 +48,10 @@ def convert(
 ) -> VQGAN:
     """A tokenizer from a file of Apertus 1.5, or of its image tokenizer alone.
 
-    decoder: path of Emu3.5's `model.ckpt`; its codebook must be that of the file, up to rounding.
+    decoder: path of Emu3.5's `model.ckpt`, or of a folder with it; its codebook must be that of the file, up to
+    rounding.
     """
-    for prefix in PREFIXES:
-        if any(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    tensors = upstream.within(tensors, PREFIXES)
     require(bool(decoder), "decoder", "the path of Emu3.5's model.ckpt (the file itself holds no decoder)", "nothing")
     other = averaged(upstream.read(decoder), decoder, ema=True)
     codes, dim = shape_of(tensors, CODES, where)
@@ -58,14 +61,19 @@ def convert(
         f"codes [{codes}, {dim}]",
         shape_of(other, CODES, decoder),
     )
-    ours, theirs = tensors[CODES].float(), other[CODES].float()
-    near = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
-    require(near, "decoder", f"the codebook of {where}", "another one")
+    require(_near(tensors[CODES], other[CODES]), "decoder", f"the codebook of {where}", "another one")
     taken = {name: t for name, t in other.items() if name.startswith(("decoder.", "post_quant_conv."))}
     tokenizer = read_vqgan({**tensors, **taken}, where, rules_of, IBQConfig(codes, dim))
     check_description(config, {"codebook_size": codes, "embed_dim": dim})
     tokenizer.provenance = SOURCE
     return tokenizer
+
+
+def _near(codes: Tensor, others: Tensor) -> bool:
+    """True if two codebooks are equal up to rounding; in blocks of rows, which need little memory."""
+    limit = 1e-2 * max(-float(others.min()), float(others.max()))
+    blocks = zip(codes.split(ROWS), others.split(ROWS), strict=True)
+    return all(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=limit) for a, b in blocks)
 
 
 FAMILY = Family(
@@ -76,7 +84,9 @@ FAMILY = Family(
             (256, 256),
             ((256, 1 << 17),),
             "Apache-2.0",
-            "transformers' class at a small size: ids (it has no decoder; Emu3.5's is shown there)",
+            "transformers' class at a small size: ids (it has no decoder; Emu3.5's is shown there); "
+            "names, shapes and memory of the full size",
         ),
     ),
+    prefixes=PREFIXES,
 )

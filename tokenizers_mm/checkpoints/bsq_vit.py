@@ -85,9 +85,8 @@ def _transformer(
     depth = 1 + max((int(match[1]) for match in found if match), default=-1)
     hidden = shape_of(tensors, f"{network}.transformer.resblocks.0.mlp.c_fc.weight", where)[0] if depth else 4 * width
     heads = get(config, "vitconfig.heads") if config else width // HEAD_WIDTH
-    return PatchTransformerConfig(
-        (side, side), width, depth, heads, hidden / width, f"{network}.ln_pre.weight" in tensors
-    )
+    norm = any(name.startswith(f"{network}.ln_pre.") for name in tensors)
+    return PatchTransformerConfig((side, side), width, depth, heads, hidden / width, norm)
 
 
 FAMILY = Family(
@@ -98,7 +97,7 @@ FAMILY = Family(
             (256, 256),
             ((1024, 1 << bits),),
             "MIT",
-            "the original code at a small size: ids, vectors and pixels; names and shapes of the full size",
+            "the original code at a small size: ids, vectors and pixels; names, shapes and memory of the full size",
         )
         for bits in (18, 36)
     ),

@@ -7,7 +7,7 @@ Our names are those of `models.vqgan.VQGAN`; levels of their decoders are counte
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -68,6 +68,13 @@ def magvit_rules(levels: int) -> list[Rule]:
     ]
 
 
+_BLOCK = ("conv1.weight", "conv2.weight", "conv1.bias", "conv2.bias")
+_ATTENTION = ("proj.weight", "proj.bias", "q.weight", "k.weight")
+_MODULATION = ("scale.weight", "scale.bias", "shift.weight", "shift.bias")
+"""Tensors of a residual block, of an attention layer and of a norm with a context, by which a file shows that it has
+one."""
+
+
 class _Probe:
     """Published shapes, asked for by our names."""
 
@@ -76,23 +83,28 @@ class _Probe:
 
     def find(self, ours: str) -> Shape | None:
         """The shape of a tensor, None where the file has none of that name."""
-        return self.shapes.get(self._name(ours))
+        return self.shapes.get(self.name(ours))
 
     def get(self, ours: str) -> Shape:
         """The shape of a convolution's weight that every file of the family has."""
-        shape = self.find(ours) or fail(self.where, f"a tensor {self._name(ours)}", "none")
-        require(len(shape) == 4, f"{self.where}: {self._name(ours)}", "a convolution's weight", list(shape))
+        shape = self.find(ours) or fail(self.where, f"a tensor {self.name(ours)}", "none")
+        require(len(shape) == 4, f"{self.where}: {self.name(ours)}", "a convolution's weight", list(shape))
+        bias = ours.replace(".weight", ".bias")
+        channels = (self.find(bias) or shape)[0]
+        expected = f"{channels} channels, as {self.name(bias)} has"
+        require(channels == shape[0], f"{self.where}: {self.name(ours)}", expected, shape[0])
         return shape
 
-    def count(self, ours: str) -> int:
-        """Number of names of ours with `{}` for 0, 1, 2... that the file has."""
-        return next(i for i in range(1000) if self.find(ours.format(i)) is None)
+    def has(self, part: str, tensors: Sequence[str]) -> bool:
+        """True if the file has any of these tensors of a part: one that is missing is no sign of another form."""
+        return any(self.find(f"{part}.{tensor}") is not None for tensor in tensors)
 
-    def widths(self, ours: str) -> Iterator[int]:
-        """First sizes of the tensors that `count` counts."""
-        return (self.get(ours.format(i))[0] for i in range(self.count(ours)))
+    def count(self, part: str) -> int:
+        """Number of residual blocks with `{}` for 0, 1, 2... in the name of ours that the file has."""
+        return next(i for i in range(1000) if not self.has(part.format(i), _BLOCK))
 
-    def _name(self, ours: str) -> str:
+    def name(self, ours: str) -> str:
+        """The published name."""
         return str(link({ours: ()}, self.rules)[0].theirs[0])
 
 
@@ -101,45 +113,57 @@ def read_networks(
 ) -> tuple[PixelEncoderConfig, PixelDecoderConfig, Literal[0, 1, 3]]:
     """Sizes of encoder and decoder, and the kernel of the two convolutions beside the quantizer (0 without them)."""
     first = _Probe(shapes, rules_of(0), where)
-    levels = first.count("encoder.levels.{}.blocks.0.conv1.weight")
+    levels = first.count("encoder.levels.{}.blocks.0")
     probe = _Probe(shapes, rules_of(levels), where)
-    sizes = _sizes(probe, "encoder", range(levels), probe.get("encoder.conv_in.weight")[0], where)
+    sizes = _sizes(probe, "encoder", range(levels), "encoder.conv_in.weight", where)
     encoder = PixelEncoderConfig(
         out_channels=probe.get("encoder.conv_out.weight")[0],
         **{**sizes, "num_blocks": _uniform(sizes["num_blocks"])},
         resampling=resampling,
         out_kernel=3 if probe.get("encoder.conv_out.weight")[-1] == 3 else 1,
     )
-    context = "decoder.norm_out.scale.weight"
-    finest = probe.get(f"decoder.levels.{levels - 1}.blocks.0.conv2.weight")[0] if levels else 0
+    finest = f"decoder.levels.{levels - 1}.blocks.0.conv2.weight"
     sizes = _sizes(probe, "decoder", range(levels)[::-1], finest, where)
     decoder = PixelDecoderConfig(
         in_channels=probe.get("decoder.conv_in.weight")[1],
         **{**sizes, "num_blocks": _uniform([count - 1 for count in sizes["num_blocks"]])},
         resampling=resampling,
-        level_norms=probe.find("decoder.level_norms.0.scale.weight") is not None,
-        context_channels=probe.get(context)[1] if probe.find(context) else None,
+        level_norms=probe.has("decoder.level_norms.0", _MODULATION),
+        context_channels=probe.get("decoder.norm_out.scale.weight")[1]
+        if probe.has("decoder.norm_out", _MODULATION)
+        else None,
     )
-    kernel = (probe.find("head.weight") or (0,))[-1]
-    require(kernel in (0, 1, 3), f"{where}: {probe._name('head.weight')}", "a kernel of 1 or 3", kernel)
+    around = [f"{part}.{name}" for part in ("head", "embed") for name in ("weight", "bias")]
+    head = probe.find("head.weight")
+    whole = head is not None or not any(map(probe.find, around))
+    require(whole, where, f"a tensor {probe.name('head.weight')}", "none")
+    kernel = (head or (0,))[-1]
+    require(kernel in (0, 1, 3), f"{where}: {probe.name('head.weight')}", "a kernel of 1 or 3", kernel)
     return encoder, decoder, kernel  # type: ignore[return-value]
 
 
-def _sizes(probe: _Probe, network: str, order: Sequence[int], finest: int, where: str) -> dict[str, Any]:
-    """Options that both networks have; `order`: our indices of the levels from fine to coarse."""
+def _sizes(probe: _Probe, network: str, order: Sequence[int], finest: str, where: str) -> dict[str, Any]:
+    """Options that both networks have.
+
+    order: our indices of the levels from fine to coarse. finest: our name of the tensor whose first size all widths
+    are multiples of.
+    """
+    require(bool(order), where, f"a tensor {probe.name(f'{network}.levels.0.blocks.0.conv1.weight')}", "none")
+    channels = probe.get(finest)[0]
     widths = [probe.get(f"{network}.levels.{i}.blocks.0.conv2.weight")[0] for i in order]
-    # the channels that every width is a multiple of; the encoder's first convolution has them
-    require(bool(widths) and all(w % finest == 0 for w in widths), where, f"widths of {finest} channels", widths)
-    attention = [probe.find(f"{network}.levels.{i}.attentions.0.proj.weight") is not None for i in order]
+    divides = all(width % channels == 0 for width in widths)
+    require(divides, f"{where}: {probe.name(finest)}", f"channels that divide the widths {widths}", channels)
+    attention = [probe.has(f"{network}.levels.{i}.attentions.0", _ATTENTION) for i in order]
+    middle = f"{network}.middle"
     return {
-        "channels": finest,
-        "multipliers": tuple(width // finest for width in widths),
-        "num_blocks": [probe.count(f"{network}.levels.{i}.blocks.{{}}.conv1.weight") for i in order],
+        "channels": channels,
+        "multipliers": tuple(width // channels for width in widths),
+        "num_blocks": [probe.count(f"{network}.levels.{i}.blocks.{{}}") for i in order],
         "attention_levels": tuple(level for level, found in enumerate(attention) if found),
-        "middle_blocks": 2 + probe.count(f"{network}.middle.others.{{}}.conv1.weight"),
-        "middle_attention": probe.find(f"{network}.middle.attention.proj.weight") is not None,
-        "bias": probe.find(f"{network}.middle.block1.conv1.bias") is not None,
-        "still_blocks": probe.count(f"{network}.still.blocks.{{}}.conv1.weight"),
+        "middle_blocks": 2 + probe.count(f"{middle}.others.{{}}"),
+        "middle_attention": probe.has(f"{middle}.attention", _ATTENTION),
+        "bias": probe.has(middle, [f"block{i}.conv{j}.bias" for i in (1, 2) for j in (1, 2)]),
+        "still_blocks": probe.count(f"{network}.still.blocks.{{}}"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Published checkpoints of other code bases into our format: `tokenizers-mm convert FAMILY FILE --out DIR`.
+"""Published checkpoints of other code bases into our format: `tokenizers-mm convert FAMILY FILE|FOLDER --out DIR`.
 
     convert(family, file, out, config=None, **options) -> Path      # what the command line calls
     FAMILIES[family].convert(tensors, where, config, **options) -> ImageTokenizer
@@ -16,7 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import kind_of
 from tokenizers_mm.checkpoints import (
     apertus,
     bsq_vit,
@@ -38,6 +41,7 @@ from tokenizers_mm.checkpoints import (
 )
 from tokenizers_mm.checkpoints.family import Converter, Family
 from tokenizers_mm.config import check_plain
+from tokenizers_mm.models.saving import write
 
 FAMILIES: dict[str, Family] = {
     "apertus1p5": apertus.FAMILY,
@@ -69,7 +73,9 @@ def convert(
     config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """Read a published checkpoint strictly and write it to `out` in our format; the path of `out`.
+    """Read a published checkpoint strictly and write it to `out` in our format, in float32; the path of `out`.
+
+    file: a checkpoint, the index of one in several files, or a downloaded folder that holds one of these.
 
     Every key is accounted for: one ValueError names the first that are missing, unknown or of another shape. `out` is
     written whole or not at all.
@@ -79,11 +85,15 @@ def convert(
     require(not out.exists() or out.is_dir(), "out", "a directory or a new name", f"the file {out}")
     require(config is None or isinstance(config, Mapping), "config", "a mapping", config)
     check_plain(config, "config")
-    converter = FAMILIES[family].convert
-    options = _checked(converter, options)
-    tokenizer = converter(upstream.read(file, FAMILIES[family].wrappers), str(file), config, **options)
-    tokenizer.provenance = dataclasses.replace(tokenizer.provenance, sha256=upstream.sha256(file))
-    tokenizer.save(out)
+    found = FAMILIES[family]
+    options = _checked(found.convert, options)
+    if found.parts is not None and kind_of(file) == "a folder":
+        file, parts = found.parts(Path(file))
+        options = {**parts, **options}
+    files = upstream.files_of(file, found.names, found.prefixes)
+    tokenizer = found.convert(upstream.read(files, found.wrappers, found.prefixes), str(file), config, **options)
+    tokenizer.provenance = dataclasses.replace(tokenizer.provenance, sha256=upstream.sha256(*files))
+    write(tokenizer, out, dtype=torch.float32)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenizers_mm.checkpoints.cnn import read_vqgan, shape_of, taming_rules
 from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
-from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape
+from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, within
 from tokenizers_mm.models import Provenance
 from tokenizers_mm.models.vqgan import VQGAN
 from tokenizers_mm.quantizers import VQConfig
@@ -62,8 +62,7 @@ def transformers_rules_of(levels: int) -> list[Rule]:
 
 def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> VQGAN:
     """A tokenizer of images from tensors with the published names, or those of transformers."""
-    if any(name.startswith(PREFIX) for name in tensors):
-        tensors = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+    tensors = within(tensors, (PREFIX,))
     codes, dim = shape_of(tensors, CODES, where)
     theirs = any(name.startswith("encoder.down_block.") for name in tensors)
     rules = transformers_rules_of if theirs else rules_of
@@ -111,7 +110,10 @@ _FOLDS: list[tuple[str, Callable[[Shape], Shape], Callable[[Tensor], Tensor]]] =
 ]
 """Our names, the published shape from ours, and what makes our tensor."""
 
-_SHOWN = "transformers' class and the original code at small sizes: ids and pixels"
+_SHOWN = (
+    "transformers' class and the original code at small sizes: ids and pixels; "
+    "names, shapes and memory of the full size (of the original's)"
+)
 
 FAMILY = Family(
     convert,
@@ -121,4 +123,5 @@ FAMILY = Family(
         ),
         Checkpoint("BAAI/Emu3-Chat-hf (model.vqmodel.*)", (512, 512), ((4096, 1 << 15),), "Apache-2.0", _SHOWN),
     ),
+    prefixes=(PREFIX,),
 )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import require
@@ -44,11 +45,16 @@ class Family:
 
     convert: (tensors, where, config, **options) -> tokenizer; its options are keyword-only parameters. wrappers: keys
     of a file of `torch.save` under which the weights are looked for, in order; `a.b` for a key inside another.
+    names, prefixes: see `upstream.files_of`. parts: (a downloaded folder) -> the checkpoint in it, and options that
+    other files of it say.
     """
 
     convert: Converter
     checkpoints: tuple[Checkpoint, ...]
     wrappers: Sequence[str] = WRAPPERS
+    names: Sequence[str] = ()
+    prefixes: Sequence[str] = ()
+    parts: Callable[[Path], tuple[Path, Mapping[str, Any]]] | None = None
 
 
 def check_description(config: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ codes by a diffusion model.
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from tokenizers_mm._check import require
 from tokenizers_mm.checkpoints.cnn import shape_of, shapes_of
 from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
-from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
-from tokenizers_mm.config import checked
+from tokenizers_mm.checkpoints.upstream import FILES, Link, Rule, Shape, description_errors, link, take
+from tokenizers_mm.config import checked, read_json
 from tokenizers_mm.decoders.features import ConvFeatureConfig
 from tokenizers_mm.encoders.plain_vit import PlainViTConfig
 from tokenizers_mm.encoders.semantic import CLIP_MEAN, CLIP_STD
@@ -46,21 +47,34 @@ _RULES: list[Rule] = [
 ]
 
 
-def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> SemanticTokenizer:
+def convert(
+    tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None, *, processor: str = ""
+) -> SemanticTokenizer:
     """A tokenizer from a file of the whole model, or of its tower and quantizer alone.
 
-    config: `num_heads` of an unpublished tower; `image_mean` and `image_std` of its preprocessor_config.json, by
-    default those of transformers' image processor.
+    processor: path of its preprocessor_config.json, whose `image_mean` and `image_std` are taken; by default those of
+    transformers' image processor. A downloaded folder holds it. config: the same two, which go before, and `num_heads`
+    of an unpublished tower.
     """
+    found = read_json(Path(processor)) if processor else {}
+    config = {**{key: found[key] for key in ("image_mean", "image_std") if key in found}, **(config or {})}
     prefix = "model." if any(name.startswith("model.visual.") for name in tensors) else ""
     kept = tuple(prefix + part for part in PARTS)
     tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(kept)}
-    tokenizer = build(SemanticTokenizer, checked(read_config(tensors, where, config or {})))
+    with description_errors():
+        schema = checked(read_config(tensors, where, config))
+    tokenizer = build(SemanticTokenizer, schema)
     links = links_of(shapes_of(tokenizer.state_dict()))
     fill(tokenizer, take(links, tensors, where), where)
     check_description(config, {"num_embeddings": tokenizer.config.quantizer.codebook_size})
     tokenizer.provenance = SOURCE
     return tokenizer.eval()  # type: ignore[return-value]
+
+
+def parts(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder itself, and the option `processor` where it holds the settings of the image processor."""
+    settings = folder / "processor" / "preprocessor_config.json"
+    return folder, {"processor": str(settings)} if settings.is_file() else {}
 
 
 def links_of(shapes: Mapping[str, Shape]) -> list[Link]:
@@ -93,7 +107,10 @@ def read_tower(
 
     positions: name of its table, [N, C] or, with 3 axes, [1, N, C]. known: what no shape tells.
     """
-    width, _, patch, _ = shape_of(tensors, f"{prefix}patch_embed.proj.weight", where, 4)
+    embed = f"{prefix}patch_embed.proj"
+    width, _, patch, _ = shape_of(tensors, f"{embed}.weight", where, 4)
+    channels = shape_of(tensors, f"{embed}.bias", where, 1)[0]
+    require(channels == width, f"{where}: {embed}.weight", f"{channels} channels, as {embed}.bias has", width)
     count = shape_of(tensors, positions, where, axes)[-2]
     side = math.isqrt(count)
     require(side * side == count, f"{where}: {positions}", "a square grid of positions", f"{count}")
@@ -112,7 +129,11 @@ FAMILY = Family(
             (512, 512),
             ((1024, 1 << 14),),
             "Apache-2.0",
-            "transformers' classes at a small size: features, ids and vectors",
+            "transformers' classes at a small size: features, ids and vectors; "
+            "names, shapes and memory of the full size",
         ),
     ),
+    names=tuple(f"vision_language_encoder/{name}" for name in FILES),
+    prefixes=tuple(f"model.{part}" for part in PARTS),
+    parts=parts,
 )

@@ -40,7 +40,7 @@ def read_ibq(
     return tokenizer
 
 
-_SHOWN = "the original code at a small size: ids, vectors and pixels; names and shapes of the full size"
+_SHOWN = "the original code at a small size: ids, vectors and pixels; names, shapes and memory of the full size"
 
 IBQ_FAMILY = Family(
     partial(read_ibq, SEED_VOKEN),

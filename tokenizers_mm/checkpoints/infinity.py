@@ -57,7 +57,7 @@ def convert(
     image_size: side of the images; the published models draw 256, 512 and 1024. `config` may give any scales
     ("scale_schedule", entries (1, rows, columns) from coarse to fine) in their place.
     """
-    infix = "encoder.conv_in.conv.weight" in tensors
+    infix = any(name.startswith(("encoder.conv_in.conv.", "encoder.conv_out.conv.")) for name in tensors)
     dim = shape_of(tensors, f"encoder.conv_out{'.conv' if infix else ''}.weight", where, 4)[0]
     with description_errors():
         schedule = (config or {}).get("scale_schedule")
@@ -88,7 +88,8 @@ FAMILY = Family(
             (1024, 1024),
             ((groups * sum(n * n for n in SIDES), 1 << (bits // groups)),),
             "MIT",
-            "the original code at a small size: bits, vectors and pixels; names and shapes of the full size (d32)",
+            "the original code at a small size: bits, vectors and pixels; "
+            "names, shapes and memory of the full size (d32)",
         )
         for name, bits, groups in (("d16", 16, 1), ("d24", 24, 1), ("d32", 32, 1), ("d32reg", 32, 1), ("d64", 64, 2))
     ),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenizers_mm.checkpoints.cnn import cnn_facts, read_vqgan, shape_of, taming_rules
 from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
-from tokenizers_mm.checkpoints.upstream import Rule
+from tokenizers_mm.checkpoints.upstream import Rule, within
 from tokenizers_mm.models import Provenance
 from tokenizers_mm.models.vqgan import VQGAN
 from tokenizers_mm.quantizers import VQConfig
@@ -60,9 +60,7 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
 
 def convert_janus(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any] | None = None) -> VQGAN:
     """Janus's tokenizer from a file of the whole model or of the tokenizer alone, as published or of transformers."""
-    for prefix in JANUS_PREFIXES:
-        if any(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    tensors = within(tensors, JANUS_PREFIXES)
     published = any(".conv_blocks." in name for name in tensors)
     codes, dim = shape_of(tensors, CODES, where)
     unused = {name: (USAGE_WINDOW,) for name in ("quantize.codebook_used",) if name in tensors}
@@ -73,8 +71,11 @@ def convert_janus(tensors: Mapping[str, Tensor], where: str, config: Mapping[str
     return tokenizer
 
 
-_SHOWN = "the original code at a small size: ids and pixels; names and shapes of the full size"
-_JANUS = "transformers' class at a small size: ids and pixels; names of the original, which are LlamaGen's"
+_SHOWN = "the original code at a small size: ids and pixels; names, shapes and memory of the full size"
+_JANUS = (
+    "transformers' class at a small size: ids and pixels; names of the original, which are LlamaGen's; "
+    "names, shapes and memory of the full size"
+)
 
 LLAMAGEN_FAMILY = Family(
     convert,
@@ -108,4 +109,5 @@ JANUS_FAMILY = Family(
             _JANUS,
         ),
     ),
+    prefixes=JANUS_PREFIXES,
 )

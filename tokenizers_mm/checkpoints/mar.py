@@ -114,7 +114,8 @@ def read_harmon(path: str, autoencoder: str = "", config: Mapping[str, Any] | No
     projectors = {n: t.float() for n, t in tensors.items() if n.startswith(others)}
     language_model = {n.removeprefix(llm): t for n, t in tensors.items() if n.startswith(llm)}
     require(bool(projectors and language_model), path, "a Harmon checkpoint (llm.*, proj_in.*, proj_out.*)", "none")
-    return HarmonWeights(convert(tensors, path, config, autoencoder=autoencoder), language_model, projectors)
+    tokenizer = convert(tensors, path, config, autoencoder=autoencoder).float()
+    return HarmonWeights(tokenizer, language_model, projectors)
 
 
 def read_kl16(path: str) -> KLAutoencoder:
@@ -126,7 +127,7 @@ def read_kl16(path: str) -> KLAutoencoder:
     shapes = {f"autoencoder.{name}": tuple(t.shape) for name, t in autoencoder.state_dict().items()}
     filled = take(kl_links_of(shapes), tensors, path)
     fill(autoencoder, {name.removeprefix("autoencoder."): t for name, t in filled.items()}, path)
-    return autoencoder.eval()
+    return autoencoder.float().eval()
 
 
 def links_of(shapes: Mapping[str, Shape], prefix: str = "") -> list[Link]:

@@ -40,7 +40,8 @@ def convert_bitdance(tensors: Mapping[str, Tensor], where: str, config: Mapping[
     """
     bits = shape_of(tensors, BITS, where, 4)[0]
     taken = shape_of(tensors, "decoder.conv_in.weight", where, 4)[1]
-    require(taken == bits, f"{where}: decoder.conv_in.weight", f"{bits} channels (no noise input)", f"{taken}")
+    expected = f"{bits} channels, as {BITS} has (no noise input)"
+    require(taken == bits, f"{where}: decoder.conv_in.weight", expected, f"{taken}")
     require(bits % GROUP == 0, f"{where}: {BITS}", f"a multiple of {GROUP} bits", bits)
     quantizer = LFQConfig(bits, bits // GROUP, pool=True)
     tokenizer = read_vqgan(tensors, where, magvit_rules, quantizer, resampling="shuffle")
@@ -49,7 +50,7 @@ def convert_bitdance(tensors: Mapping[str, Tensor], where: str, config: Mapping[
     return tokenizer
 
 
-_SHOWN = "the original code at a small size: ids, vectors and pixels; names and shapes of the full size"
+_SHOWN = "the original code at a small size: ids, vectors and pixels; names, shapes and memory of the full size"
 
 OPEN_MAGVIT2_FAMILY = Family(
     convert,
@@ -84,7 +85,7 @@ OPEN_MAGVIT2_FAMILY = Family(
         ),
     ),
 )
-_BITDANCE = "the original code at a small size: bits and pixels"
+_BITDANCE = "the original code at a small size: bits and pixels; names, shapes and memory of the full size (d16c32)"
 
 BITDANCE_FAMILY = Family(
     convert_bitdance,
@@ -111,4 +112,5 @@ BITDANCE_FAMILY = Family(
             _BITDANCE,
         ),
     ),
+    names=("ae.safetensors",),
 )

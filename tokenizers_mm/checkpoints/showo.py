@@ -48,7 +48,7 @@ FAMILY = Family(
             (256, 256),
             ((256, 1 << 13),),
             "MIT",
-            "the original code at a small size: ids, vectors and pixels",
+            "the original code at a small size: ids, vectors and pixels; names, shapes and memory of the full size",
         ),
     ),
 )

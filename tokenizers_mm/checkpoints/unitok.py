@@ -67,7 +67,7 @@ def convert(tensors: Mapping[str, Tensor], where: str, config: Mapping[str, Any]
     unused = _unused(schema, shape_of(tensors, "projection.weight", where)[0])
     ours = take(links_of(shapes_of(tokenizer.state_dict())), tensors, where, unused)
     # one vector for all positions (zeros in the published file) is part of the bias before it
-    ours["encoder.pool.bias"] = ours["encoder.pool.bias"] + tensors["encoder.pos_embed"].flatten()
+    ours["encoder.pool.bias"] = ours["encoder.pool.bias"].float() + tensors["encoder.pos_embed"].float().flatten()
     fill(tokenizer, ours, where)
     part = schema.quantizer.part
     facts = {"vocab_size": part.codebook_size * schema.quantizer.count, "vocab_width": schema.quantizer.dim}
@@ -147,7 +147,7 @@ FAMILY = Family(
             (256, 256),
             ((2048, 1 << 12),),
             "MIT",
-            "the original code at a small size: ids, vectors and pixels; names and shapes of the full size",
+            "the original code at a small size: ids, vectors and pixels; names, shapes and memory of the full size",
         ),
     ),
     wrappers=("trainer.unitok",),

@@ -32,11 +32,19 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import expecting, fail, require
-from tokenizers_mm._files import regular_file, temporary_directory
+from tokenizers_mm._files import kind_of, regular_file, temporary_directory
+from tokenizers_mm.config import read_json
 from tokenizers_mm.models.loading import FLOATS, account, first_few, read_safetensors
 
 WRAPPERS = ("ema", "model_ema", "model", "state_dict")
 """Keys under which training programs keep the weights; the first one present is read."""
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+INDEX = ".index.json"
+"""Suffixes of checkpoints, and of the index of a checkpoint in several files."""
+
+FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in (INDEX, ""))
+"""Checkpoints in a downloaded folder, in the order in which they are looked for."""
 
 MAX_UNPACKED = 20
 """Limit of bytes that one byte of a compressed file may stand for; weights compress by less than 2."""
@@ -78,8 +86,67 @@ class Link:
     part: tuple[int, int] = (0, 1)
 
 
-def read(path: str | os.PathLike[str], wrappers: Sequence[str] = WRAPPERS) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their published names; `.safetensors`, or a file of `torch.save`.
+def files_of(path: str | os.PathLike[str], names: Sequence[str] = (), prefixes: Sequence[str] = ()) -> tuple[Path, ...]:
+    """The files of a checkpoint: one file, the shards that an index names, or what a downloaded folder holds of these.
+
+    names: files of a folder that are looked for before `FILES`. prefixes: where names of an index begin with one of
+    them, only the shards of such tensors are taken; the others need not be there.
+    ValueError for a folder with no checkpoint or with several, and for an index that is none.
+    """
+    place = Path(path)
+    if kind_of(place) == "a folder":
+        place = _in_folder(place, (*names, *FILES))
+    if not place.name.endswith(INDEX):
+        return (place,)
+    shards = read_json(place).get("weight_map")
+    if not isinstance(shards, Mapping) or not shards:
+        fail(str(place), "a weight_map with the file of each tensor", "none")
+    for shard in shards.values():
+        plain = isinstance(shard, str) and Path(shard).name == shard and shard.endswith(SUFFIXES)
+        require(plain, f"{place}: weight_map", "names of checkpoint files beside it", repr(shard))
+    wanted = {shard for name, shard in shards.items() if name.startswith(tuple(prefixes))}
+    return tuple(place.with_name(shard) for shard in sorted(wanted or set(shards.values())))
+
+
+def _in_folder(folder: Path, names: Sequence[str]) -> Path:
+    """The checkpoint of a folder: the first of the names that it has, or its only file with a checkpoint's suffix."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    expected = "one checkpoint in the folder" + (" (give the path of the file)" if found else "")
+    require(len(found) == 1, str(folder), expected, first_few(path.name for path in found) or "none")
+    return found[0]
+
+
+def within(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> Mapping[str, Tensor]:
+    """The tensors under the first prefix that any name has, without it; all as they are where none has."""
+    for prefix in prefixes:
+        if found := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
+            return found
+    return tensors
+
+
+def read(
+    checkpoint: str | os.PathLike[str] | Sequence[Path],
+    wrappers: Sequence[str] = WRAPPERS,
+    prefixes: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their published names; checkpoint: a path of any kind, or its `files_of`.
+
+    Where names of a safetensors file begin with one of `prefixes`, the others are left out.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files_of(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint:
+        part = _read(file, wrappers, prefixes)
+        twice = tensors.keys() & part.keys()
+        require(not twice, str(file), "other tensors than the shards before it", first_few(sorted(twice)))
+        tensors |= part
+    return tensors
+
+
+def _read(path: Path, wrappers: Sequence[str], prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of one file; `.safetensors`, or a file of `torch.save`.
 
     Pickles are read with weights_only; beside tensors they may hold an argparse Namespace, and the configuration
     objects of a training program, which are read as plain mappings: no code of theirs is imported or run. Of such a
@@ -88,7 +155,7 @@ def read(path: str | os.PathLike[str], wrappers: Sequence[str] = WRAPPERS) -> di
     """
     file = regular_file(path, "a checkpoint file")
     if file.suffix == ".safetensors":
-        return read_safetensors(file)
+        return read_safetensors(file, prefixes)
     try:
         with _mappable(file) as (place, sizes):
             _check_tuples(place)
@@ -220,12 +287,13 @@ def _check_claims(tensors: Mapping[str, Tensor], sizes: list[int] | None, where:
         require(not beyond, where, "tensors that are whole records of the archive", f"sizes {sorted(beyond)[:3]}")
 
 
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The hexadecimal sha256 of a file."""
+def sha256(*paths: str | os.PathLike[str]) -> str:
+    """The hexadecimal sha256 of a file, or of several, one behind the other."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -267,7 +335,7 @@ def take(
 ) -> dict[str, Tensor]:
     """Our tensors from the published ones; every published key must be linked or listed in `unused`, with its shape.
 
-    Floating-point tensors come out as float32. What needs no joining stays mapped from the file.
+    What needs no joining stays mapped from the file, in its dtype; what is computed is float32.
     """
     expected = {name: item.their_shape for item in links for name in item.theirs if name is not None}
     account({**expected, **(unused or {})}, tensors, where)
@@ -315,8 +383,9 @@ def _joined(item: Link, tensors: Mapping[str, Tensor]) -> Tensor:
         require(known, f"{name}", "float32, bfloat16, float16 or float64", part)
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
     tensor = tensor if item.part == (0, 1) else tensor.chunk(item.part[1])[item.part[0]]
-    tensor = tensor.float() if tensor.is_floating_point() else tensor
-    return tensor.reshape(item.shape) if item.change is None else item.change(tensor)
+    if item.change is None:
+        return tensor.reshape(item.shape)
+    return item.change(tensor.float() if tensor.is_floating_point() else tensor)
 
 
 def _rename(name: str | None, pattern: str, replacement: str | tuple[str | None, ...]) -> tuple[str | None, ...]:

@@ -57,7 +57,7 @@ FAMILY = Family(
             (256, 256),
             ((sum(n * n for n in SIDES), 1 << 12),),
             "MIT",
-            "the original code at a small size: ids, vectors and pixels; names and shapes of the full size",
+            "the original code at a small size: ids, vectors and pixels; names, shapes and memory of the full size",
         ),
     ),
 )

@@ -5,6 +5,7 @@ is the projector's; X-Omni's images are made from them by a diffusion model.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,8 @@ from tokenizers_mm.checkpoints import upstream
 from tokenizers_mm.checkpoints.cnn import shape_of, shapes_of
 from tokenizers_mm.checkpoints.family import Checkpoint, Family, check_description
 from tokenizers_mm.checkpoints.glm_image import HEADS, read_tower
-from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, link, take
-from tokenizers_mm.config import checked
+from tokenizers_mm.checkpoints.upstream import Link, Rule, Shape, get, link, take
+from tokenizers_mm.config import checked, read_json
 from tokenizers_mm.decoders.features import ConvFeatureConfig
 from tokenizers_mm.models import Provenance
 from tokenizers_mm.models.loading import build, fill
@@ -45,7 +46,8 @@ def convert(
 ) -> SemanticTokenizer:
     """A tokenizer from the tower's file.
 
-    projector: path of the file with the quantizer. config: `num_heads` of an unpublished tower.
+    projector: path of the file with the quantizer; the config.json of a downloaded folder names both files.
+    config: `num_heads` of an unpublished tower.
     """
     require(bool(projector), "projector", "the path of the file with the quantizer (there are two files)", "nothing")
     tower = {name: t for name, t in tensors.items() if not name.startswith(POOLING)}
@@ -66,6 +68,17 @@ def convert(
     return tokenizer.eval()  # type: ignore[return-value]
 
 
+def parts(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The tower's file and the option `projector`, as config.json of a downloaded folder names them."""
+    paths = {}
+    for key in ("siglip_path", "projector_path"):
+        name = get(read_json(folder / "config.json"), f"vision_config.encoder.{key}")
+        inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        require(inside, f"{folder / 'config.json'}: {key}", "the name of a file of the folder", name)
+        paths[key] = folder / name
+    return paths["siglip_path"], {"projector": paths["projector_path"]}
+
+
 def links_of(shapes: Mapping[str, Shape]) -> list[Link]:
     """Links from our names to those of both files."""
     return link(shapes, _RULES, {"head.weight": (*shapes["head.weight"], 1, 1)})
@@ -79,7 +92,8 @@ FAMILY = Family(
             (512, 512),
             ((1024, 1 << 14),),
             "Apache-2.0",
-            "the original code at a small size: features, ids and vectors; names and shapes of the full size",
+            "the original code at a small size: features, ids and vectors; names, shapes and memory of the full size",
         ),
     ),
+    parts=parts,
 )

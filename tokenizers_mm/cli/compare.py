@@ -56,11 +56,15 @@ def verdict(report: Any) -> str:
         if pair["p"] < 0.05 and not metric.name.startswith("bits"):
             ahead = (pair["difference"] > 0) == (metric.better == "higher")
             first, second = (pair["a"], pair["b"]) if ahead else (pair["b"], pair["a"])
-            low, high = sorted((abs(pair["low"]), abs(pair["high"])))
+            sign = 1 if pair["difference"] > 0 else -1
+            low, high = sorted((sign * pair["low"], sign * pair["high"]))
             lines.append(
                 f"{heading(metric.name)}: {first} is better than {second} by {abs(pair['difference']):.4g} "
                 f"(95 % interval {low:.4g} to {high:.4g}, p {pair['p']:.2g})"
             )
-    a, b = ((row["name"], row["metrics"]["bits"]["mean"]) for row in report["tokenizers"] if "bits" in row["metrics"])
-    bits = f"{a[0]} takes {a[1]:,.0f} bits per image, {b[0]} {b[1]:,.0f}"
-    return "\n".join([*(lines or ["no metric tells them apart at the level of 5 %"]), bits])
+    lines = lines or ["no metric tells them apart at the level of 5 %"]
+    bits = [(row["name"], row["metrics"]["bits"]["mean"]) for row in report["tokenizers"] if "bits" in row["metrics"]]
+    if bits:
+        (a, first), (b, second) = bits
+        lines.append(f"{a} takes {first:,.0f} bits per image, {b} {second:,.0f}")
+    return "\n".join(lines)

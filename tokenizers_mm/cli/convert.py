@@ -13,7 +13,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of the verb."""
     command.add_argument("family", nargs="?", metavar="FAMILY", help="a name of --list")
     command.add_argument(
-        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help=".pt, .pth, .bin, .ckpt or .safetensors"
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        metavar="CHECKPOINT",
+        help=".pt, .pth, .bin, .ckpt or .safetensors, an .index.json, or a folder with one",
     )
     command.add_argument("options", nargs="*", metavar="key=value", help="what the file cannot say, see the family")
     command.add_argument("--out", type=Path)

@@ -123,7 +123,9 @@ def measure(options: argparse.Namespace, names: list[str], out: Path | None) -> 
     size, _ = common_size(candidates, protocol)
     source = ImageSource.at(options.images, options.limit, size[0] if size else 256)
     every = options.metrics == "all"
-    metrics = list(METRICS) if every else options.metrics.split(",") if options.metrics else None
+    metrics = (
+        list(METRICS) if every else [name.strip() for name in options.metrics.split(",")] if options.metrics else None
+    )
     setup = Setup(protocol, weights, options.extractor, device, options.seed)
     begun = begin(candidates, source, setup, metrics, strict=not every)
     with nullcontext() if out is None else one_writer(out, f"output {out}"):

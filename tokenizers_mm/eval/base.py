@@ -158,11 +158,14 @@ class PerImage(Metric):
         if min(batch.originals.shape[-2:]) < self.least:
             self.values += [math.nan] * len(batch.originals)
             return
-        scores = self.scores(batch).double().cpu()
-        bad = ~scores.isfinite() if not self.infinite else scores.isnan() | (scores == -math.inf)
-        allowed = scores.isnan() if self.partial else torch.zeros_like(bad)
-        require(not bool((bad & ~allowed).any()), self.name, "finite values", f"{scores[bad].tolist()[:3]}")
-        self.values += scores.tolist()
+        scores = self.scores(batch).double().tolist()
+        bad = [value for value in scores if not (math.isfinite(value) or self._allows(value))]
+        require(not bad, self.name, "finite values", f"{bad[:3]}")
+        self.values += scores
+
+    def _allows(self, value: float) -> bool:
+        """True for a value that is not finite, and has a meaning here."""
+        return self.partial if math.isnan(value) else self.infinite and value > 0
 
     def per_image(self) -> Sequence[float]:
         return self.values

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenizers_mm._images import image_to_tensor
+from tokenizers_mm._images import image_levels
 from tokenizers_mm.data.files import FileList
-from tokenizers_mm.data.image_sets import ImageFiles, Sample
+from tokenizers_mm.data.image_sets import ImageFiles, Sample, digest
 from tokenizers_mm.data.photographs import fixed_crops
 from tokenizers_mm.data.scenes import make_scene
 from tokenizers_mm.data.shards import Shards
@@ -34,7 +35,8 @@ class ImageSource:
     """Images by index. names: of each, relative to `place`. read: an image with its caption, by index.
 
     classes: names of classes, by default the folders that images stand in where there are several. labels: index of
-    the class of each image, -1 for none.
+    the class of each image, -1 for none. marks: a digest of sizes and times of the files, by which an unfinished run
+    knows that they are the same.
     """
 
     place: str
@@ -42,6 +44,7 @@ class ImageSource:
     read: Callable[[int], Sample]
     labels: list[int]
     classes: list[str] = field(default_factory=list)
+    marks: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,14 +65,16 @@ class ImageSource:
             shards = Shards(place)
             count = min(len(shards), limit or len(shards))
             names = [shards.name(index) for index in range(count)]
-            return cls(place, names, shards.read, [-1] * count)
+            return cls(place, names, shards.read, [-1] * count, marks=shards.fingerprint())
         files = FileList.below(place)
         count = min(len(files), limit or len(files))
         names = [str(files[index].relative_to(place)) for index in range(count)]
         folders = [str(Path(name).parent) for name in names]
         classes = sorted(set(folders)) if len(set(folders)) > 1 else []
         numbers = {folder: number for number, folder in enumerate(classes)}
-        return cls(place, names, ImageFiles(files).read, [numbers.get(folder, -1) for folder in folders], classes)
+        labels = [numbers.get(folder, -1) for folder in folders]
+        marks = digest(_mark(files[index]) for index in range(count))
+        return cls(place, names, ImageFiles(files).read, labels, classes, marks)
 
     @classmethod
     def _scenes(cls, names: list[str], side: int) -> "ImageSource":
@@ -81,9 +86,20 @@ class ImageSource:
         return cls(SCENES, names, lambda i: Sample(scenes[i].render(side), scenes[i].caption), labels, classes)
 
 
+def _mark(path: Path) -> str:
+    """Size and time of a file; nothing for one that is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Consecutive images of one size. images: [B, 3, H, W] in [-1, 1]. captions: of each, "" for none.
+
+    levels: uint8 [B, 3, H, W], from which `images` were made.
 
     skipped: errors of images that were left out, and of captions.
 
@@ -92,6 +108,7 @@ class Loaded:
 
     indices: list[int]
     images: Tensor
+    levels: np.ndarray
     captions: list[str]
     skipped: list[str]
     following: int
@@ -105,27 +122,33 @@ def batches(
     prepare: makes an image ready, by image and name; a ValueError leaves it out. pixels: of a batch, or one image.
     """
     indices: list[int] = []
-    waiting: list[Tensor] = []
+    waiting: list[np.ndarray] = []
     captions: list[str] = []
     skipped: list[str] = []
+
+    def made(following: int) -> Loaded:
+        levels = np.stack(waiting) if waiting else np.zeros((0, 3, 1, 1), dtype=np.uint8)
+        images = torch.from_numpy(levels).float().div_(127.5).sub_(1)
+        return Loaded(indices, images, levels, captions, skipped, following)
+
     for index in range(start, len(source)):
         try:
             sample = source.read(index)
-            x = image_to_tensor(prepare(sample.image, source.names[index]))
+            image = prepare(sample.image, source.names[index])
+            levels = np.ascontiguousarray(image_levels(image).transpose(2, 0, 1))
         except ValueError as error:
             skipped.append(str(error))
             continue
-        full = (len(waiting) + 1) * x[0].numel() > pixels
-        if waiting and (full or waiting[0].shape != x.shape):
-            yield Loaded(indices, torch.stack(waiting), captions, skipped, index)
+        full = (len(waiting) + 1) * levels[0].size > pixels
+        if waiting and (full or waiting[0].shape != levels.shape):
+            yield made(index)
             indices, waiting, captions, skipped = [], [], [], []
         indices.append(index)
-        waiting.append(x)
+        waiting.append(levels)
         captions.append(sample.caption)
         skipped += sample.skipped
     if waiting or skipped:
-        images = torch.stack(waiting) if waiting else torch.zeros(0, 3, 1, 1)
-        yield Loaded(indices, images, captions, skipped, len(source))
+        yield made(len(source))
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

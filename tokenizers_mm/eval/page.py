@@ -1,6 +1,7 @@
 """The report as one page that needs no network: tables, plots, and reconstructions side by side under one slider."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tokenizers_mm._images import image_to_tensor, tensor_to_images
 from tokenizers_mm.eval import plots
+from tokenizers_mm.eval.base import PerImage
 from tokenizers_mm.eval.candidates import Encoded
 from tokenizers_mm.eval.metrics import METRICS
 from tokenizers_mm.eval.report import columns, heading, shown, told
@@ -27,6 +29,9 @@ LONGEST = 512
 SHOWN = ("worst", "median", "best")
 EACH = 4
 """Images of each of these kinds."""
+
+RANKING = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "lpips", "dists")
+"""Metrics by which these are chosen: the first that was measured."""
 
 PLOTTED = ("psnr", "ssim", "lpips", "dists", "rfid", "feature_distance")
 """Metrics that are plotted against bits, where they were measured."""
@@ -71,6 +76,8 @@ def make_page(report: Mapping[str, Any], run: Run | None = None) -> str:
     size = report["images"]["size"]
     sides = "their own sizes" if size == "own" else f"{size[0]} x {size[1]} pixels"
     about = f"{count} images of {sides}, protocol {protocol['name']} ({protocol['hash']})"
+    if report.get("mixed"):
+        about = "Different images or protocols, as the names say: values of different ones cannot be compared"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -95,12 +102,25 @@ def _resource(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-def choose_examples(report: Mapping[str, Any], run: Run) -> list[Example]:
-    """The worst, middle and best images of the first candidate by PSNR, reconstructed once more."""
-    run = replace(run, measured=[m for m in run.measured if not m.candidate.on_curve] or run.measured)
+def ranked_by(report: Mapping[str, Any]) -> str:
+    """Name of the metric that orders the images of the first candidate; "" where none has a value per image."""
     values = report["per_image"]["values"][compared(report)[0]["name"]]
-    scores = values.get("psnr") or values.get("ssim") or next(iter(values.values()), [])
-    order = sorted(range(len(run.used)), key=lambda i: (scores[i] is None, scores[i] or 0.0))
+    return next((name for name in RANKING if any(value is not None for value in values.get(name, ()))), "")
+
+
+def choose_examples(report: Mapping[str, Any], run: Run) -> list[Example]:
+    """The worst, middle and best images of the first candidate, reconstructed once more; without an order, the first.
+
+    Infinite values are the best ones; images that the metric could not be measured on are left out.
+    """
+    run = replace(run, measured=[m for m in run.measured if not m.candidate.on_curve] or run.measured)
+    name = ranked_by(report)
+    if not name:
+        return [_example(run, "image", index) for index in range(min(len(run.used), EACH))]
+    scores, metric = report["per_image"]["values"][compared(report)[0]["name"]][name], METRICS[name]
+    sign, infinite = (-1.0 if metric.better == "lower" else 1.0), issubclass(metric, PerImage) and metric.infinite
+    known = [index for index, score in enumerate(scores) if score is not None or infinite]
+    order = sorted(known, key=lambda i: math.inf if scores[i] is None else sign * scores[i])
     middle = len(order) // 2 - EACH // 2
     groups = [order[:EACH], order[max(EACH, middle) :][:EACH], order[max(2 * EACH, len(order) - EACH) :]]
     found = []
@@ -140,7 +160,8 @@ def _source(image: Image.Image, quality: int) -> str:
     """A data address of an image: WebP, without loss where the quality is 100."""
     if max(image.size) > LONGEST:
         factor = LONGEST / max(image.size)
-        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
+        sides = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize((next(sides), next(sides)), Image.Resampling.LANCZOS)
     stream = BytesIO()
     image.save(stream, format="WEBP", lossless=quality == 100, quality=quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
@@ -159,11 +180,12 @@ def _gallery(report: Mapping[str, Any], examples: Sequence[Example]) -> str:
         if sum(map(len, figures)) <= BUDGET:
             break
     loss = "without loss" if quality == 100 else f"as WebP of quality {quality}, which adds errors of its own"
-    first = compared(report)[0]["name"]
+    first, name = compared(report)[0]["name"], ranked_by(report)
+    chosen = f"The worst, median and best images of {first} by {METRICS[name].label}" if name else "The first images"
     zoom = 3 if small else 1
     return (
-        f"<p>The worst, median and best images of {escape(first)} by PSNR, shown {loss}. Left of the slider stands "
-        "the original, right of it the reconstruction.</p>"
+        f"<p>{escape(chosen)}, shown {loss}. Left of the slider stands the original, right of it the "
+        "reconstruction.</p>"
         '<form class="controls" id="controls">'
         '<label>Original to reconstruction <input type="range" id="cut" min="0" max="100" value="50"></label>'
         f'<label>Zoom <input type="range" id="zoom" min="1" max="8" step="1" value="{zoom}"></label>'
@@ -178,7 +200,7 @@ def _figure(report: Mapping[str, Any], example: Example, quality: int) -> str:
     width, height = example.original.size
     if max(width, height) > LONGEST:
         factor = LONGEST / max(width, height)
-        width, height = round(width * factor), round(height * factor)
+        width, height = max(1, round(width * factor)), max(1, round(height * factor))
     cells = []
     for row, image in zip(compared(report), example.made, strict=True):
         values = report["per_image"]["values"][row["name"]]
@@ -380,8 +402,7 @@ def _scatter(report: Mapping[str, Any]) -> str:
             picture = plots.diagonal([series], first, other, about)
             found.append(f"<figure>{picture}<figcaption>{escape(about)}</figcaption></figure>")
     if not others:
-        points = [(bits, v) for bits, v in zip(values[first].get("bits", ()), values[first][metric], strict=False) if v]
-        points = [(index, v) for index, (_, v) in enumerate(sorted(points, key=lambda p: p[1]))]
+        points = list(enumerate(sorted(value for value in values[first][metric] if value is not None)))
         about = f"{heading(metric)} of every image by {first}, in order"
         if points:
             picture = plots.plot([plots.Series(first, points)], "images", heading(metric), about)

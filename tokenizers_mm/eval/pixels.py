@@ -11,6 +11,13 @@ from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
 from tokenizers_mm.eval.codebook import CodebookCounts
 
 
+def _pair(batch: Batch) -> image.Pair:
+    """Originals and reconstructions, checked for the first of the metrics that ask."""
+    if "pair" not in batch.own:
+        batch.own["pair"] = image.Pair(batch.originals, batch.reconstructions)
+    return batch.own["pair"]
+
+
 class PSNR(PerImage):
     """Peak signal-to-noise ratio, mean over images that differ from their reconstruction."""
 
@@ -18,7 +25,7 @@ class PSNR(PerImage):
     infinite, small = True, True
 
     def scores(self, batch: Batch) -> Tensor:
-        return image.psnr(batch.originals, batch.reconstructions)
+        return _pair(batch).psnr()
 
 
 class SSIM(PerImage):
@@ -28,7 +35,7 @@ class SSIM(PerImage):
 
     def scores(self, batch: Batch) -> Tensor:
         protocol = self.setup.protocol
-        return image.ssim(batch.originals, batch.reconstructions, protocol.ssim, protocol.ssim_range)
+        return _pair(batch).ssim(protocol.ssim, protocol.ssim_range)
 
 
 class UniformSSIM(PerImage):
@@ -37,7 +44,7 @@ class UniformSSIM(PerImage):
     name, label, better, least, small = "ssim_uniform", "SSIM (uniform 7 x 7)", "higher", 7, True
 
     def scores(self, batch: Batch) -> Tensor:
-        return image.ssim(batch.originals, batch.reconstructions, "uniform7")
+        return _pair(batch).ssim("uniform7")
 
 
 class MultiScaleSSIM(PerImage):
@@ -46,7 +53,7 @@ class MultiScaleSSIM(PerImage):
     name, label, better, least, small = "ms_ssim", "MS-SSIM", "higher", image.MS_SSIM_SIDE, True
 
     def scores(self, batch: Batch) -> Tensor:
-        return image.ms_ssim(batch.originals, batch.reconstructions)
+        return _pair(batch).ms_ssim()
 
 
 class Bits(PerImage):

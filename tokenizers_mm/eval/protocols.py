@@ -73,7 +73,7 @@ class Protocol:
 
 def round_to_bytes(x: Tensor) -> Tensor:
     """Values in [-1, 1] rounded as `tensor_to_images` does for a file; those outside are clamped."""
-    return to_bytes(x).float().div_(127.5).sub_(1)
+    return to_bytes(x, torch.float32).div_(127.5).sub_(1)
 
 
 def truncate_to_bytes(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tokenizers_mm import __version__
 from tokenizers_mm._check import expecting, fail, printable, require
 from tokenizers_mm._files import settle
 from tokenizers_mm.config import from_mapping, read_json
-from tokenizers_mm.eval.base import Metric
+from tokenizers_mm.eval.base import Metric, PerImage
 from tokenizers_mm.eval.metrics import METRICS
 from tokenizers_mm.eval.protocols import Protocol, differences
 from tokenizers_mm.eval.run import Measured, Run, peak_memory
@@ -179,8 +179,14 @@ def _check_report(report: Mapping[str, Any]) -> None:
     require(report.get("format") == FORMAT, "report", f"the format {FORMAT}", report.get("format"))
     has(report, command=list, versions=dict, protocol=dict, images=dict, setup=dict, tokenizers=list, pairs=list)
     protocol = {key: value for key, value in report["protocol"].items() if key != "hash"}
-    from_mapping(Protocol, protocol, "report.protocol")
+    found = from_mapping(Protocol, protocol, "report.protocol").hash
     has(report["protocol"], hash=str)
+    require(
+        report["protocol"]["hash"] == found,
+        "report.protocol.hash",
+        f"{found}, as its fields give",
+        report["protocol"]["hash"],
+    )
     has(report["images"], source=str, count=int, size=(str, list), skipped=list, digest=str)
     size = report["images"]["size"]
     require(size == "own" or (len(size) == 2 and all(type(side) is int for side in size)), "report.size", "sides", size)
@@ -205,7 +211,9 @@ def _check_report(report: Mapping[str, Any]) -> None:
 def join_reports(reports: Sequence[Mapping[str, Any]], any_protocol: bool = False) -> dict[str, Any]:
     """The tokenizers of several reports in one; refused where protocols or images differ, unless asked for.
 
-    Paired tests of candidates of different reports are left out.
+    Then the report is "mixed": names say of which protocol or images each is, and values per image are kept of the
+    images of the first report alone. Paired tests of candidates of different reports are left out, and all of them
+    where the report is mixed.
     """
     require(len(reports) > 0, "reports", "at least one", "none")
     first = reports[0]
@@ -219,16 +227,20 @@ def join_reports(reports: Sequence[Mapping[str, Any]], any_protocol: bool = Fals
             )
         if first["images"]["digest"] != report["images"]["digest"] and not any_protocol:
             fail("reports", "the same images (or --any-protocol)", f"{first['images']} and {report['images']}")
+    protocols, sets = (
+        {report[part][key] for report in reports} for part, key in (("protocol", "hash"), ("images", "digest"))
+    )
     rows, values = [], {}
     for report in reports:
+        images, same = report["images"], report["images"]["digest"] == first["images"]["digest"]
+        of = report["protocol"]["name"] if len(protocols) > 1 else f"{images['count']} images of {images['source']}"
         for row in report["tokenizers"]:
-            name = row["name"]
-            if len({other["protocol"]["hash"] for other in reports}) > 1:
-                name = f"{name} ({report['protocol']['name']})"
+            name = f"{row['name']} ({of})" if len(protocols) > 1 or len(sets) > 1 else row["name"]
             require(name not in values, "reports", "different tokenizers", f"{name} twice")
             rows.append({**row, "name": name})
-            values[name] = report["per_image"]["values"][row["name"]]
-    joined = {**first, "tokenizers": rows, "pairs": [pair for report in reports for pair in report["pairs"]]}
+            values[name] = report["per_image"]["values"][row["name"]] if same else {}
+    pairs = [pair for report in reports for pair in report["pairs"]] if len(protocols) == len(sets) == 1 else []
+    joined = {**first, "tokenizers": rows, "pairs": pairs, "mixed": len(protocols) > 1 or len(sets) > 1}
     return joined | {"per_image": {**first["per_image"], "values": values}}
 
 
@@ -258,9 +270,11 @@ def heading(name: str) -> str:
 
 
 def told(name: str, value: float | None) -> str:
-    """A value with the name and the unit of its metric."""
+    """A value of one image with the name and the unit of its metric; None stands for one that is not finite."""
     metric = METRICS[name]
-    return f"{metric.label} {shown({'mean': value})}" + (f" {metric.unit}" if metric.unit == "dB" else "")
+    infinite = issubclass(metric, PerImage) and metric.infinite
+    unit = f" {metric.unit}" if metric.unit == "dB" and value is not None else ""
+    return f"{metric.label} {shown({'mean': value, 'infinite': infinite})}{unit}"
 
 
 def shown(entry: Mapping[str, Any] | None) -> str:
@@ -296,9 +310,9 @@ def flat(report: Mapping[str, Any]) -> dict[str, Any]:
             "size": report["images"]["size"],
         },
         "images": report["images"]["count"],
-        "lossless": metrics["psnr"]["infinite"],
+        "lossless": metrics.get("psnr", {}).get("infinite"),
         "skipped": report["images"]["skipped"],
-        "psnr": metrics["psnr"]["mean"],
+        "psnr": metrics.get("psnr", {}).get("mean"),
         "ssim": metrics.get("ssim", {}).get("mean"),
         "rfid": metrics.get("rfid", {}).get("mean"),
     }

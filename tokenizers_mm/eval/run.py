@@ -24,7 +24,6 @@ from torch import Tensor
 
 from tokenizers_mm._check import expecting, fail, naming, require
 from tokenizers_mm._files import atomic_path, regular_file
-from tokenizers_mm._images import to_bytes
 from tokenizers_mm.eval.base import Batch, Metric, PerImage, Setup
 from tokenizers_mm.eval.candidates import Candidate, CodecCandidate, Encoded
 from tokenizers_mm.eval.images import ImageSource, Loaded, ahead, batches
@@ -38,7 +37,7 @@ PARTIAL = "partial.safetensors"
 SAVE_EVERY = 20.0
 """Seconds between two saves of the state, times the seconds that one takes where these are more than one."""
 
-VERSION = 2
+VERSION = 3
 """Raised when a metric changes its values: states of other versions are not continued."""
 
 
@@ -88,7 +87,7 @@ class Run:
             "version": VERSION,
             "protocol": self.protocol.hash,
             "size": self.size,
-            "images": [self.source.place, self.source.names],
+            "images": [self.source.place, self.source.names, self.source.marks],
             "candidates": [[m.candidate.name, m.candidate.identity, sorted(m.metrics)] for m in self.measured],
             "weights": dict(self.setup.weights),
             "classes": list(self.setup.classes),
@@ -113,6 +112,7 @@ def common_size(candidates: Sequence[Candidate], protocol: Protocol) -> tuple[tu
     own = fixed[0].image_size if fixed else None
     size = (protocol.size, protocol.size) if protocol.size else own
     if size is None:
+        require(protocol.fit != "adm", f"protocol {protocol.name}", "a size for the crop of ADM (--size)", "none")
         return None, multiple
     for candidate in fixed:
         same = candidate.image_size == size or protocol.other_size == "bicubic"
@@ -188,8 +188,10 @@ def carry_out(
         for loaded in ahead(batches(run.source, run.prepare, pixels, run.next)):
             if loaded.indices:
                 _measure(run, loaded)
-            for image in to_bytes(loaded.images).numpy():
-                run.digest = hashlib.sha256(run.digest.encode() + image.tobytes()).hexdigest()
+            for image in loaded.levels:
+                digest = hashlib.sha256(run.digest.encode())
+                digest.update(image)
+                run.digest = digest.hexdigest()
             run.next = loaded.following
             run.used += loaded.indices
             run.skipped += loaded.skipped

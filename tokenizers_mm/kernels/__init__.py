@@ -21,6 +21,7 @@ __all__ = [
     "kmeans",
     "nearest_code",
     "nearest_code_shared",
+    "ssim",
     "use_kernels",
 ]
 
@@ -31,6 +32,7 @@ _nearest_shared_margin = torch.ops.tokenizers_mm.nearest_code_shared_margin.defa
 _finite_ids = torch.ops.tokenizers_mm.finite_ids.default
 _nearest_shared = torch.ops.tokenizers_mm.nearest_code_shared.default
 _code_sums = torch.ops.tokenizers_mm.code_sums.default
+_ssim = torch.ops.tokenizers_mm.ssim.default
 Parts: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 Weights: TypeAlias = tuple[float, ...]
 
@@ -217,6 +219,25 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
         same = vectors.new_zeros(sums.shape, dtype=torch.float64).index_add(0, ids, vectors.double())
         sums = _with_derivative(sums, same)
     return counts, sums
+
+
+def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Means over windows of SSIM and of its contrast-structure factor, float64 [...] each (Wang et al. 2004, eq. 13).
+
+    x, y: planes of images, float [..., H, W], measured in float64, each by itself. line: weights of a window along one
+    axis, float [k], symmetric, sum 1, k at most 64; only windows inside the planes count. c1, c2: the squared constants
+    of the luminance and of the contrast, above 0. offset: is added to both planes. The same bits for any number of
+    threads and planes. Not differentiable. Raises ValueError for wrong shapes and dtypes, and for a line that is not
+    symmetric.
+    """
+    k = line.numel()
+    require(line.ndim == 1 and 1 <= k <= 64 and line.dtype in _FLOATS, "line", "1 to 64 weights, float [k]", line)
+    fits = x.ndim >= 2 and min(x.shape[-2:]) >= k and x.dtype in _FLOATS
+    require(fits, "x", f"float [..., H, W], H and W >= {k}", x)
+    require(y.shape == x.shape and y.dtype in _FLOATS, "y", f"float {list(x.shape)}", y)
+    require(y.device == x.device, "y", f"on {x.device}, as x", str(y.device))
+    require(c1 > 0 and c2 > 0, "c1, c2", "above 0", (c1, c2))
+    return _ssim(x.detach(), y.detach(), line, c1, c2, offset)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import require
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 OK, NO_MEMORY, BAD_ARGUMENT, BAD_QUERY, BAD_CODES = range(5)
 METHODS = ("auto", "int8", "int16", "float32", "difference", "tree", "brute")
 ARM = platform.machine() in ("aarch64", "arm64")
@@ -69,6 +69,12 @@ class CpuLibrary:
         self.digest = _function(library.tmm_digest, number, pointer, size, size, size, pointer, number)
         self.code_sums = _function(
             library.tmm_code_sums, number, pointer, number, pointer, size, size, size, pointer, pointer, number
+        )
+        real = ctypes.c_double
+        self.ssim = _function(
+            library.tmm_ssim,
+            number,
+            *(pointer, pointer, number, size, size, size, pointer, size, real, real, real, pointer, pointer, number),
         )
         self._library = library
         if (found := library.tmm_abi_version()) != ABI_VERSION:

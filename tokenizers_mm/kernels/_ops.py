@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tokenizers_mm._check import require_finite
+from tokenizers_mm._check import require, require_finite
 from tokenizers_mm.kernels import _cuda, _native, reference
 from tokenizers_mm.kernels._packed import Answer, Cache, PackedCodebook, content_of, joint_rows, plain_rows
 
@@ -346,6 +346,40 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
         _bad_ids(num_codes)
     _native.check(status, "code_sums")
     return sums, counts
+
+
+def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Both means of planes [..., H, W], float64 [...]; x and y of one shape, with a window inside."""
+    require(bool((line == line.flip(0)).all()), "line", "symmetric weights", line.tolist())
+    library = _library(x.device)
+    shape, planes = x.shape[:-2], (-1, *x.shape[-2:])
+    if library is None:
+        if mode.get() == "native":
+            raise _native.NativeUnavailableError(f"there is no native ssim for {x.device.type} tensors")
+        whole, contrast = reference.ssim(x.reshape(planes), y.reshape(planes), line, c1, c2, offset)
+        return whole.view(shape), contrast.view(shape)
+    dtype = common_dtype((x, y))
+    x, y, weights = x.to(dtype).contiguous(), y.to(dtype).contiguous(), line.to("cpu", torch.float64).contiguous()
+    whole = torch.empty(shape, dtype=torch.float64)
+    contrast = torch.empty_like(whole)
+    status = library.ssim(
+        x.data_ptr(),
+        y.data_ptr(),
+        _native.dtype_code(x),
+        whole.numel(),
+        x.shape[-2],
+        x.shape[-1],
+        weights.data_ptr(),
+        len(weights),
+        c1,
+        c2,
+        offset,
+        whole.data_ptr(),
+        contrast.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _native.check(status, "ssim")
+    return whole, contrast
 
 
 def _bad_ids(num_codes: int) -> None:

@@ -64,6 +64,11 @@ def _fake_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Te
     return sums, ids.new_empty((num_codes,))
 
 
+def _fake_ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    whole = x.new_empty(x.shape[:-2], dtype=torch.float64)
+    return whole, torch.empty_like(whole)
+
+
 def _batched(op, row_arguments: int):
     """The rule of torch.vmap for an operator whose first arguments are rows of any leading shape: a batch of them alone
     is one more axis of rows. A batch of codebooks is searched one by one."""
@@ -113,6 +118,11 @@ define(f"nearest_code_shared({_SHARED}) -> Tensor", _ops.nearest_shared, _fake_s
 define(f"nearest_code_shared_margin({_SHARED}) -> (Tensor, Tensor)", _ops.shared_margin, _fake_shared_margin)
 define("code_sums(Tensor vectors, Tensor ids, SymInt num_codes) -> (Tensor, Tensor)", _ops.code_sums, _fake_sums)
 define("finite_ids(Tensor z, Tensor ids, str name) -> Tensor", _ops.finite_ids, _fake_finite_ids)
+define(
+    "ssim(Tensor x, Tensor y, Tensor line, float c1, float c2, float offset=0.0) -> (Tensor, Tensor)",
+    _ops.ssim,
+    _fake_ssim,
+)
 _ROW_ARGUMENTS = {
     "nearest_code": 1,
     "nearest_code_distance": 1,
@@ -121,6 +131,7 @@ _ROW_ARGUMENTS = {
     "nearest_code_shared_margin": 1,
     "code_sums": 0,
     "finite_ids": 2,
+    "ssim": 2,
 }
 for _name, _count in _ROW_ARGUMENTS.items():
     _op = getattr(torch.ops.tokenizers_mm, _name).default

@@ -108,3 +108,30 @@ def code_sums(vectors: Tensor, ids: Tensor, num_codes: int) -> tuple[Tensor, Ten
     if bool(present.any()):
         sums[present] = torch.segment_reduce(vectors[order].double(), "sum", lengths=counts[present], axis=0)
     return counts, sums
+
+
+def ssim(x: Tensor, y: Tensor, line: Tensor, c1: float, c2: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Means over windows of SSIM and of its contrast-structure factor.
+
+    x, y [P, H, W] of any float dtype, line [k] symmetric weights with sum 1, offset added to both planes; returns
+    float64 [P] twice. Both factors are 1 - (difference of moments) / (sum of moments), from the moments of x - y and
+    x + y: equal planes give 1 exactly.
+    Source: Wang et al. 2004, eq. 13.
+    """
+    maps = torch.stack([x.double() - y.double(), x.double() + y.double() + 2 * offset])
+    maps = _weighted(_weighted(torch.cat([maps, maps.square()]), line, 3), line, 2)
+    gap, total = maps[0].square(), maps[1].square()
+    varying = maps[2] - gap
+    contrast_lost = varying / ((maps[3] - total + varying) / 2 + c2)
+    light_lost = gap / ((total + gap) / 2 + c1)
+    whole_lost = light_lost + contrast_lost - light_lost * contrast_lost
+    return 1 - whole_lost.mean((1, 2)), 1 - contrast_lost.mean((1, 2))
+
+
+def _weighted(maps: Tensor, line: Tensor, dim: int) -> Tensor:
+    """Sums of neighbours along an axis with the weights of a line, only where it lies inside."""
+    count, weights = maps.shape[dim] - len(line) + 1, line.tolist()
+    total = maps.narrow(dim, 0, count) * weights[0]
+    for start, weight in enumerate(weights[1:], 1):
+        total.add_(maps.narrow(dim, start, count), alpha=weight)
+    return total

@@ -5,7 +5,7 @@ Strict, and no code is executed.
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,17 +178,23 @@ def account(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tenso
         fail(where, "exactly the tensors of the model", "; ".join(found), limit=1000)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; one error for a file that is missing, truncated or something else."""
-    return read_safetensors_with_metadata(path)[0]
+def read_safetensors(path: Path, prefixes: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped; one error for a file that is missing, truncated or something else.
+
+    prefixes: where names begin with one of them, the others are left alone: each that is mapped costs some pages.
+    """
+    return read_safetensors_with_metadata(path, prefixes)[0]
 
 
-def read_safetensors_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors_with_metadata(
+    path: Path, prefixes: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The same, and the texts beside the tensors."""
     regular_file(path, "a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names = [name for name in file.keys() if name.startswith(tuple(prefixes))]  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in names or file.keys()}
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         fail(str(path), "a whole safetensors file", f"{type(error).__name__}: {error}")

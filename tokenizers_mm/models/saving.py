@@ -11,10 +11,10 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizers_mm import __version__
+from tokenizers_mm._check import require
 from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
 from tokenizers_mm._summary import CONFIG, SAVE_ID, SUMMARY, WEIGHTS, save_id, tensors_id
 from tokenizers_mm.config import to_mapping
@@ -31,13 +31,34 @@ MODEL_TYPE = "tokenizers_mm"
 
 PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+}
+"""Names of dtypes in a safetensors file."""
+
 
 def write(
-    tokenizer: "ImageTokenizer[Any]", directory: str | os.PathLike[str], files: Mapping[str, str] | None = None
+    tokenizer: "ImageTokenizer[Any]",
+    directory: str | os.PathLike[str],
+    files: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the four files, which replace those of an earlier save as a set.
 
-    files: texts of further files by name; a README.md among them takes the place of the card.
+    files: texts of further files by name; a README.md among them takes the place of the card. dtype: see
+    `save_tensors`.
     """
     state = tokenizer.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -48,16 +69,36 @@ def write(
         write_json(folder / PREPROCESSOR, _preprocessor(tokenizer))
         for name, text in ({CARD: card(tokenizer)} | dict(files or {})).items():
             write_text(folder / name, text)
-        save_tensors(state, folder / WEIGHTS, mark)
+        save_tensors(state, folder / WEIGHTS, mark, dtype)
 
 
 def save_tensors(
-    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a safetensors file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
+    """Write a safetensors file, whole or not at all.
+
+    dtype: kind of all floating-point numbers in the file; by default they keep theirs. Only one tensor at a time is
+    copied, so that weights that are mapped from another file never stand in memory twice.
+    """
+    kinds = {n: dtype if dtype is not None and t.is_floating_point() else t.dtype for n, t in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # wide numbers first: all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        require(kinds[name] in DTYPES, name, "numbers that a safetensors file can hold", tensors[name])
+        begin, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[kinds[name]], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            data = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+            file.write(data.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _config(tokenizer: "ImageTokenizer[Any]") -> dict[str, Any]:
