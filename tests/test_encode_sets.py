@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -294,6 +295,8 @@ def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
         assert ".." not in path.parts
         assert path.is_relative_to(tmp_path)
     assert names("dir/photo.jpeg") == tmp_path / "dir" / "photo.png"
+    same = [names(name).stem for name in ("\u00e9", "e\u0301", "\u00c9", "stra\u00dfe", "STRASSE", "\ufb01", "fi")]
+    assert len({unicodedata.normalize("NFKC", stem).casefold() for stem in same}) == len(same), "one file on some disks"
 
 
 def test_shards_from_others_are_judged(tmp_path: Path) -> None:

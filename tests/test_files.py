@@ -1,8 +1,10 @@
 """The one writer of files: places, modes, links, kills at every step, full disks, what dead writers leave."""
 
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,11 +13,13 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.cases import ROOT
+from tests.models.test_saving import fork
 from tokenizers_mm import _files
 from tokenizers_mm._files import (
     LOCK,
@@ -25,6 +29,7 @@ from tokenizers_mm._files import (
     atomic_path,
     one_writer,
     settle,
+    temporary_directory,
     write_json,
     write_text,
 )
@@ -232,6 +237,88 @@ def test_the_next_writer_removes_what_a_dead_one_left_and_nothing_else(tmp_path:
         write(tmp_path / "y")
         assert left() == alive
     assert names(tmp_path) == ["y"]
+
+
+CHANGES = ("replace", "unlink", "rmdir", "mkdir", "open", "fsync")
+"""Functions of `os` that change the file system, or stand between two changes."""
+
+
+def die_at(number: int, work: Callable[[], None]) -> bool:
+    """Do work in a child that dies before change `number` of the file system; True where it came to its end."""
+    child = fork()
+    if child == 0:
+        left = itertools.count(number, -1)
+
+        def counting(whole: Any) -> Any:
+            return lambda *given, **named: whole(*given, **named) if next(left) > 0 else os._exit(9)
+
+        for name in CHANGES:
+            setattr(os, name, counting(getattr(os, name)))
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "new set", "set", "temporary"])
+def test_nothing_is_left_after_a_kill_at_every_change(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very next writer removes it, even where it died before it had a lock or while it removed its own folder."""
+    monkeypatch.setattr(_files.tempfile, "tempdir", str(tmp_path))
+
+    def work() -> None:
+        if kind == "file":
+            write(tmp_path / "a")
+            return
+        place = temporary_directory() if kind == "temporary" else atomic_directory(tmp_path / "a")
+        with place as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / "b").write_text("new")
+
+    for number in range(100):
+        if kind == "set":
+            (tmp_path / "a").mkdir(exist_ok=True)
+        ended = die_at(number, work)
+        _files._next_sweep.clear()
+        work()
+        assert not [path for path in tmp_path.rglob("*") if STAGING in path.name or path.name == REPLACING], number
+        if ended:
+            break
+        if kind == "new set":
+            shutil.rmtree(tmp_path / "a")
+    assert 3 < number < 99
+
+
+def test_a_link_with_the_name_of_a_leftover_is_not_followed(tmp_path: Path) -> None:
+    """Anybody may have put it into a folder for temporary files, or into one that was unpacked."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in ("lock", "file"):
+        (precious / name).write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".x{STAGING}").symlink_to(precious)
+    _files._next_sweep.clear()
+    write(out / "a")
+    assert names(precious) == ["file", "lock"]
+
+
+def test_a_lock_on_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    before, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(OSError) as raised, one_writer(tmp_path, "out"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert raised.value.filename == str(tmp_path / LOCK)
+    assert names(tmp_path) == []
 
 
 def test_writers_of_one_set_take_turns(tmp_path: Path) -> None:

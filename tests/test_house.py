@@ -201,7 +201,7 @@ def test_every_file_goes_through_the_one_writer() -> None:
         for match in writing.finditer(text):
             before = text[: match.start()]
             place = before[before.rfind("\ndef ") :]
-            assert re.search(r"with .*(atomic_(path|directory)|TemporaryDirectory)\(", place), f"{path}: {match[0]}"
+            assert re.search(r"with .*(atomic_path|(atomic|temporary)_directory)\(", place), f"{path}: {match[0]}"
 
 
 @pytest.mark.parametrize(

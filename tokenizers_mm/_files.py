@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -68,6 +68,9 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(directory))
     if target.exists() and not target.is_dir():
         fail(f"output {directory}", "a folder or a new name", kind_of(target))
+    if target.is_dir():
+        with suppress(OSError):
+            _sweep(target.parent)  # of a writer that died when it had made this folder
     with _staging(target if target.is_dir() else target.parent, target) as folder:
         new = folder / "new"
         new.mkdir()
@@ -122,15 +125,23 @@ def one_writer(folder: str | os.PathLike[str], name: str, held: str = "") -> Ite
             _hold(stream.fileno(), name, held or str(folder))
             if not (path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno()))):
                 continue  # the one before has just removed it
-            os.ftruncate(stream.fileno(), 0)
-            stream.write(f"{os.getpid()}\n".encode())
             try:
+                _sign(stream, path)
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
         finally:
             stream.close()
+
+
+def _sign(stream: IO[bytes], path: Path) -> None:
+    """Write the number of this process into its lock."""
+    try:
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n".encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _hold(descriptor: int, name: str, folder: str) -> None:
@@ -220,7 +231,24 @@ def _staging(parent: Path, target: Path) -> Iterator[Path]:
         _raise_if_disk(error, target)
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+        os.close(lock)
+
+
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """An empty folder in the system's place for temporary files, removed at the end.
+
+    What killed processes left there goes first: unlike those of `tempfile`, it is found again.
+    """
+    parent = Path(tempfile.gettempdir())
+    _sweep(parent)
+    folder, lock = _new_staging(parent)
+    try:
+        (folder / "new").mkdir()
+        yield folder / "new"
+    finally:
+        _remove(folder)
         os.close(lock)
 
 
@@ -315,17 +343,31 @@ def _sweep(parent: Path) -> None:
 
 def _remove_if_dead(folder: Path) -> None:
     with suppress(OSError):
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return  # a link, or what somebody else put here
         try:
             lock = os.open(folder / "lock", os.O_RDWR)
         except FileNotFoundError:
-            if time.time() - folder.stat().st_mtime > 60:  # killed before it had a lock
-                folder.rmdir()
+            folder.rmdir()  # a writer that is about to make its lock begins again
             return
         try:
             if _try_lock(lock):
-                shutil.rmtree(folder)
+                _remove(folder)
         finally:
             os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a staging folder, its lock last: after a kill in between, the next writer still knows that it is dead."""
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != "lock":
+                entry.unlink()
+        (folder / "lock").unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _raise_if_disk(error: Exception, target: Path) -> None:

@@ -29,6 +29,8 @@ from .state import State
 
 _NAME = re.compile(r"step_(\d{9})$")
 TENSORS, STATE, CONFIG, HASHES = "tensors.safetensors", "state.json", "config.json", "sha256.json"
+NEW, REPLACED, GONE = ".new", ".replaced", ".gone"
+"""Name of the folder in which a checkpoint is written, and endings of the names of those that leave their places."""
 
 
 class Checkpoints:
@@ -80,26 +82,37 @@ def _replace(config: RunConfig, step: int, skeleton: Any, tensors: dict[str, Ten
     """
     folder = Path(config.out) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*"):  # of a writer that was killed: this run is the only writer
-        shutil.rmtree(leftover)
-    temporary = folder / ".new"
+    _remove_leftovers(folder)
+    temporary = folder / NEW
     temporary.mkdir()
     try:
         _write(temporary, config, skeleton, tensors)
         target = folder / f"step_{step:09d}"
         if target.exists():
-            os.replace(target, temporary.with_name(".replaced"))
+            os.replace(target, folder / f".{target.name}{REPLACED}")
         os.replace(temporary, target)
     except OSError as error:
         fail(f"checkpoint of step {step}", "to be written", f"{type(error).__name__}: {error}")
     finally:
-        for leftover in folder.glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_leftovers(folder)
     found = list_checkpoints(config.out)
     ahead = [path for number, path in found if number > step]
     for path in ahead + [path for number, path in found if number <= step][: -config.keep]:
-        os.replace(path, folder / f".{path.name}")  # so that a kill leaves no half of one
-        shutil.rmtree(folder / f".{path.name}")
+        os.replace(path, folder / f".{path.name}{GONE}")  # so that a kill leaves no half of one
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what is neither a checkpoint nor another program's, of this writer or of one that was killed.
+
+    A checkpoint that was to be replaced, and whose place is still empty, comes back first.
+    """
+    for old in folder.glob(f".step_*{REPLACED}"):
+        place = folder / old.name.removeprefix(".").removesuffix(REPLACED)
+        if not place.exists():
+            os.replace(old, place)
+    for leftover in [folder / NEW, *folder.glob(f".step_*{REPLACED}"), *folder.glob(f".step_*{GONE}")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
@@ -111,6 +124,9 @@ def list_checkpoints(out: str | Path) -> list[tuple[int, Path]]:
 def resume(state: State) -> bool:
     """Continue from the newest whole checkpoint, if there is one. A damaged one is passed over with a sentence."""
     damaged: list[str] = []
+    if state.accelerator.is_main_process:
+        _remove_leftovers(Path(state.config.out) / "checkpoints")
+    state.accelerator.wait_for_everyone()
     for _, folder in reversed(list_checkpoints(state.config.out)):
         try:
             data = read_checkpoint(folder)

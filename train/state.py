@@ -1,5 +1,6 @@
 """Everything that changes during a run: networks, optimizers, moving average and counters."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tokenizers_mm._check import require
+from tokenizers_mm._check import fail, require
 from tokenizers_mm._ranks import several
 from tokenizers_mm.functional.precision import at_least_float32
 
@@ -219,11 +220,15 @@ class State:
     def load_state_dict(self, data: dict[str, Any]) -> None:
         """Continue from the contents of a checkpoint."""
         counters = data["counters"]
-        self.enter(min(counters["stage"], len(self.objective.stages) - 1))
+        for name in (*COUNTERS, "skipped"):
+            _check_counter(name, counters.get(name, ""))
+        last = len(self.objective.stages) - 1
+        require(counters["stage"] <= last, "checkpoint: stage", f"0 to {last}", counters["stage"])
+        self.enter(counters["stage"])
         expected = self.tensors()
         if data.keys() != {"counters", *expected}:
             other = sorted(map(str, data.keys() ^ {"counters", *expected}))
-            raise ValueError(f"checkpoint: expected the parts of this configuration, got a difference in {other}")
+            fail("checkpoint", "the parts of this configuration", f"a difference in {', '.join(other)}")
         for name, thing in expected.items():
             try:
                 if isinstance(thing, torch.optim.Optimizer):
@@ -259,3 +264,30 @@ def build_state(config: RunConfig, accelerator: Accelerator | None = None) -> St
         require(parts > 0, "config.compile", "nothing (no part of these networks can be compiled)", config.compile)
     state.enter(0)
     return state
+
+
+def _check_counter(name: str, value: Any) -> None:
+    """Refuse a counter that no run can have: a checkpoint may come from somebody else."""
+    where = f"checkpoint: {name}"
+    if name in ("step", "stage", "stage_step", "samples"):
+        require(_is_count(value), where, "a whole number from 0", value)
+    elif name == "best":
+        require(value is None or _is_number(value), where, "a number", value)
+    elif name == "reported":
+        pairs = value.values() if isinstance(value, dict) else [value]
+        right = all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+        right = right and all(_is_number(total, math.inf) and _is_count(count) for total, count in pairs)
+        require(right, where, "sums and numbers of values", value)
+    elif name == "skipped":
+        right = isinstance(value, dict) and all(_is_number(count) and count >= 0 for count in value.values())
+        require(right, where, "numbers of inputs by cause", value)
+    else:
+        require(_is_number(value) and value >= 0, where, "seconds from 0", value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_number(value: Any, largest: float = 1e300) -> bool:
+    return type(value) in (int, float) and (abs(value) <= largest or largest == math.inf)

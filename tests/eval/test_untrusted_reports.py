@@ -119,6 +119,22 @@ def test_reports_of_anybody(finished: Run, tmp_path: Path, capsys: pytest.Captur
     assert codes == {0, 2}
 
 
+def test_a_report_and_its_page_are_of_one_run(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full when the page is written: both files stay those of the run before."""
+    file, out = tmp_path / "report.json", tmp_path / "out"
+    file.write_text(json.dumps(make_report(finished)))
+    assert main(["eval", "--join", str(file), "--out", str(out)]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before.keys() == {"report.json", "report.html"}
+
+    def full(path: Path, _: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("tokenizers_mm.cli.eval.write_text", full)
+    assert main(["eval", "--join", str(file), str(file), "--out", str(out)]) == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_reports_of_many_images_are_joined(finished: Run, tmp_path: Path) -> None:
     """A number per image, metric and tokenizer is more than a configuration may have."""
     report = make_report(finished)

@@ -1,10 +1,12 @@
 """Diffusion tables against the original's in 64 bits, the terms against a plain second writing, and where they lead."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.cases import case
 from tokenizers_mm.functional.diffusion import (
@@ -153,3 +155,15 @@ def test_discretized_likelihood_is_a_distribution() -> None:
         constant = torch.ones_like(levels)
         total = discretized_log_likelihood(levels, mean * constant, math.log(std) * constant)
         assert float(total.exp().sum()) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, torch.inference_mode])
+def test_tables_that_a_mode_was_the_first_to_ask_for(mode: Any) -> None:
+    """They are kept by nobody: a loss outside of the mode has tensors of its own, with gradients."""
+    with mode():
+        schedule("7")
+    start, output = torch.randn(2, 3), torch.randn(2, 6, requires_grad=True)
+    terms = diffusion_terms(output, start, torch.tensor([0, 6]), torch.randn(2, 3), schedule("7"))
+    torch.stack(terms).sum().backward()
+    assert output.grad is not None
+    assert bool(output.grad.isfinite().all())

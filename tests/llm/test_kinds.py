@@ -1,6 +1,10 @@
 """Kinds of faults: state that outlives its sequence, several end tokens, ids of any kind, trusted marks and files."""
 
 import json
+import resource
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from tokenizers_mm.llm import (
 )
 from tokenizers_mm.llm.model import MARK
 from tokenizers_mm.llm.records import Records
+from tokenizers_mm.llm.transformers_api import COUNTS, load_language_model, num_parameters
 
 GREEDY = GenerationSettings(60, Sampling(temperature=0))
 
@@ -373,6 +378,87 @@ def test_a_vocabulary_that_is_none_is_refused(content: bytes, tmp_path: Path) ->
     with pytest.raises(ValueError, match="expected") as caught:
         VisualVocabulary.load(tmp_path)
     assert len(str(caught.value)) < 1000
+
+
+def spots(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Places in JSON, of long lists and mappings the first ones."""
+    yield from [place] if place else []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(pairs)[:12]:
+        yield from spots(item, (*place, key))
+
+
+ODD: list[Any] = [None, True, -1, 10**30, 1e300, 1.5, "", "x" * 10_000, [], {}, [None], {"a": 1}, [-1, -1]]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "multimodal_processor.json"])
+def test_a_changed_folder_of_a_processor_works_or_is_one_sentence(name: str, tmp_path: Path) -> None:
+    text = words(["a b c"])
+    vocabulary = VisualVocabulary.for_tokenizer(one_scale(), text)
+    MultimodalProcessor(one_scale(), text, vocabulary).save(tmp_path)
+    whole = (tmp_path / name).read_text()
+    refused = []
+    for number, place in enumerate(spots(json.loads(whole))):
+        for value in ODD[number % 3 :: 3]:
+            (tmp_path / name).write_text(json.dumps(put(json.loads(whole), place, value)))
+            try:
+                processor = MultimodalProcessor.from_pretrained(tmp_path, one_scale())
+                batch = processor([["a b", torch.zeros(3, 16, 16)]])
+                processor.decode(batch.input_ids, malformed="skip")
+            except ValueError as error:
+                refused.append(str(error))
+    assert len(refused) > 3
+    for sentence in refused:
+        assert ": expected " in sentence or "unknown key" in sentence
+        assert "\n" not in sentence
+        assert len(sentence) < 1000, sentence[:200]
+
+
+def test_a_text_tokenizer_on_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
+    """The library below raises an error without a class of its own."""
+    folder = tmp_path / "processor"
+    text = words(["a"])
+    made = MultimodalProcessor(one_scale(), text, VisualVocabulary.for_tokenizer(one_scale(), text))
+    made.save(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    handler, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 10, 700):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            with pytest.raises(OSError) as raised:
+                made.save(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert raised.value.filename == str(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["processor"]
+
+
+def test_a_language_model_of_anybody_is_one_sentence(tmp_path: Path) -> None:
+    """Weights of which bits were changed, and configurations that ask for more parts than can ever be built."""
+    model_for(VisualVocabulary.for_tokenizer(one_scale(), words(["a"]))).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, entries = weights.read_bytes(), json.loads(config.read_text())
+    changes: list[tuple[Path, bytes]] = [(weights, whole[:size]) for size in (0, 5, 100, len(whole) - 1)]
+    changes += [(weights, b"\xff" * 8 + whole[8:]), (weights, whole[:9] + b"\xff" + whole[10:])]
+    counts = [key for key in entries if COUNTS.fullmatch(key) and isinstance(entries[key], int)]
+    assert counts
+    changes += [(config, json.dumps({**entries, key: 10**size}).encode()) for key in counts for size in (7, 30)]
+    changes += [(config, json.dumps({**entries, key: value}).encode()) for key in counts for value in ("x", [1], None)]
+    for path, content in changes:
+        before, started, sentence = path.read_bytes(), time.process_time(), ""
+        path.write_bytes(content)
+        try:
+            load_language_model(tmp_path, "language_model")
+        except ValueError as error:
+            sentence = str(error)
+        assert not sentence or ": expected " in sentence, content[:80]
+        assert sentence or path == config
+        assert time.process_time() - started < 5
+        path.write_bytes(before)
+    with pytest.raises(ValueError, match="n_layer: expected at most 1024, got 100000"):
+        num_parameters("gpt2", "", {"n_layer": 100_000}, "model")
 
 
 def test_records_read_nothing_outside_of_their_folder(tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def header(text: str) -> dict[str, object]:
         ("Apache-2.0", {"license": "apache-2.0"}),
         ("", {}),
         ('S-Lab "1.0", non-commercial: yes', {"license": "other", "license_name": "S-Lab '1.0', non-commercial: yes"}),
+        ("a\x07\nlicense: mit\n---\n", {"license": "other", "license_name": "a/x07 license: mit ---"}),
+        ("\ud800", {"license": "other", "license_name": "/ud800"}),
     ],
 )
 def test_the_header_has_the_licence(tokenizer: TokenFlow, license: str, expected: dict[str, str]) -> None:
@@ -166,6 +168,14 @@ def test_the_header_has_the_licence(tokenizer: TokenFlow, license: str, expected
     tokenizer.provenance = Provenance()
     assert {name: value for name, value in found.items() if name.startswith("license")} == expected
     assert found["tags"] == ["image-tokenizer"]
+
+
+def test_a_notice_of_anybody_stays_one_item_of_the_card(tokenizer: TokenFlow) -> None:
+    tokenizer.provenance = Provenance(source="a\n# b", notice="c\n---\n<script>\x1b")
+    lines = card(tokenizer).splitlines()
+    tokenizer.provenance = Provenance()
+    assert "- Source: a # b" in lines
+    assert "- Notice: c --- <script>\\x1b" in lines
 
 
 def test_bits_come_first_and_the_protocol_is_inside(tokenizer: TokenFlow) -> None:

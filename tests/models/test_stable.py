@@ -9,6 +9,13 @@ import torch
 from benchmarks.tiny import TOKENIZERS, as_pil, dualvitok, images
 from tests.cases import OWN
 from tests.mar_cases import tiny_config as tiny_mar_config
+from tests.quantizers.test_written_codes import (
+    exchange,
+    write_data,
+    write_inference_mode,
+    write_pointer,
+    write_without_version,
+)
 from tokenizers_mm import kernels
 from tokenizers_mm.functional.scalar import levels_to_ids, round_to_levels, rounding_margin
 from tokenizers_mm.kernels.decisions import watch_decisions
@@ -149,6 +156,34 @@ def test_other_weights_are_measured_anew() -> None:
     tokenizer.bfloat16()
     assert torch.equal(tokenizer.encode(x, stable=True).ids, exact_ids(tokenizer, x))
     assert next(tokenizer.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_ids_follow_weights_that_are_written_without_a_trace(mode: str, dtype: torch.dtype) -> None:
+    """The copies are of what is in memory now, whatever versions and addresses say."""
+    tokenizer = TOKENIZERS["tokenflow"]().to(dtype)
+    x = images(tokenizer.image_size, 2)
+    writers = (write_data, write_pointer, write_inference_mode, write_without_version, exchange)
+    with kernels.use_kernels(mode):
+        tokenizer.encode(x, stable=True)
+        for seed, writer in enumerate(writers):
+            torch.manual_seed(seed)
+            for tensor in (*tokenizer.parameters(), *tokenizer.buffers()):
+                if tensor.is_floating_point():
+                    writer(tensor, (tensor.detach() * (1 + 0.5 * torch.randn(tensor.shape))).to(dtype))
+            assert torch.equal(tokenizer.encode(x, stable=True).ids, exact_ids(tokenizer, x)), writer.__name__
+
+
+def test_stable_ids_in_inference_mode_are_the_same() -> None:
+    """A dropout that is off draws no numbers, whether or not operations are taken apart before they are looked at."""
+    tokenizer, other = TOKENIZERS["tokenflow"](), TOKENIZERS["tokenflow"]()
+    assert any(isinstance(module, torch.nn.Dropout) for module in tokenizer.modules())
+    x = images(tokenizer.image_size, 2)
+    with torch.inference_mode():
+        inside = tokenizer.encode(x, stable=True).ids
+    assert torch.equal(inside, other.encode(x, stable=True).ids)
+    assert torch.equal(tokenizer.encode(x, stable=True).ids, inside)
 
 
 def test_compiled_parts_and_training_mode_give_the_same() -> None:

@@ -1,6 +1,7 @@
 """Files of checkpoints, the lock of a run's folder, and configurations that changed between two starts."""
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import train.loop
+from tests.models.test_saving import fork
 from tests.train.kinds import assert_same, final, make_place, plain, start, tiny
 from tokenizers_mm._files import one_writer
 from tokenizers_mm.data.scenes import make_scene
@@ -23,7 +25,7 @@ from train.config import RunConfig, parse_config
 from train.log import _forget_after, read_log
 from train.loop import run
 from train.signals import Signals
-from train.state import State, build_state
+from train.state import COUNTERS, State, build_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +130,56 @@ def test_a_state_of_anybody_is_one_sentence(state: State, tmp_path: Path) -> Non
             continue
         assert refused.startswith(("checkpoint: ", str(folder))), (text[:80], refused)
         assert "expected" in refused
+
+
+def test_counters_of_anybody_are_one_sentence(state: State, tmp_path: Path) -> None:
+    """A counter that no run can have would end a later step, or change the order of the samples."""
+    save_checkpoint(state)
+    data = read_checkpoint(list_checkpoints(tmp_path)[-1][1])
+    seconds = ("1.5", repr(10**30))
+    sound = {"best": ("None", "-1", *seconds), "seconds": seconds, "stage_seconds": seconds}
+    sound |= {"reported": ("{}",), "skipped": ("{}",)}
+    for name in (*COUNTERS, "skipped"):
+        for value in (None, "x", -1, 1.5, True, float("nan"), float("inf"), 10**30, [1], {}):
+            given = {**data, "counters": {**data["counters"], name: value}}
+            if repr(value) in sound.get(name, ()):
+                state.load_state_dict(given)
+                continue
+            with pytest.raises(ValueError, match=f"checkpoint: {name}: expected "):
+                state.load_state_dict(given)
+
+
+def test_files_of_other_programs_in_the_folder_of_checkpoints_stay(state: State, tmp_path: Path) -> None:
+    """Such as those of a file manager, and of a network file system that waits for a reader."""
+    save_checkpoint(state)
+    others = {tmp_path / "checkpoints" / name for name in (".DS_Store", ".nfs0001", ".git", "notes.txt")}
+    for path in others:
+        path.mkdir() if path.name == ".git" else path.write_text("mine")
+    state.step = 2
+    save_checkpoint(state)
+    assert resume(state)
+    assert all(path.exists() for path in others)
+
+
+def test_a_kill_between_two_moves_loses_no_checkpoint(state: State, tmp_path: Path) -> None:
+    """A checkpoint is saved over one of its own step, as after a stop: the old or the new one is found."""
+    state.step = 2
+    save_checkpoint(state)
+    replace, codes = os.replace, []
+    for moves in range(1, 8):
+        child = fork()
+        if child == 0:
+            left = itertools.count(moves, -1)
+            os.replace = lambda *given, left=left: replace(*given) if next(left) > 0 else os._exit(9)
+            save_checkpoint(state)
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        state.step = 0
+        assert resume(state)
+        assert state.step == 2
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000000002"]
+    assert codes[:2] == [9, 9]
+    assert codes[-1] == 0
 
 
 def test_nothing_is_left_of_a_write_that_failed(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

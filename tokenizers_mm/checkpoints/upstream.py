@@ -18,7 +18,6 @@ import re
 import shutil
 import struct
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm._check import expecting, fail, require
-from tokenizers_mm._files import kind_of, regular_file
+from tokenizers_mm._files import kind_of, regular_file, temporary_directory
 from tokenizers_mm.config import read_json
 from tokenizers_mm.models.loading import FLOATS, account, first_few, read_safetensors
 
@@ -256,8 +255,8 @@ def _mappable(file: Path) -> Iterator[tuple[Path, list[int] | None]]:
         if all(record.compress_type == zipfile.ZIP_STORED for record in records):
             yield file, sizes
             return
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder) / "unpacked.pt"
+        with temporary_directory() as folder:
+            place = folder / "unpacked.pt"
             with zipfile.ZipFile(place, "w", zipfile.ZIP_STORED) as unpacked:
                 for record in records:
                     copy = zipfile.ZipInfo(record.filename)

@@ -1,6 +1,7 @@
 """`tokenizers-mm decode`."""
 
 import argparse
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,20 @@ class Names:
         if _folders(stem) & self.taken:  # a file stands where a folder would
             stem = stem.replace("/", "_")
         chosen = stem
-        while f"{chosen.lower()}.png" in self.taken or f"{chosen.lower()}.png" in self.folders:
+        while any(f"{_key(chosen)}.png" in names for names in (self.taken, self.folders)):
             chosen = f"{stem}_{self.count:05d}"
             stem += "_"
-        self.taken.add(f"{chosen.lower()}.png")
+        self.taken.add(f"{_key(chosen)}.png")
         self.folders |= _folders(chosen)
         self.count += 1
         return self.folder / f"{chosen}.png"
 
 
+def _key(stem: str) -> str:
+    """One text for all names that some file system, which folds case or composes accents, takes for one."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", stem).casefold())
+
+
 def _folders(stem: str) -> set[str]:
-    """The folders that a path needs, in small letters."""
-    return {str(parent).lower() for parent in Path(stem).parents} - {"."}
+    """The folders that a path needs, by their keys."""
+    return {_key(str(parent)) for parent in Path(stem).parents} - {"."}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_mm._check import expecting, fail, require
-from tokenizers_mm._files import file_place, kind_of, one_writer, write_json, write_text
+from tokenizers_mm._files import atomic_directory, file_place, kind_of, one_writer, write_json, write_text
 from tokenizers_mm.cli.options import SHIPPED
 
 SUMMARY = "Metrics of any number of tokenizers over images: a report as JSON and as one page."
@@ -91,8 +91,9 @@ def run(options: argparse.Namespace) -> None:
             from tokenizers_mm.eval.run import PARTIAL
 
             text = make_page(report, page)
-            write_json(options.out / "report.json", report)
-            write_text(options.out / "report.html", text)
+            with atomic_directory(options.out) as folder:
+                write_json(folder / "report.json", report)
+                write_text(folder / "report.html", text)
             (options.out / PARTIAL).unlink(missing_ok=True)
         print_table(report)
     print(f"{options.out}: {report['images']['count']} images")

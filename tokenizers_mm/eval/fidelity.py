@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -53,8 +52,8 @@ class TextError(PerImage):
 
 def read_text(x: Tensor) -> str:
     """Text that tesseract reads in an image [3, H, W] in [-1, 1], white space as single blanks."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image.png"
+    with temporary_directory() as folder:
+        path = folder / "image.png"
         tensor_to_images(x[None])[0].save(path)
         command = ["tesseract", str(path), "stdout", "--psm", "6"]
         single = {**os.environ, "OMP_THREAD_LIMIT": "1"}  # several threads are slower for small images

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers_mm import __version__
 from tokenizers_mm._check import expecting, fail, printable, require
+from tokenizers_mm._files import settle
 from tokenizers_mm.config import from_mapping, read_json
 from tokenizers_mm.eval.base import Metric, PerImage
 from tokenizers_mm.eval.metrics import METRICS
@@ -158,6 +159,7 @@ def _pairs(outcomes: Sequence[_Outcome], seed: int) -> list[dict[str, Any]]:
 def read_report(path: Path) -> dict[str, Any]:
     """The report in a file that `eval` wrote, or in the folder of one; ValueError names the file and what is wrong."""
     place = path / "report.json" if path.is_dir() else path
+    settle(place.parent)
     data = read_json(place, MAX_BYTES, MAX_VALUES)
     found = data.get("report", data)
     with expecting(f"report {place}", "one that tokenizers-mm eval wrote"):

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, naming, require
-from tokenizers_mm._files import atomic_directory, regular_file
+from tokenizers_mm._files import atomic_directory, regular_file, temporary_directory
 from tokenizers_mm._images import Fit, fit_image, image_to_tensor, read_image
 from tokenizers_mm.export.graph import write_onnx
 from tokenizers_mm.models.base import ImageTokenizer
@@ -101,8 +100,8 @@ def explore(
     scripts = runtime_files(runtime)
     tokenizer = tokenizer.eval()
     facts = page_data(tokenizer, name, images, fit, size, refused)
-    with TemporaryDirectory() as folder:
-        decoder = decoder_graph(tokenizer, size, Path(folder) / "decoder.onnx")
+    with temporary_directory() as folder:
+        decoder = decoder_graph(tokenizer, size, folder / "decoder.onnx")
     with atomic_directory(directory) as folder:
         (folder / "index.html").write_text(page(facts), encoding="utf-8")
         (folder / "decoder.js").write_text(script({"decoder": decoder}), encoding="ascii")

@@ -45,15 +45,17 @@ class Schedule:
         return len(self.betas)
 
 
-def cosine_betas(steps: int, offset: float = 0.008, largest: float = 0.999) -> list[float]:
+@lru_cache(maxsize=16)
+def cosine_betas(steps: int, offset: float = 0.008, largest: float = 0.999) -> tuple[float, ...]:
     """Noise variances of the cosine schedule (IDDPM, eq. 17)."""
 
     def signal(t: float) -> float:
         return math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
 
-    return [min(1 - signal((i + 1) / steps) / signal(i / steps), largest) for i in range(steps)]
+    return tuple(min(1 - signal((i + 1) / steps) / signal(i / steps), largest) for i in range(steps))
 
 
+@lru_cache(maxsize=16)
 def kept_timesteps(respacing: str, steps: int = TRAIN_STEPS) -> tuple[int, ...]:
     """Steps to keep: "100" spreads 100 evenly over 0 .. steps - 1, "ddim50" takes every (steps / 50)-th from 0 on."""
     digits = respacing.removeprefix("ddim")
@@ -68,9 +70,11 @@ def kept_timesteps(respacing: str, steps: int = TRAIN_STEPS) -> tuple[int, ...]:
     return tuple(round(i * stride) for i in range(count))
 
 
-@lru_cache(maxsize=16)
 def schedule(respacing: str = str(TRAIN_STEPS), steps: int = TRAIN_STEPS) -> Schedule:
-    """The cosine diffusion over `steps`, reduced to the kept steps (IDDPM, section 4)."""
+    """The cosine diffusion over `steps`, reduced to the kept steps (IDDPM, section 4).
+
+    Tensors are made anew with every call: those of a fake or an inference mode would be of no use outside of it.
+    """
     kept = kept_timesteps(respacing, steps)
     options = {"dtype": torch.float64, "device": "cpu"}
     timesteps = torch.tensor(kept, dtype=torch.int64, device="cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenizers_mm._check import require, require_finite
 from tokenizers_mm.kernels import _cuda, _native, reference
-from tokenizers_mm.kernels._packed import Answer, Cache, PackedCodebook, joint_rows, plain_rows
+from tokenizers_mm.kernels._packed import Answer, Cache, PackedCodebook, content_of, joint_rows, plain_rows
 
 MODES = ("auto", "native", "reference")
 COPY_ELEMENTS = 1 << 20
@@ -72,6 +72,12 @@ def _search_twin(
     if margins:
         return reference.nearest_code_margin(z, codebook)
     return *reference.nearest_code(z, codebook), None
+
+
+def content(tensor: Tensor) -> tuple | None:
+    """Dtype, shape and 128 bits of a digest of what a tensor holds now; None where no library reads its memory."""
+    library = _library(tensor.device)
+    return None if library is None else content_of(library, tensor.detach().contiguous())
 
 
 def common_dtype(tensors: tuple[Tensor, ...]) -> torch.dtype:

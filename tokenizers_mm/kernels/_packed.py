@@ -121,7 +121,7 @@ class Cache:
             entry = self._owned.get(owner)
             if entry is not None and entry.versions == versions:
                 return entry.packed
-        key = (extra, *(_content(library, codebook) for codebook in codebooks))
+        key = (extra, *(content_of(library, codebook) for codebook in codebooks))
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
@@ -185,7 +185,7 @@ def _identity(codebook: Tensor) -> tuple:
     )
 
 
-def _content(library: _native.CpuLibrary, codebook: Tensor) -> tuple:
+def content_of(library: _native.CpuLibrary, codebook: Tensor) -> tuple:
     """Values that decide about a pack: dtype, shape and a digest of the memory."""
     size = codebook.element_size()
     if codebook.is_contiguous():
@@ -193,7 +193,7 @@ def _content(library: _native.CpuLibrary, codebook: Tensor) -> tuple:
     elif codebook.stride(1) == 1:
         rows, bytes_, stride = codebook.shape[0], codebook.shape[1] * size, codebook.stride(0) * size
     else:
-        return _content(library, codebook.contiguous())
+        return content_of(library, codebook.contiguous())
     digest = (ctypes.c_uint64 * 2)()
     _native.check(
         library.digest(codebook.data_ptr(), rows, bytes_, stride, digest, torch.get_num_threads()), "nearest_code"

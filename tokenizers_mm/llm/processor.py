@@ -33,7 +33,7 @@ from tokenizers_mm.llm.ids import as_ids
 from tokenizers_mm.llm.layout import IMAGE_START
 from tokenizers_mm.llm.parsing import ImageRun, Malformed, Parser
 from tokenizers_mm.llm.positions import Mode, position_ids
-from tokenizers_mm.llm.transformers_api import load_text_tokenizer
+from tokenizers_mm.llm.transformers_api import load_text_tokenizer, save_text_tokenizer
 from tokenizers_mm.llm.vocabulary import VisualVocabulary
 from tokenizers_mm.models.base import ImageTokenizer
 from tokenizers_mm.models.loading import load_directory
@@ -202,7 +202,7 @@ class MultimodalProcessor:
         """
         settings = ProcessorSettings(self.fit, "order" if self.longest_image is None else "slots")
         with atomic_directory(directory) as folder:
-            self.text_tokenizer.save_pretrained(str(folder))
+            save_text_tokenizer(self.text_tokenizer, folder)
             replace(self.vocabulary, tokenizer=self.tokenizer.fingerprint()).save(folder)
             write_json(folder / SETTINGS, to_mapping(settings))
 

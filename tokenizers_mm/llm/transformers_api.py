@@ -5,11 +5,15 @@ A name that changes in a later version is changed here, in one line.
 
 import inspect
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import errors
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tokenizers_mm._check import fail, require
@@ -23,10 +27,17 @@ RECOMPUTE_NAMES = ("activation_checkpointing_enable", "gradient_checkpointing_en
 """Names of the method by which a model keeps the inputs of its blocks alone; the first one it has counts."""
 
 BROKEN_FILES = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
+    *(SafetensorError, MemoryError, AssertionError),
     getattr(errors, "StrictDataclassError", OSError),  # of newer versions: a configuration with values of other types
 )
 """Errors of `transformers` for files that are missing, damaged, or ask for code of their own."""
+
+MAX_LAYERS = 1024
+"""Layers, experts and heads of a language model at most: they are built before its weights are read."""
+
+COUNTS = re.compile(r"n_layers?|n_heads?|depth|num_\w*(layers|blocks|experts|heads)|n_\w*experts")
+"""Names of such counts in configurations."""
 
 
 def unwrap(model: Any) -> Any:
@@ -148,58 +159,92 @@ def grow(model: Any, rows: int) -> None:
     unwrap(model).resize_token_embeddings(rows, mean_resizing=False)
 
 
+class _Narrowed:
+    """A block around `tokenizers`, which raises the bare class Exception: that becomes a RuntimeError."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if kind is Exception:
+            raise RuntimeError(str(error)) from error
+
+
+@contextmanager
+def _reading(name: str, expected: str) -> Iterator[None]:
+    """A block that reads files of anybody: what `transformers` and `tokenizers` raise becomes the one error."""
+    try:
+        with _Narrowed():
+            yield
+    except BROKEN_FILES as error:
+        fail(name, expected, first_line(error))
+
+
+def _of_usual_size(config: Any) -> Any:
+    """A configuration, if it asks for no more parts than language models have: building them could take for ever."""
+    stack = [config.to_dict()]
+    while stack:
+        entries = stack.pop()
+        stack += [value for value in entries.values() if isinstance(value, dict)]
+        for key, value in entries.items():
+            if isinstance(value, int) and COUNTS.fullmatch(str(key)):
+                require(value <= MAX_LAYERS, str(key), f"at most {MAX_LAYERS}", value)
+    return config
+
+
 def load_language_model(source: str | os.PathLike[str], name: str, *, dtype: Any = None, local: bool = False) -> Any:
     """A causal language model from a directory or hub id; it never runs code from there.
 
     name: of the argument, for errors. dtype: None keeps that of the file. local: never look beyond this machine.
     """
-    from transformers import AutoModelForCausalLM  # loaded when asked for
+    from transformers import AutoConfig, AutoModelForCausalLM  # loaded when asked for
 
     options = {} if dtype is None else {"dtype": dtype}
+    options |= {"trust_remote_code": False, "local_files_only": local}
     settle(source)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, trust_remote_code=False, local_files_only=local, use_safetensors=True if local else None, **options
-        )
-    except BROKEN_FILES as error:
-        fail(name, "a causal language model", first_line(error))
+    with _reading(name, "a causal language model"):
+        _of_usual_size(AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local))
+        return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True if local else None, **options)
 
 
 def new_language_model(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     """A causal language model with random weights, from the name of its kind and its settings."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), trust_remote_code=False)
-    except BROKEN_FILES as error:
-        fail(name, "a causal language model", first_line(error))
+    with _reading(name, "a causal language model"):
+        config = _of_usual_size(AutoConfig.for_model(kind, **settings))
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def num_parameters(kind: str, source: str, settings: Mapping[str, Any], name: str) -> int:
     """Parameters of a model of a kind with settings, or of a directory where `kind` is empty; no memory is taken."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with _reading(name, "a causal language model"):
         if kind:
             config = AutoConfig.for_model(kind, **settings)
         else:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except BROKEN_FILES as error:
-        fail(name, "a causal language model", first_line(error))
-    return sum(parameter.numel() for parameter in model.parameters())
+            model = AutoModelForCausalLM.from_config(_of_usual_size(config), trust_remote_code=False)
+        return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_text_tokenizer(source: str | os.PathLike[str], name: str) -> Any:
-    """A text tokenizer from a directory or hub id; it never runs code from there."""
+    """A text tokenizer from a directory or hub id, tried on a text; it never runs code from there."""
     from transformers import AutoTokenizer
 
     settle(source)
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except BROKEN_FILES as error:
-        fail(name, "a text tokenizer", first_line(error))
+    with _reading(name, "a text tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)
+        return tokenizer
+
+
+def save_text_tokenizer(text_tokenizer: Any, directory: Path) -> None:
+    """Write a text tokenizer; RuntimeError or OSError where its files cannot be written."""
+    with _Narrowed():
+        text_tokenizer.save_pretrained(str(directory))
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tokenizers_mm._check import expecting, fail, require
+from tokenizers_mm._check import expecting, fail, printable, require
 
 if TYPE_CHECKING:
     from tokenizers_mm.models.base import ImageTokenizer
@@ -34,7 +34,7 @@ def card(tokenizer: "ImageTokenizer[Any]", report: Mapping[str, Any] | None = No
         "sha256 of the source": origin.sha256,
         "Notice": origin.notice,
     }
-    lines += [f"- {name}: {value}" for name, value in known.items() if value]
+    lines += [f"- {name}: {printable(' '.join(value.split()))}" for name, value in known.items() if value]
     if report is not None:
         lines += ["", *_measured(report)]
     lines += ["", "## Use", "", "```python", "import tokenizers_mm as tmm", "", "tok = tmm.load('this directory')"]
@@ -122,5 +122,5 @@ def _inline(value: Any) -> str:
 
 def _quoted(text: str) -> str:
     """A text as a YAML scalar in double quotes."""
-    plain = " ".join(text.split())[:200].replace("\\", "/").replace('"', "'")
+    plain = printable(" ".join(text.split())[:200]).replace("\\", "/").replace('"', "'")
     return f'"{plain}"'

@@ -3,13 +3,11 @@
 import dataclasses
 import os
 import re
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers_mm._check import fail, require, shorten
-from tokenizers_mm._files import write_text
+from tokenizers_mm._files import temporary_directory, write_text
 from tokenizers_mm.models.card import card
 from tokenizers_mm.models.saving import CARD, write
 
@@ -66,13 +64,13 @@ def push(
     api = HfApi(**{name: options.pop(name) for name in ("endpoint", "token") if name in options})
     options = {"commit_message": "Upload tokenizer"} | options
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            directory = Path(folder) / "tokenizer"
+        with temporary_directory() as folder:
+            directory = folder / "tokenizer"
             save(tokenizer, directory, report, license, repo_id)
             api.create_repo(repo_id, private=private, exist_ok=True)
             address = api.upload_folder(repo_id=repo_id, folder_path=directory, **options).commit_url
             if space is not None:
-                place = Path(folder) / "space"
+                place = folder / "space"
                 for name, text in _app_files(tokenizer, repo_id).items():
                     write_text(place / name, text)
                 write_text(place / CARD, f"---\ntitle: {repo_id.split('/')[-1]}\nsdk: gradio\napp_file: app.py\n---\n")

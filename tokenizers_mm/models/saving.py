@@ -19,6 +19,7 @@ from tokenizers_mm._check import require
 from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
 from tokenizers_mm._summary import CONFIG, SAVE_ID, SUMMARY, WEIGHTS, save_id, tensors_id
 from tokenizers_mm.config import to_mapping
+from tokenizers_mm.kernels._ops import content
 from tokenizers_mm.models.card import card
 
 if TYPE_CHECKING:
@@ -122,10 +123,11 @@ def fingerprint(tokenizer: "ImageTokenizer[Any]") -> str:
     """`FAMILY:DIGEST`: a digest of family, configuration and weights that names a tokenizer (see `_origin`).
 
     Weights count as bfloat16, so that copies in float64, float32 and bfloat16, which read the same ids, have one name,
-    whatever the device. It is computed once for the same weights.
+    whatever the device. It is computed once for the same weights: their content decides where the library can read it,
+    since `.data` and foreign pointers change no version.
     """
     tensors = sorted(tokenizer.state_dict().items())
-    state = [(name, t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for name, t in tensors]
+    state = [(n, content(t) or (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version)) for n, t in tensors]
     known, name = _fingerprints.get(tokenizer, (None, ""))
     if known == (tokenizer.config, state):
         return name

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm.kernels._ops import content
 from tokenizers_mm.kernels.decisions import Decision, watch_decisions
 from tokenizers_mm.types import ImageCodes, join_codes
 
@@ -128,6 +129,7 @@ class StableEncoder:
         self._state: list[Any] = []
         self._single: Any = None
         self._wide: Any = None
+        self._copies: list[Tensor] = []
         self._largest: list[float] = []
         self._counts: list[int] = []
         self._unchecked = 0
@@ -270,13 +272,19 @@ class StableEncoder:
         return codes, flat
 
     def _renew(self, tokenizer: Any, tensors: Sequence[Tensor]) -> None:
-        """Make the copies, and forget the measurements, where the weights are others than before."""
-        state = [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
-        if state == self._state:
+        """Make the copies, and forget the measurements, where the weights are others than before.
+
+        Their content decides, read at the speed of memory: `.data`, other processes and foreign pointers change no
+        version. Where no library reads it, the weights are compared with the copy.
+        """
+        state = [(tensor.dtype, tensor.device, content(tensor)) for tensor in tensors]
+        unread = [number for number, (*_, found) in enumerate(state) if found is None]
+        if state == self._state and _equal([(tensors[n], self._copies[n]) for n in unread]):
             return
         floats = {t.dtype for t in tensors if t.is_floating_point()}
         self._single = None if floats <= {torch.float32} else _converted(tokenizer, torch.float32)
         self._wide = _converted(tokenizer, torch.float64)
+        self._copies = _tensors(self._wide)
         self._state, self._counts, self._largest, self._trusted, self._unchecked = state, [], [], False, 0
         self.report = Stability()
 
@@ -346,6 +354,12 @@ def _tensors(tokenizer: Any) -> list[Tensor]:
             found.extend(part._buffers.values())
             waiting.extend(part._modules.values())
     return [tensor for tensor in found if tensor is not None]
+
+
+def _equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """True if the tensors of each pair hold the same values, in whatever dtypes; one wait for the device."""
+    same = [(one.detach() == other).all() for one, other in pairs if one.shape == other.shape]
+    return len(same) == len(pairs) and (not same or bool(torch.stack(same).all()))
 
 
 def _some(codes: ImageCodes, rows: Tensor) -> ImageCodes:
@@ -421,6 +435,10 @@ class Watcher(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # in inference mode operations arrive whole: a dropout that is off, for example
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__.lstrip("_")
         outputs = result if isinstance(result, (tuple, list)) else [result]

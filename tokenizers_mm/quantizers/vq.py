@@ -37,7 +37,8 @@ class CodebookQuantizer(Quantizer):
         return self._quantize(z, self.codebook())
 
     def prepared(self) -> Callable[[Tensor], Quantized]:
-        return partial(self._quantize, codebook=self.codebook(), trust_version=True)
+        # A copy: only what nobody else can write to is searched again without a look at its content.
+        return partial(self._quantize, codebook=self.codebook().clone(), trust_version=True)
 
     @in_float32
     def look_up(self, ids: Tensor) -> Tensor:
