@@ -48,7 +48,7 @@ def write_inference_mode(tensor: Tensor, new: Tensor) -> None:
 
 
 def write_without_version(tensor: Tensor, new: Tensor) -> None:
-    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):  # type: ignore
         tensor.copy_(new)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_mm._check import fail, require
+from tokenizers_mm._files import temporary_directory
 from tokenizers_mm._images import tensor_to_images
 from tokenizers_mm.eval.base import Batch, PerImage, Setup
 
