@@ -14,7 +14,7 @@ from tests.quantizers.kinds import CONFIGS, DIM, MAKERS
 from tokenizers_mm.config import Choice, from_mapping, to_mapping
 from tokenizers_mm.functional import assignment
 from tokenizers_mm.kernels.decisions import watch_decisions
-from tokenizers_mm.models.stable import Watcher
+from tokenizers_mm.models.exactness import Watcher
 from tokenizers_mm.quantizers import QUANTIZERS, VQ, Quantizer, VQConfig, build_quantizer
 from tokenizers_mm.types import Quantized
 

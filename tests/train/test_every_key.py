@@ -49,6 +49,7 @@ ELSEWHERE = {
     (RunConfig, "out"), (RunConfig, "device"), (RunConfig, "engine"), (RunConfig, "compile"), (RunConfig, "resume"),
     (RunConfig, "gradient_checkpointing"), (RunConfig, "async_save"), (RunConfig, "non_finite"),
     (RunConfig, "max_seconds"), (RunConfig, "trackers"), (DataConfig, "workers"), (RecordConfig, "outside"),
+    (RecordConfig, "any_tokenizer"), (LanguageModelConfig, "any_tokenizer"),
     (DINOConfig, "pretrained"), (TeacherConfig, "pretrained"), (TeacherConfig, "package"),
 }  # fmt: skip
 """Keys that change neither what is learned nor which files there are, that permit, or that need a network."""

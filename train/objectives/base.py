@@ -193,7 +193,7 @@ class Objective(ABC):
         return self.networks
 
     def changing(self) -> Mapping[str, Any]:
-        """What changes beside all that, by name; each has `state_dict` and `load_state_dict`."""
+        """Parts that change beside all that, by name; each has `state_dict` and `load_state_dict`."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
