@@ -268,7 +268,9 @@ WALKS: dict[Any, tuple[type, ...]] = {
 }
 """Classes whose keys are changed in each base."""
 
-BASES = [pytest.param(base, marks=pytest.mark.full) if base in (buckets, mar, joint) else base for base in WALKS]
+BASES = [
+    pytest.param(base, marks=pytest.mark.full) if base in (buckets, mar, joint, language) else base for base in WALKS
+]
 
 
 @pytest.fixture(scope="module")
