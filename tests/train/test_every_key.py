@@ -144,9 +144,9 @@ def joint(place: Path) -> tuple[str, dict[str, Any]]:
     """A joint stage and one of records."""
     chat = {"stage": "chat", "steps": 1, "language_model": {"lr": 0.01}}
     return "joint", {
-        "batch_size": 2, "save_every": 0,
+        "batch_size": 2, "save_every": 0, "objective.loss.gan_start": 0,
         "objective.stages": [
-            {"stage": "joint", "steps": 2, "tokenizer": {"lr": 0.5}, "projector": {}, "language_model": {}},
+            {"stage": "joint", "steps": 2, "tokenizer": {"lr": 0.4}, "projector": {}, "language_model": {}},
             {**chat, "records": [{"path": str(place / "records.jsonl")}]},
         ],
         "objective.guard": {"every": 2, "pictures": 2, "max_psnr_drop": 0.0001, "action": "freeze"},
