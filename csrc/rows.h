@@ -10,8 +10,9 @@ constexpr int kRowLanes = 16;  // the most lanes of any instruction set
 constexpr int kSsimColumns = 64, kSsimTaps = 64;  // windows along a row of a strip, and the most weights of a line
 
 // A strip of windows of a pair of planes: the first pixels of its first row, pixels from a row to the next, windows down and
-// across, the weights of a window along one axis, the constants of SSIM, what is added to all pixels, and room for 4 * (kSsimColumns + kSsimTaps) + 4 * k *
-// kSsimColumns values that are finite. wide: planes of doubles, else of floats. equal: all weights are 1 / k.
+// across, the weights of a window along one axis, the constants of SSIM, and what is added to all pixels. memory: room for
+// 4 * (kSsimColumns + kSsimTaps) + 4 * k * kSsimColumns values that are finite. wide: planes of doubles, else of floats.
+// equal: all weights are 1 / k.
 struct SsimStrip {
   const void *x, *y;
   bool wide;

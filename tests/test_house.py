@@ -25,6 +25,7 @@ LEAVES = {
     "_display",
     "_summary",
     "_ranks",
+    "_safetensors",
     "_transformers",
     "resolutions",
 }
@@ -37,6 +38,7 @@ ALLOWED = {
     "_files": {"_check"},
     "_summary": {"_files"},
     "_ranks": set(),
+    "_safetensors": {"_check"},
     "_transformers": set(),
     "_interpolation": {"_check"},
     "config": {"_check", "_files", "_interpolation"},

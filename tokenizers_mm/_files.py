@@ -6,6 +6,7 @@ file; after a kill the lock is free, and the next writer in that folder removes 
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -192,6 +193,16 @@ def folder_place(path: str | os.PathLike[str], shown: str = "") -> Path:
     if not nearest.is_dir():
         fail(f"output {shown or path}", "a folder or a new name", f"{kind_of(nearest)}: {nearest}")
     return place
+
+
+def sha256(*paths: str | os.PathLike[str]) -> str:
+    """The hexadecimal sha256 of a file, or of several, one behind the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenizers_mm._check import expecting, fail
-from tokenizers_mm.checkpoints.upstream import sha256
+from tokenizers_mm._files import sha256
 from tokenizers_mm.config import read_json, to_mapping
 from tokenizers_mm.models.loading import read_safetensors
 from tokenizers_mm.models.saving import save_tensors

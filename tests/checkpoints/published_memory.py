@@ -16,8 +16,8 @@ import torch
 
 from tests.cases import case
 from tests.models.full_size import peak
+from tokenizers_mm._safetensors import DTYPES, file_start
 from tokenizers_mm.checkpoints.convert import convert
-from tokenizers_mm.models.saving import DTYPES
 
 Spec = tuple[torch.dtype, list[int]]
 
@@ -66,15 +66,11 @@ def write(keys: Mapping[str, Spec], file: Path, shards: int = 1) -> None:
 
 def write_safetensors(keys: Mapping[str, Spec], file: Path) -> None:
     """A header, and a hole in the place of the numbers."""
-    header, end = {}, 0
-    for name in sorted(keys, key=lambda name: -keys[name][0].itemsize):
-        begin, end = end, end + size_of({name: keys[name]})
-        header[name] = {"dtype": DTYPES[keys[name][0]], "shape": keys[name][1], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    ordered = dict(sorted(keys.items(), key=lambda item: -item[1][0].itemsize))
+    start = file_start(ordered)
     with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+        stream.write(start)
+        stream.truncate(len(start) + size_of(keys))
 
 
 def main(family: str, folder: str, *options: str) -> None:

@@ -15,9 +15,10 @@ import tokenizers_mm as tmm
 from tests.cases import case
 from tests.checkpoints.test_published import weights
 from tests.checkpoints.test_xomni import parts
-from tokenizers_mm.checkpoints import upstream
+from tokenizers_mm._files import sha256
+from tokenizers_mm._safetensors import DTYPES
 from tokenizers_mm.checkpoints.convert import FAMILIES, convert
-from tokenizers_mm.models.saving import DTYPES, save_tensors
+from tokenizers_mm.models.saving import save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +91,7 @@ def test_shards_of_a_whole_model(family: str, tmp_path: Path) -> None:
         out = convert(family, source, tmp_path / f"out{number}", config)
         assert same(out, whole)
     files = sorted(index.parent.glob("*.safetensors"))
-    assert tmm.load(out).provenance.sha256 == upstream.sha256(*files)
+    assert tmm.load(out).provenance.sha256 == sha256(*files)
     files[1].unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00004\.safetensors: expected a checkpoint file, got no such"):
         convert(family, tmp_path / "in", tmp_path / "no", config)

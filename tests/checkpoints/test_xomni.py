@@ -1,7 +1,6 @@
 """X-Omni's SigLIP-VQ in two files: features, ids and vectors of the original code, names, strictness."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 
 import tokenizers_mm as tmm
 from tests.cases import Case, case, close
+from tests.checkpoints.published_memory import write_safetensors
 from tests.weights_by_rule import rule_tensor
 from tokenizers_mm.checkpoints import xomni
 from tokenizers_mm.checkpoints.cnn import shapes_of
@@ -62,15 +62,8 @@ def test_names_and_shapes_of_the_published_size(tmp_path: Path) -> None:
     keys = json.loads((case("published").folder / "xomni_keys.json").read_text())
     with torch.device("meta"):
         tower = {name: torch.empty(shape) for name, shape in keys.items() if not name.startswith(PROJECTOR)}
-    header, end = {}, 0
-    for name, shape in keys.items():
-        if name.startswith(PROJECTOR):
-            begin, end = end, end + 4 * math.prod(shape)
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with open(tmp_path / "projector.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    projector = {n: (torch.float32, shape) for n, shape in keys.items() if n.startswith(PROJECTOR)}
+    write_safetensors(projector, tmp_path / "projector.safetensors")
     model = xomni.convert(tower, "xomni", projector=str(tmp_path / "projector.safetensors"))
     checkpoint = FAMILIES["xomni"].checkpoints[0]
     (stream,) = model.streams(*checkpoint.image)

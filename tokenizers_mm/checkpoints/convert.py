@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tokenizers_mm._check import fail, require
-from tokenizers_mm._files import kind_of
+from tokenizers_mm._files import kind_of, sha256
 from tokenizers_mm.checkpoints import (
     apertus,
     bsq_vit,
@@ -92,7 +92,7 @@ def convert(
         options = {**parts, **options}
     files = upstream.files_of(file, found.names, found.prefixes)
     tokenizer = found.convert(upstream.read(files, found.wrappers, found.prefixes), str(file), config, **options)
-    tokenizer.provenance = dataclasses.replace(tokenizer.provenance, sha256=upstream.sha256(*files))
+    tokenizer.provenance = dataclasses.replace(tokenizer.provenance, sha256=sha256(*files))
     write(tokenizer, out, dtype=torch.float32)
     return out
 

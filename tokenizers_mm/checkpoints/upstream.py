@@ -9,7 +9,6 @@ Nothing is copied before it is written: tensors stay mapped from the file wherev
 """
 
 import argparse
-import hashlib
 import mmap
 import os
 import pickle
@@ -285,16 +284,6 @@ def _check_claims(tensors: Mapping[str, Tensor], sizes: list[int] | None, where:
     if sizes is not None:
         beyond = Counter(size for size in storages.values() if size) - Counter(sizes)
         require(not beyond, where, "tensors that are whole records of the archive", f"sizes {sorted(beyond)[:3]}")
-
-
-def sha256(*paths: str | os.PathLike[str]) -> str:
-    """The hexadecimal sha256 of a file, or of several, one behind the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def get(description: Mapping[str, Any], path: str) -> Any:

@@ -35,6 +35,7 @@ from tokenizers_mm._check import expecting, fail, require
 from tokenizers_mm._files import atomic_path, file_place, kind_of, regular_file
 from tokenizers_mm._images import MAX_PIXELS
 from tokenizers_mm._origin import origin_facts, read_origin
+from tokenizers_mm._safetensors import file_start
 from tokenizers_mm.types import ImageCodes, ImageLatents, Stream, as_ids
 
 ENDINGS = (".safetensors", ".npz", ".parquet")
@@ -184,25 +185,15 @@ def write_codes(
         )
 
 
-_SAFETENSORS = {torch.int64: "I64", torch.float32: "F32", torch.float64: "F64", torch.float16: "F16"}
-
-
 def _write_safetensors(stream: IO[bytes], items: Iterable[CodesOfImage], columns: _Columns, origin: str) -> None:
-    """The format's own layout: the length of a JSON header, the header, the values."""
-    key, dtype = ("ids" if columns.width is None else "latents"), columns.dtype
-    dtype = torch.float32 if dtype not in _SAFETENSORS else dtype
-    size = int(np.prod(columns.shape(), dtype=np.int64)) * dtype.itemsize
-    header: dict[str, Any] = {"__metadata__": columns.facts(origin)}
-    header[key] = {"dtype": _SAFETENSORS[dtype], "shape": list(columns.shape()), "data_offsets": [0, size]}
-    for name, array in columns.index().items():
-        end = size + array.nbytes
-        header[name], size = {"dtype": "I64", "shape": list(array.shape), "data_offsets": [size, end]}, end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(struct.pack("<Q", len(text)) + text)
+    """The rows, then the small arrays."""
+    key, index = ("ids" if columns.width is None else "latents"), columns.index()
+    dtype = torch.float32 if columns.dtype == torch.bfloat16 else columns.dtype  # as NumPy, which has no other
+    entries = {key: (dtype, columns.shape()), **{name: (torch.int64, array.shape) for name, array in index.items()}}
+    stream.write(file_start(entries, columns.facts(origin)))
     for item in items:
         stream.write(item.values.to(dtype).contiguous().numpy().tobytes())
-    for array in columns.index().values():
+    for array in index.values():
         stream.write(array.tobytes())
 
 

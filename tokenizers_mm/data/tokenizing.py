@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from shutil import rmtree
 from typing import Annotated, Any, Protocol
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Protocol
 from PIL import Image
 
 from tokenizers_mm._check import fail, printable, require, shorten
-from tokenizers_mm._files import STAGING, one_writer, regular_file, write_json
+from tokenizers_mm._files import STAGING, one_writer, regular_file, sha256, write_json
 from tokenizers_mm._images import Fit, decode_image
 from tokenizers_mm._origin import origin_facts
 from tokenizers_mm.config import Pattern, Range, from_mapping, read_json
@@ -338,7 +337,7 @@ def finished(job: Job, number: int, hashed: bool = True) -> ShardReport | None:
             return None
         path = regular_file(job.out / report.file) if report.bytes else None
         same = path is None or path.stat().st_size == report.bytes
-        return report if same and (path is None or not hashed or _hash_file(path) == report.sha256) else None
+        return report if same and (path is None or not hashed or sha256(path) == report.sha256) else None
     except (OSError, ValueError):
         return None
 
@@ -350,7 +349,7 @@ def run_shard(job: Job, rows: Rows, tokenizer: Any, number: int, step: Callable[
     path, size, digest = job.out / job.file(number), 0, ""
     if found:
         write_shard(path, found, tokenizer.fingerprint(), largest)
-        size, digest = path.stat().st_size, _hash_file(path)
+        size, digest = path.stat().st_size, sha256(path)
     ids = sum(len(row.values) for _, row in found if isinstance(row, CodesOfImage))
     causes = dict(sorted(Counter(failure.cause for failure in failures).items()))
     report = ShardReport(
@@ -359,14 +358,6 @@ def run_shard(job: Job, rows: Rows, tokenizer: Any, number: int, step: Callable[
     )
     write_json(job.done_file(number), asdict(report))
     return report
-
-
-def _hash_file(path: Path) -> str:
-    found = sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def finish(job: Job, planned: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,12 +156,15 @@ def _maps(encoded: Encoded) -> list[tuple[str, Image.Image]]:
     return found
 
 
+def _within(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of an image on the page: its own, or no longer than LONGEST."""
+    factor = min(1.0, LONGEST / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
 def _source(image: Image.Image, quality: int) -> str:
     """A data address of an image: WebP, without loss where the quality is 100."""
-    if max(image.size) > LONGEST:
-        factor = LONGEST / max(image.size)
-        sides = (max(1, round(side * factor)) for side in image.size)
-        image = image.resize((next(sides), next(sides)), Image.Resampling.LANCZOS)
+    image = image.resize(_within(image.size), Image.Resampling.LANCZOS)
     stream = BytesIO()
     image.save(stream, format="WEBP", lossless=quality == 100, quality=quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
@@ -197,10 +200,7 @@ def _gallery(report: Mapping[str, Any], examples: Sequence[Example]) -> str:
 
 def _figure(report: Mapping[str, Any], example: Example, quality: int) -> str:
     original, name = _source(example.original, quality), escape(example.name)
-    width, height = example.original.size
-    if max(width, height) > LONGEST:
-        factor = LONGEST / max(width, height)
-        width, height = max(1, round(width * factor)), max(1, round(height * factor))
+    width, height = _within(example.original.size)
     cells = []
     for row, image in zip(compared(report), example.made, strict=True):
         values = report["per_image"]["values"][row["name"]]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm import __version__
-from tokenizers_mm._check import require
 from tokenizers_mm._files import atomic_directory, atomic_path, write_json, write_text
+from tokenizers_mm._safetensors import file_start
 from tokenizers_mm._summary import CONFIG, SAVE_ID, SUMMARY, WEIGHTS, save_id, tensors_id
 from tokenizers_mm.config import to_mapping
 from tokenizers_mm.kernels._ops import content
@@ -32,23 +32,6 @@ MODEL_TYPE = "tokenizers_mm"
 """Name of the form for transformers (`tokenizers_mm.llm.automodel`)."""
 
 PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-}
-"""Names of dtypes in a safetensors file."""
 
 
 def write(
@@ -87,17 +70,10 @@ def save_tensors(
     """
     kinds = {n: dtype if dtype is not None and t.is_floating_point() else t.dtype for n, t in tensors.items()}
     names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # wide numbers first: all are aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in names:
-        require(kinds[name] in DTYPES, name, "numbers that a safetensors file can hold", tensors[name])
-        begin, end = end, end + tensors[name].numel() * kinds[name].itemsize
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": DTYPES[kinds[name]], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries = {name: (kinds[name], tensors[name].shape) for name in names}
+    start = file_start(entries, {"format": "pt", **(metadata or {})})
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(start)
         for name in names:
             data = tensors[name].detach().to("cpu", kinds[name]).contiguous()
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
